@@ -1,0 +1,205 @@
+"""The set-up: what the wheel holds, what the lock pins, and when `make` takes .venv for ready."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+LOCK = (ROOT / "requirements.lock").read_text()
+MAKE = shutil.which("make")
+needs_make = pytest.mark.skipif(MAKE is None, reason="make is not installed")
+
+
+def build(kind, folder):
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", folder], cwd=ROOT, check=True)
+    (archive,) = folder.iterdir()
+    return archive
+
+
+def test_the_wheel_holds_jprob_alone(tmp_path):
+    with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
+        names = {name for name in wheel.namelist() if not name.startswith(f"jprob-{PROJECT['version']}.dist-info/")}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "jprob").rglob("*.py")}
+    assert names == sources | {"jprob/py.typed"}
+
+
+def test_the_sdist_holds_jprob_and_what_builds_it(tmp_path):
+    with tarfile.open(build("sdist", tmp_path)) as sdist:
+        top = {Path(name).parts[1] for name in sdist.getnames()}
+    assert top - {".gitignore"} == {"jprob", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO"}
+
+
+def pins():
+    """Each entry of the lock: the requirement as pip reads it, and its hashes."""
+    lines = [line for line in LOCK.replace("\\\n", "").splitlines() if not line.startswith("#")]
+    return [(Requirement(re.sub(r"\s--hash=\S+", "", line)), re.findall(r"--hash=(\S+)", line)) for line in lines]
+
+
+def test_every_pin_has_one_version_and_its_hashes():
+    assert pins()
+    for requirement, hashes in pins():
+        assert [spec.operator for spec in requirement.specifier] == ["=="], requirement
+        assert hashes, requirement
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in hashes), requirement
+
+
+def test_the_lock_names_no_host_and_no_path():
+    assert not re.search(r"://|@ |^-|(^|\s)/\w", LOCK, re.MULTILINE)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_lock_serves_each_dependency_on_each_python(python):
+    here = default_environment() | {
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "platform_system": "Linux",
+        "python_full_version": f"{python}.0",
+        "python_version": python,
+        "sys_platform": "linux",
+    }
+    active = [pin for pin, _ in pins() if pin.marker is None or pin.marker.evaluate(here)]
+    versions = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in active}
+    assert len(versions) == len(active), "two pins of one package"
+
+    locked = {extra: needs for extra, needs in PROJECT["optional-dependencies"].items() if extra != "bench"}
+    assert locked.keys() == set(re.findall(r"--extra (\w+)", (ROOT / "Makefile").read_text()))
+    groups = [PYPROJECT["build-system"]["requires"], PROJECT["dependencies"], *locked.values()]
+    for need in map(Requirement, itertools.chain(*groups)):
+        version = versions.get(canonicalize_name(need.name))
+        assert version is not None, need
+        assert need.specifier.contains(version), (need, version)
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A copy of the files that the set-up reads, with a bin/ that is all of PATH."""
+    folder = tmp_path / "a folder"
+    (folder / "bin").mkdir(parents=True)
+    for name in ["Makefile", "pyproject.toml", "requirements.lock"]:
+        shutil.copyfile(ROOT / name, folder / name)
+    for tool in ["cat", "cp", "mkdir", "rm", "touch"]:
+        (folder / "bin" / tool).symlink_to(shutil.which(tool))
+    return folder
+
+
+def make(folder, *arguments):
+    # The suite itself may run under make, whose flags would otherwise reach this one.
+    env = {"PATH": str(folder / "bin"), "LC_ALL": "C"}
+    return subprocess.run([MAKE, *arguments], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@needs_make
+def test_help_lists_every_target_and_is_the_default():
+    targets = re.findall(r"^([a-z]+):(?!.*=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    env = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
+    shown = subprocess.run([MAKE, "help"], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in shown.splitlines()] == list(dict.fromkeys(targets))
+    assert all(len(line.split()) > 2 for line in shown.splitlines())
+    assert subprocess.run([MAKE], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout == shown
+
+
+OLD = "sys.version_info = (3, 10, 9)"
+BARE = "sys.modules['ensurepip'] = None"
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["study", "test", "lint", "lock"])
+@pytest.mark.parametrize(("python", "says"), [(None, "missing"), (OLD, "too old"), (BARE, "python3-venv")])
+def test_a_python_that_will_not_do_is_one_line(workplace, target, python, says):
+    if python:
+        script(
+            workplace / "bin/python3",
+            f'[ "$1" = -c ] || exec "{sys.executable}" "$@"\n'
+            f"""exec "{sys.executable}" -c "import sys; {python}; exec(sys.argv[1])" "$2\"""",
+        )
+    ran = make(workplace, "-j4", target)
+    assert ran.returncode != 0
+    assert ran.stdout == ""
+    assert len(ran.stderr.splitlines()) == 1
+    assert says in ran.stderr
+    assert not (workplace / ".venv").exists()
+
+
+@pytest.fixture
+def python3(workplace):
+    """A python3 that makes a .venv at once, in which pip succeeds unless a file `broken` lies about."""
+    pip = 'case "$*" in -V) echo Python 3.11.0;; *"-m pip"*) echo "$@" >>pip.log; [ ! -e broken ];; esac'
+    venv = '"-m venv --clear .venv") mkdir -p .venv/bin && cp inner .venv/bin/python;;'
+    script(workplace / "inner", pip)
+    script(workplace / "bin/python3", f'case "$*" in -V) echo Python 3.11.0;; {venv} esac')
+    return workplace
+
+
+def is_ready(folder):
+    return make(folder, "-q", ".venv/ready").returncode == 0
+
+
+def newer(path):
+    later = path.stat().st_mtime + 60
+    os.utime(path, (later, later))
+
+
+@needs_make
+def test_a_set_up_runs_once_and_checks_hashes(python3):
+    first = make(python3, "-j4", "lint", "test")
+    assert first.returncode == 0, first.stderr
+    assert len(first.stderr.splitlines()) == 1
+    assert "Python 3.11.0" in first.stderr
+    locked, project = (python3 / "pip.log").read_text().splitlines()
+    assert locked.endswith("--require-hashes -r requirements.lock")
+    assert "--no-deps --no-build-isolation --editable ." in project
+
+    assert make(python3, "lint").stderr == ""
+    assert len((python3 / "pip.log").read_text().splitlines()) == 2
+
+
+@needs_make
+def test_a_set_up_that_failed_is_not_ready_and_recovers(python3):
+    (python3 / "broken").touch()
+    assert make(python3, "lint").returncode != 0
+    assert (python3 / ".venv/bin/python").exists()
+    assert not is_ready(python3)
+    (python3 / "broken").unlink()
+    assert make(python3, "lint").returncode == 0
+    assert is_ready(python3)
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("change", "installs"),
+    [
+        (lambda at: newer(at / "requirements.lock"), 2),
+        (lambda at: newer(at / "pyproject.toml"), 1),
+        (lambda at: (at / ".venv/bin/python").unlink(), 2),
+        (lambda at: script(at / ".venv/bin/python", "echo Python 3.12.0"), 2),
+    ],
+    ids=["lock changed", "project changed", "python gone", "python changed"],
+)
+def test_a_venv_goes_stale(python3, change, installs):
+    make(python3, ".venv/ready")
+    assert is_ready(python3)
+    (python3 / "pip.log").unlink()
+    change(python3)
+    assert not is_ready(python3)
+    assert make(python3, ".venv/ready").returncode == 0
+    assert len((python3 / "pip.log").read_text().splitlines()) == installs
