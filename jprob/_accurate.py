@@ -1,0 +1,134 @@
+"""The accurate pieces that the public functions share.
+
+`z` is an array of logits in the dtype computed in, `axis` its class axis, counted from the front. A sum over classes
+keeps that axis with length 1. `gap` is z - max z, never positive; `rest` is the sum of exp(gap) over all classes but
+one maximum, so that 1 + rest is the normaliser and rest alone holds the digits that `1 + rest` rounds away.
+
+Masks are arithmetic (factors 0 and 1) where they meet an exponential: XLA on CPU fuses exp into the sum over classes
+only while the expression holds no select, and otherwise writes all the exponentials to memory.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+
+def compute_dtype(*arrays: Array | float) -> jnp.dtype:
+    """At least float32; float64 where an input has it."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def gap(z: Array, axis: int) -> Array:
+    """z - max z."""
+    return gap_below(jnp.max(z, axis=axis, keepdims=True), z)
+
+
+def gap_below(top: Array, z: Array) -> Array:
+    """z - top, where no z is above `top`. Below a logit of +inf, whose own gap is 0, every finite one is impossible."""
+    largest = jnp.finfo(z.dtype).max
+    scale = jnp.where(top == jnp.inf, largest, 1)
+    return (jnp.minimum(z, largest) - jnp.minimum(top, largest)) * jax.lax.stop_gradient(scale)
+
+
+def below_top(gap: Array) -> Array:
+    """1 for each class below the maximum, 0 for the maximum itself and for all that tie with it."""
+    # The largest finite number lifts even the smallest normal gap above 1.
+    return jax.lax.stop_gradient(jnp.minimum(1, -gap * jnp.finfo(gap.dtype).max))
+
+
+def rest(gap: Array, axis: int) -> Array:
+    """Sum of exp(gap) over all classes but one maximum."""
+    below = below_top(gap)
+    ties = jnp.sum(1 - below, axis=axis, keepdims=True)
+    return jnp.sum(below * jnp.exp(gap), axis=axis, keepdims=True) + (ties - 1)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def softmax(z: Array, axis: int) -> Array:
+    """p_i = exp(gap_i) / (1 + rest). d p_i = p_i (dz_i - <p, dz>)."""
+    d = gap(z, axis)
+    return jnp.exp(d) / (1 + rest(d, axis))
+
+
+@softmax.defjvp
+def _softmax_jvp(axis, primals, tangents):
+    (z,), (dz,) = primals, tangents
+    p = softmax(z, axis)
+    return p, p * centred(z, dz, axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def log_softmax(z: Array, axis: int) -> Array:
+    """log p_i = gap_i - log1p(rest), both of one sign. d log p_i = dz_i - <p, dz>."""
+    d = gap(z, axis)
+    return d - jnp.log1p(rest(d, axis))
+
+
+@log_softmax.defjvp
+def _log_softmax_jvp(axis, primals, tangents):
+    (z,), (dz,) = primals, tangents
+    return log_softmax(z, axis), centred(z, dz, axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def top_complement(z: Array, axis: int) -> Array:
+    """1 - max p = rest / (1 + rest), which 1 - p would round to 0 once p is within u of 1."""
+    others = rest(gap(z, axis), axis)
+    return others / (1 + others)
+
+
+@top_complement.defjvp
+def _top_complement_jvp(axis, primals, tangents):
+    (z,), (dz,) = primals, tangents
+    dp = softmax(z, axis) * centred(z, dz, axis)
+    return top_complement(z, axis), -jnp.sum(unique_top(z, axis) * dp, axis=axis, keepdims=True)
+
+
+def unique_top(z: Array, axis: int) -> Array:
+    """1 for the maximum where nothing ties with it, else 0 everywhere (then no class has p > 1/2)."""
+    top = 1 - below_top(gap(z, axis))
+    return top * (jnp.sum(top, axis=axis, keepdims=True) == 1)
+
+
+def centred(z: Array, v: Array, axis: int) -> Array:
+    """v_i - <p, v>, linear in v, each entry of its matrix (delta_ij - p_j) accurate.
+
+    Only 1 - p of a class with p > 1/2 could cancel. That class, `a`, is taken out of the plain form: with v_a the rest
+    is v_i - sum_{j != a} p_j v_j - p_a v_a for i != a, and (1 - p_a) v_a - sum_{j != a} p_j v_j for i = a. The
+    transpose, which reverse mode uses, inherits the same entries.
+    """
+    p, a = softmax(z, axis), unique_top(z, axis)
+    other = 1 - a
+    v_a = jnp.sum(a * v, axis=axis, keepdims=True)
+    p_a = jnp.sum(a * p, axis=axis, keepdims=True)
+    others = jnp.sum(other * p * v, axis=axis, keepdims=True)
+    return other * v + (a * top_complement(z, axis) - other * p_a) * v_a - others
+
+
+@jax.custom_jvp
+def weigh(weight: Array, value: Array) -> Array:
+    """weight * value, with 0 * inf = 0: what has weight 0 does not count, however impossible it is."""
+    return jnp.where(weight == 0, 0, weight * value)
+
+
+@partial(weigh.defjvp, symbolic_zeros=True)
+def _weigh_jvp(primals, tangents):
+    pairs = zip(primals[::-1], tangents, strict=True)
+    # A weight that is not differentiated must not meet an infinite value: 0 * inf would make the tangent NaN.
+    terms = [factor * tangent for factor, tangent in pairs if type(tangent) is not SymbolicZero]
+    out = weigh(*primals)
+    return out, sum(terms, jnp.zeros_like(out))
+
+
+def exp_remainder(t: Array) -> Array:
+    """e^t - 1 - t >= 0, with relative accuracy also where t is small."""
+    small = jnp.abs(t) < 0.5
+    s = jnp.where(small, t, 0)
+    # t^2/2 (1 + t/3 (1 + t/4 (...))): the first term left out is below u relative to t^2/2 for |t| < 1/2.
+    series = jnp.ones_like(s)
+    for n in range(16 if t.dtype == jnp.float64 else 10, 2, -1):
+        series = 1 + s / n * series
+    return jnp.where(small, s * s / 2 * series, jnp.expm1(t) - t)

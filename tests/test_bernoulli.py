@@ -1,0 +1,91 @@
+"""Exactness of the Bernoulli functions, value and gradient, in units of u."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.experimental import checkify
+
+from jprob import bernoulli
+
+U = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}  # of the dtype computed in
+LOGITS = [0.0, 2.0**-8, 1.0, 8.0, 17.0, 20.0, 60.0, 87.0]
+
+
+@pytest.fixture(params=U)
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+def tiny(dtype) -> float:
+    return max(float(jnp.finfo(dtype).tiny), float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).tiny))
+
+
+@pytest.mark.parametrize("label", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("logit", [*LOGITS, *(-z for z in LOGITS)])
+def test_cross_entropy_has_the_digits_its_logit_determines(logit, label, dtype):
+    z, y = jnp.asarray(logit, dtype), jnp.asarray(label, dtype)
+    value, (dz, dy) = jax.value_and_grad(bernoulli.cross_entropy, argnums=(0, 1))(z, y)
+    z, y = oracles.exactly(z)[0], oracles.exactly(y)[0]
+    rounding = float(jnp.finfo(dtype).eps) / 2
+    assert value.dtype == jnp.promote_types(dtype, jnp.float32)
+    assert oracles.error(value, oracles.bernoulli_cross_entropy(z, y), tiny(value.dtype)) <= 16 * U[dtype]
+    p = 1 / (1 + oracles.mpmath.exp(-z))
+    # (1 - y) p and y (1 - p) have 16 u each; where they cancel the error stays that of the larger.
+    terms = max((1 - y) * p, y / (1 + oracles.mpmath.exp(z)))
+    assert abs(oracles.mpf(float(dz)) - (p - y)) <= 16 * U[dtype] * terms + rounding * abs(p - y) + tiny(dtype)
+    assert oracles.error(dy, -z, tiny(dtype)) <= 16 * U[dtype] + rounding
+
+
+@pytest.mark.parametrize(("label", "wide"), [(jnp.array([True, False]), False), (jnp.array([1, 0]), True)])
+def test_hard_labels_may_be_bool_or_integer(label, wide):
+    want = bernoulli.cross_entropy(jnp.array([3.0, 3.0]), jnp.array([1.0, 0.0]))
+    assert bernoulli.cross_entropy(jnp.array([3.0, 3.0]), label).tolist() == want.tolist()
+
+
+def test_it_is_the_categorical_of_two_classes():
+    from jprob import categorical
+
+    z = jnp.array([-30.0, -1.0, 0.5, 20.0])
+    two = jnp.stack([jnp.zeros(4), z], axis=-1)
+    for label in (0, 1):
+        want = categorical.cross_entropy(two, jnp.full(4, label))
+        np.testing.assert_allclose(bernoulli.cross_entropy(z, jnp.full(4, label)), want, rtol=32 * 2.0**-24)
+
+
+def test_certain_predictions_are_zero_or_infinite():
+    z, loss = jnp.array([jnp.inf, -jnp.inf]), bernoulli.cross_entropy
+    assert loss(z, jnp.array([1.0, 0.0])).tolist() == [0, 0]
+    assert loss(z, jnp.array([0.0, 1.0])).tolist() == [math.inf, math.inf]
+    gradient = jax.grad(lambda z: loss(z, jnp.array([1.0, 1.0])).sum())(z)
+    assert gradient.tolist() == [0, -1]
+
+
+@pytest.mark.parametrize("label", [-0.5, 1.5, 2, -1])
+def test_a_label_outside_0_and_1_is_nan_and_named(label):
+    labels = jnp.array([label, 1])
+    value = bernoulli.cross_entropy(jnp.zeros(2), labels)
+    assert jnp.isnan(value[0])
+    assert jnp.isfinite(value[1])
+    assert jnp.isnan(jax.grad(lambda z: bernoulli.cross_entropy(z, labels).sum())(jnp.zeros(2))[0])
+    error, _ = checkify.checkify(bernoulli.cross_entropy)(jnp.zeros(2), labels)
+    assert f"cross_entropy: label {float(label)} is outside [0, 1]" in error.get()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((jnp.arange(2), jnp.zeros(2)), "cross_entropy: logits must be a floating-point array, got int32[2]"),
+        ((jnp.zeros(2), jnp.zeros(3)), "cross_entropy: labels must have the shape [2] of logits, got float32[3]"),
+        ((jnp.zeros(2), jnp.zeros(2, complex)), "labels must be real numbers or bool, got complex64[2]"),
+    ],
+)
+def test_a_static_fault_says_what_was_expected(args, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        bernoulli.cross_entropy(*args)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,454 @@
+"""Exactness of the categorical functions: value and gradient against mpmath, in units of u."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.experimental import checkify
+
+from jprob import categorical
+
+U = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}  # of the dtype computed in
+DTYPES = list(U)
+
+
+def rows() -> dict[str, list[float]]:
+    """Logits by regime. Halves and small integers are exact in every dtype."""
+    rng = np.random.default_rng(0)
+    return {
+        "one class": [3.0],
+        "equal": [0.0, 0.0],
+        "tie of three": [2.0, 2.0, 2.0],
+        "tie at the top": [5.0, 5.0, -3.0],
+        "near": [1.0, 1.0078125, 0.9921875],
+        **{f"margin {m}": [float(m), 0.0, 0.5] for m in (1, 4, 12, 17, 20, 60, 87, 100)},
+        **{f"margin -{m}": [float(-m), 0.0, -0.5] for m in (1, 4, 12, 17, 20, 60, 100)},
+        "impossible class": [1.0, -math.inf, 0.0],
+        "impossible first": [-math.inf, 20.0, 0.0],
+        "ten": list(rng.integers(-64, 65, 10) / 8),
+    }
+
+
+def as_dtype(row, dtype: str) -> jax.Array:
+    return jnp.asarray(np.asarray(row), dtype=dtype)
+
+
+def span(*rows) -> float:
+    """R: the largest gap between finite logits of a row."""
+    finite = [np.asarray(r, np.float64)[np.isfinite(np.asarray(r, np.float64))] for r in rows]
+    return max(float(np.ptp(r)) for r in finite)
+
+
+def tolerance(dtype: str, out: str, *logits) -> float:
+    """(16 + R) u, and one rounding to the dtype of the result."""
+    rounding = float(jnp.finfo(out).eps) / 2 if out != "float64" else 0.0
+    return (16 + span(*logits)) * U[dtype] + (rounding if U[dtype] < rounding else 0.0)
+
+
+def tiny(dtype) -> float:
+    """What may be flushed to 0: the smallest normal number of the result, and of the dtype computed in."""
+    return max(float(jnp.finfo(dtype).tiny), float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).tiny))
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+@pytest.fixture(params=rows().items(), ids=list(rows()))
+def logits(request, dtype):
+    return as_dtype(request.param[1], dtype)
+
+
+def one_hot(k: int, label: int) -> list:
+    return [oracles.mpf(i == label) for i in range(k)]
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_maps_have_the_digits_their_logits_determine(name, logits, dtype):
+    got = getattr(categorical, name)(logits)
+    want = getattr(oracles, name)(oracles.exactly(logits))
+    assert got.dtype == dtype
+    assert oracles.error(got, want, tiny(dtype)) <= tolerance(dtype, dtype, logits)
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_maps_have_exact_jacobians_both_ways(name, logits, dtype):
+    """Each entry, the 1 - p of a confident class included, in forward and in reverse mode."""
+    fn, oracle = getattr(categorical, name), getattr(oracles, name)
+    z = oracles.exactly(logits)
+    possible = [i for i in range(len(z)) if np.isfinite(float(z[i]))]
+    want = {i: oracles.gradient(lambda row, i=i: oracle(row)[i], z) for i in possible}
+    for jacobian in (jax.jacfwd(fn)(logits), jax.jacrev(fn)(logits)):
+        for i in possible:
+            # softmax: p_i times (delta - p_j), two factors with an error of R u each.
+            bound = tolerance(dtype, dtype, logits, 2 * logits if name == "softmax" else logits)
+            assert oracles.error(jacobian[i], want[i], tiny(dtype)) <= bound
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "brier_score"])
+@pytest.mark.parametrize("label", [0, 1, -1])
+def test_losses_have_exact_values(name, label, logits, dtype):
+    label %= logits.size
+    got = getattr(categorical, name)(logits, jnp.array(label))
+    want = getattr(oracles, name)(oracles.exactly(logits), one_hot(logits.size, label))
+    assert got.dtype == jnp.promote_types(dtype, jnp.float32)
+    bound = tolerance(dtype, str(got.dtype), logits, 2 * logits if name == "brier_score" else logits)
+    assert oracles.error(got, want, tiny(got.dtype)) <= bound
+
+
+@pytest.mark.parametrize("label", [0, 1, -1])
+def test_cross_entropy_gradient_never_saturates(label, logits, dtype):
+    label %= logits.size
+    got = jax.grad(categorical.cross_entropy)(logits, jnp.array(label))
+    z = oracles.exactly(logits)
+    p, y = oracles.softmax(z), one_hot(logits.size, label)
+    assert got.dtype == dtype
+    assert oracles.error(got, [a - b for a, b in zip(p, y, strict=True)], tiny(dtype)) <= tolerance(
+        dtype, dtype, logits
+    )
+
+
+@pytest.mark.parametrize("label", [0, 1, -1])
+def test_brier_gradient_is_exact_where_it_decays(label, logits, dtype):
+    label %= logits.size
+    got = jax.grad(categorical.brier_score)(logits, jnp.array(label))
+    z = oracles.exactly(logits)
+    p, y = oracles.softmax(z), one_hot(logits.size, label)
+    e = [a - b for a, b in zip(p, y, strict=True)]
+    want = [2 * a * oracles.mpmath.fsum(b * (e[i] - d) for b, d in zip(p, e, strict=True)) for i, a in enumerate(p)]
+    assert want == pytest.approx(oracles.gradient(lambda row: oracles.brier_score(row, y), z), rel=1e-25, abs=1e-60)
+    assert oracles.error(got, want, tiny(dtype)) <= tolerance(dtype, dtype, 3 * logits)
+
+
+def targets() -> dict[str, list[float]]:
+    return {
+        "one-hot": [0.0, 1.0, 0.0],
+        "soft": [0.25, 0.5, 0.25],
+        "with a zero": [0.75, 0.0, 0.25],
+        "nearly one-hot": [1 - 2.0**-8, 2.0**-8, 0.0],
+    }
+
+
+@pytest.mark.parametrize("target", targets().values(), ids=targets())
+@pytest.mark.parametrize("row", [r for r in rows().values() if len(r) == 3])
+def test_soft_targets_are_exact(row, target, dtype):
+    logits, t = as_dtype(row, dtype), as_dtype(target, dtype)
+    z, y = oracles.exactly(logits), oracles.exactly(t)
+    value, (dz, dt) = jax.value_and_grad(categorical.cross_entropy, argnums=(0, 1))(logits, t)
+    assert oracles.error(value, oracles.cross_entropy(z, y), tiny(value.dtype)) <= tolerance(
+        dtype, str(value.dtype), logits
+    )
+    p = oracles.softmax(z)
+    for got, a, b in zip(np.asarray(dz, np.float64), p, y, strict=True):
+        # Where p and the target differ little, the digits that p itself lacks bound those of the difference.
+        bound = tolerance(dtype, dtype, logits) * max(abs(a - b), a if a < 0.5 else 1 - a)
+        assert abs(oracles.mpf(got) - (a - b)) <= bound + tiny(dtype)
+    surprise = [-log_p for log_p in oracles.log_softmax(z)]
+    assert oracles.error(dt, surprise, tiny(dtype)) <= tolerance(dtype, dtype, logits)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5, 1.0])
+def test_label_smoothing_equals_the_smoothed_target(smoothing, logits, dtype):
+    y = one_hot(logits.size, 0)
+    e = oracles.mpf(smoothing)
+    target = [(1 - e) * t + e / logits.size for t in y]
+    want = oracles.cross_entropy(oracles.exactly(logits), target)
+    for labels in (jnp.array(0), jax.nn.one_hot(0, logits.size, dtype=dtype)):
+        got = categorical.cross_entropy(logits, labels, label_smoothing=smoothing)
+        # 1 - e is rounded once more; the smoothed target, in soft form, twice.
+        assert oracles.error(got, want, tiny(got.dtype)) <= tolerance(dtype, str(got.dtype), logits) + 3 * U[dtype]
+
+
+def test_smoothing_gives_no_mass_to_a_class_that_does_not_exist():
+    logits, where = jnp.array([1.0, 0.0, 7.0]), jnp.array([True, True, False])
+    for labels in (jnp.array(0), jnp.array([1.0, 0.0, 0.0])):
+        got = categorical.cross_entropy(logits, labels, where=where, label_smoothing=0.1)
+        want = categorical.cross_entropy(logits[:2], labels if labels.ndim == 0 else labels[:2], label_smoothing=0.1)
+        assert oracles.error(got, oracles.exactly(want)) <= 4 * U["float32"]
+    impossible = jnp.array([1.0, 0.0, -jnp.inf])
+    assert categorical.cross_entropy(impossible, jnp.array(0), label_smoothing=0.1) == jnp.inf
+
+
+def test_entropy_is_exact(logits, dtype):
+    got, gradient = jax.value_and_grad(categorical.entropy)(logits)
+    z = oracles.exactly(logits)
+    bound = tolerance(dtype, str(got.dtype), logits)
+    assert oracles.error(got, oracles.entropy(z), tiny(got.dtype)) <= bound
+    want = oracles.gradient(oracles.entropy, z)
+    terms = [p * (oracles.entropy(z) - oracles.mpmath.log(p)) if p else oracles.mpf(0) for p in oracles.softmax(z)]
+    for g, w, term in zip(np.asarray(gradient, np.float64), want, terms, strict=True):
+        assert abs(oracles.mpf(g) - w) <= tolerance(dtype, dtype, logits) * max(term, abs(w)) + tiny(dtype)
+
+
+PERTURBATION = {"float16": 2.0**-9, "bfloat16": 2.0**-6, "float32": 2.0**-20, "float64": 2.0**-48}
+
+
+def pairs() -> dict[str, tuple]:
+    """p, and q - p in units where 1 stands for the smallest perturbation that the dtype holds next to 1."""
+    rng = np.random.default_rng(1)
+    return {
+        "equal": ([0.5, 1.0, 1.5], [0, 0, 0]),
+        "nearly equal": ([0.5, 1.0, 1.5], [2, 0, -2]),
+        "near": ([0.5, 1.0, 1.5], [64, 16, -32]),
+        "near and confident": ([20.0, 1.0, 1.5], [0, 64, -32]),
+        "near but one": ([1.0, 0.5, -40.0], [2, -2, "+20"]),
+        "ten": (list(rng.integers(-8, 8, 10) / 8), [int(v) for v in rng.integers(-9, 9, 10)]),
+        **{f"opposed by {m}": ([float(m), 0.0], [f"-{m}", f"+{m}"]) for m in (1, 5, 20, 50, 100)},
+        "impossible under both": ([1.0, -math.inf, 0.0], [2, 0, 0]),
+        "impossible under p": ([1.0, -math.inf, 0.0], ["+1", "=3", "+0"]),
+        "nearly all outside p": ([1.0, -math.inf, 0.0], ["+1", "=30", "+0"]),
+        "impossible under q": ([1.0, 2.0, 0.0], ["+1", "=-inf", "+0"]),
+    }
+
+
+def pair(case, dtype):
+    p, change = case
+    q = [float(c[1:]) if str(c)[0] == "=" else z + (float(c) if isinstance(c, str) else c * PERTURBATION[dtype])
+         for z, c in zip(p, change, strict=True)]  # fmt: skip
+    return as_dtype(p, dtype), as_dtype(q, dtype)
+
+
+@pytest.mark.parametrize("case", pairs().values(), ids=pairs())
+def test_kl_has_the_digits_its_inputs_determine(case, dtype):
+    p, q = pair(case, dtype)
+    value, (dp, dq) = jax.value_and_grad(categorical.kl_divergence, argnums=(0, 1))(p, q)
+    zp, zq = oracles.exactly(p), oracles.exactly(q)
+    want = oracles.kl_divergence(zp, zq)
+    assert value >= 0
+    assert oracles.error(value, want, tiny(value.dtype)) <= tolerance(dtype, str(value.dtype), p, q)
+    probs = list(zip(oracles.softmax(zp), oracles.softmax(zq), strict=True))
+    assert oracles.error(dq, [b - a for a, b in probs], tiny(dtype), max(abs(b - a) for a, b in probs)) <= tolerance(
+        dtype, dtype, p, q
+    )
+    if not np.isfinite(float(want)):
+        assert dp.tolist() == [-math.inf, math.inf, -math.inf]
+        return
+    slope = [a * (oracles.mpmath.log(a / b) - want) if a else oracles.mpf(0) for a, b in probs]
+    scale = max(map(abs, slope))
+    assert oracles.error(dp, slope, tiny(dtype), scale) <= tolerance(dtype, dtype, p, q)
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_a_shift_common_to_all_logits_changes_nothing(shift):
+    z = jnp.array([0.5, 1.0, 20.0])  # exact after a shift of 1e4, as are the results
+    q = jnp.array([0.5, 1.25, 19.5])
+    for f in (
+        lambda s: categorical.softmax(z + s),
+        lambda s: categorical.log_softmax(z + s),
+        lambda s: categorical.cross_entropy(z + s, jnp.array(2)),
+        lambda s: categorical.brier_score(z + s, jnp.array(2)),
+        lambda s: categorical.entropy(z + s),
+    ):
+        assert f(shift).tolist() == f(0.0).tolist()
+    want = oracles.kl_divergence(oracles.exactly(z), oracles.exactly(q))
+    for p_shift, q_shift in ((shift, 0.0), (0.0, shift), (shift, shift), (shift, -shift)):
+        got = categorical.kl_divergence(z + p_shift, q + q_shift)
+        assert oracles.error(got, want) <= tolerance("float32", "float32", z, q)
+
+
+@pytest.mark.parametrize("k", [100, 1000])
+def test_many_classes_keep_the_bound(k):
+    rng = np.random.default_rng(k)
+    logits = as_dtype(rng.normal(0, 3, k), "float32")
+    z = oracles.exactly(logits)
+    p = oracles.softmax(z)
+    bound = tolerance("float32", "float32", logits)
+    for label in (0, int(jnp.argmax(logits))):
+        y = one_hot(k, label)
+        value, gradient = jax.value_and_grad(categorical.cross_entropy)(logits, jnp.array(label))
+        assert oracles.error(value, oracles.cross_entropy(z, y)) <= bound
+        assert oracles.error(gradient, [a - b for a, b in zip(p, y, strict=True)]) <= bound
+    assert oracles.error(categorical.softmax(logits), p) <= bound
+    assert oracles.error(categorical.entropy(logits), oracles.entropy(z)) <= bound
+
+
+MASKED = {
+    "softmax": lambda z, y, **k: categorical.softmax(z, **k),
+    "log_softmax": lambda z, y, **k: categorical.log_softmax(z, **k),
+    "cross_entropy": lambda z, y, **k: categorical.cross_entropy(z, y, **k),
+    "brier_score": lambda z, y, **k: categorical.brier_score(z, y, **k),
+    "entropy": lambda z, y, **k: categorical.entropy(z, **k),
+    "kl_divergence": lambda z, y, **k: categorical.kl_divergence(
+        z, z[::-1] if not k else z[jnp.array([2, 1, 0, 3])], **k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("hidden", [5.0, 100.0, math.inf, math.nan])
+def test_a_masked_class_is_a_class_that_was_never_there(name, hidden):
+    f, where, y = MASKED[name], jnp.array([True, True, True, False]), jnp.array(1)
+    short, full = jnp.array([1.0, 20.0, 0.5]), jnp.array([1.0, 20.0, 0.5, hidden])
+    want, got = f(short, y), f(full, y, where=where)
+    np.testing.assert_allclose(got[:3] if got.ndim else got, want, rtol=4 * U["float32"])
+    grad_want = jax.grad(lambda z: f(z, y).sum())(short)
+    grad_got = jax.grad(lambda z: f(z, y, where=where).sum())(full)
+    assert grad_got[3] == 0
+    if name != "log_softmax":  # its sum is -inf with a class masked
+        np.testing.assert_allclose(grad_got[:3], grad_want, rtol=8 * U["float32"], atol=1e-38)
+
+
+def test_no_possible_class_is_nan_and_only_in_its_row():
+    for row in ([-math.inf] * 2, [math.nan, 0.0]):
+        logits = jnp.array([row, [1.0, 0.0]])
+        for f in (categorical.softmax, categorical.log_softmax, categorical.entropy,
+                  lambda z: categorical.cross_entropy(z, jnp.array([0, 0]))):  # fmt: skip
+            out = f(logits)
+            assert jnp.isnan(out[0]).all()
+            assert jnp.isfinite(out[1]).all()
+
+
+def test_a_logit_of_infinity_takes_all_the_probability():
+    z = jnp.array([1.0, jnp.inf, 2.0])
+    assert categorical.softmax(z).tolist() == [0, 1, 0]
+    assert categorical.softmax(jnp.array([jnp.inf, jnp.inf, 0])).tolist() == [0.5, 0.5, 0]
+    assert categorical.log_softmax(z).tolist() == [-math.inf, 0, -math.inf]
+    assert categorical.cross_entropy(z, jnp.array([0, 1, 2])[1]) == 0
+    assert categorical.cross_entropy(z, jnp.array(0)) == jnp.inf
+    assert categorical.entropy(z) == 0
+    assert categorical.kl_divergence(z, jnp.zeros(3)) == pytest.approx(math.log(3), rel=1e-6)
+    assert categorical.kl_divergence(jnp.zeros(3), z) == jnp.inf
+
+
+@pytest.mark.parametrize("label", [-1, -3, 3, 100])
+def test_a_label_out_of_range_is_nan_there_alone(label):
+    """It must not wrap to the last classes, nor pass for a class without a logit."""
+    logits, labels = jnp.zeros((2, 3)), jnp.array([label, 1])
+    for f in (categorical.cross_entropy, categorical.brier_score):
+        value, gradient = f(logits, labels), jax.grad(lambda z, f=f: f(z, labels).sum())(logits)
+        assert jnp.isnan(value[0])
+        assert jnp.isnan(gradient[0]).all()
+        assert jnp.isfinite(value[1])
+        assert jnp.isfinite(gradient[1]).all()
+
+
+def test_a_target_of_zero_meets_an_impossible_class_in_every_mode():
+    z, t = jnp.array([1.0, -jnp.inf, 0.0]), jnp.array([0.75, 0.0, 0.25])
+    loss = lambda z: categorical.cross_entropy(z, t)  # noqa: E731
+    want = jax.nn.softmax(z) - t
+    assert jnp.isfinite(loss(z))
+    np.testing.assert_allclose(jax.grad(loss)(z), want, rtol=1e-5)
+    np.testing.assert_allclose(jax.jacfwd(loss)(z), want, rtol=1e-5)
+    assert jnp.isfinite(jax.hessian(loss)(z)).all()
+    assert jax.grad(categorical.cross_entropy, argnums=1)(z, t)[1] == jnp.inf
+
+
+@pytest.mark.parametrize("temperature", [0.25, 2.0, 100.0])
+def test_temperature_divides_the_logits(temperature, logits, dtype):
+    z = [x / oracles.mpf(temperature) for x in oracles.exactly(logits)]
+    bound = tolerance(dtype, dtype, logits / temperature)
+    got = categorical.softmax(logits, temperature=temperature)
+    assert oracles.error(got, oracles.softmax(z), tiny(dtype)) <= bound
+    got = categorical.log_softmax(logits, temperature=temperature)
+    assert oracles.error(got, oracles.log_softmax(z), tiny(dtype)) <= bound
+
+
+def test_temperature_has_its_limits():
+    z = jnp.array([1.0, 3.0, 3.0, -jnp.inf])
+    assert categorical.softmax(z, temperature=0.0).tolist() == [0, 0.5, 0.5, 0]
+    np.testing.assert_allclose(categorical.softmax(z, temperature=jnp.inf), [1 / 3, 1 / 3, 1 / 3, 0], rtol=1e-7)
+    slope = jax.grad(lambda t: categorical.log_softmax(z, temperature=t)[0])(2.0)
+    # log p_0 = -log(1 + 2 exp(2 / T)); at T = 2 its slope is e / (1 + 2 e).
+    assert slope == pytest.approx(math.e / (1 + 2 * math.e), rel=1e-6)
+
+
+def test_units_are_nats_or_bits():
+    z = jnp.array([0.0, 0.0, 0.0, 0.0])
+    assert categorical.entropy(z, base=2) == 2
+    assert categorical.entropy(z) == pytest.approx(math.log(4))
+    q = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125]))
+    assert categorical.kl_divergence(q, z, base=2) == pytest.approx(0.25, rel=1e-6)
+
+
+Z = jnp.zeros((2, 3))
+FAULTS = {
+    "integer logits": (
+        lambda: categorical.softmax(jnp.arange(3)),
+        "softmax: logits must be a floating-point array, got",
+    ),
+    "no array": (lambda: categorical.entropy([0.0, 1.0]), "entropy: logits must be a floating-point array, got list"),
+    "axis": (lambda: categorical.softmax(Z, axis=2), "softmax: axis must be an axis of logits float32[2, 3], got 2"),
+    "no class": (lambda: categorical.softmax(jnp.zeros((2, 0))), "expected at least one class on axis -1"),
+    "labels' shape": (
+        lambda: categorical.cross_entropy(Z, jnp.array([0])),
+        "cross_entropy: integer labels must have the shape [2] of logits without the class axis, got int32[1]",
+    ),
+    "targets' shape": (
+        lambda: categorical.brier_score(Z, jnp.zeros(3)),
+        "brier_score: floating-point labels must have the shape [2, 3] of logits, got float32[3]",
+    ),
+    "boolean labels": (
+        lambda: categorical.cross_entropy(Z, jnp.array([True, False])),
+        "cross_entropy: labels must be integer or floating-point, got bool[2]",
+    ),
+    "mask's dtype": (
+        lambda: categorical.softmax(Z, where=jnp.ones(3)),
+        "softmax: where must be a boolean array, got float32[3]",
+    ),
+    "mask's shape": (
+        lambda: categorical.softmax(Z, where=jnp.ones((4, 2, 3), bool)),
+        "softmax: where must broadcast to [2, 3] of logits, got bool[4, 2, 3]",
+    ),
+    "temperature's shape": (
+        lambda: categorical.softmax(Z, temperature=jnp.ones(2)),
+        "softmax: temperature must broadcast to [2, 3] of logits, got float32[2]",
+    ),
+    "smoothing": (
+        lambda: categorical.cross_entropy(Z, jnp.array([0, 1]), label_smoothing=1.5),
+        "cross_entropy: label_smoothing must be in [0, 1], got 1.5",
+    ),
+    "base": (lambda: categorical.entropy(Z, base=1), "entropy: base must be a positive number other than 1"),
+    "two shapes": (
+        lambda: categorical.kl_divergence(Z, jnp.zeros(3)),
+        "kl_divergence: q_logits must have the shape [2, 3] of p_logits, got float32[3]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_static_fault_says_function_expected_and_got(name):
+    call, message = FAULTS[name]
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+DATA_FAULTS = {
+    "label": (lambda: categorical.cross_entropy(Z, jnp.array([1, 7])), "cross_entropy: label 7 is outside [0, 3)"),
+    "negative": (lambda: categorical.brier_score(Z, jnp.array([-1, 0])), "brier_score: label -1 is outside [0, 3)"),
+    "targets": (lambda: categorical.cross_entropy(Z, Z + 0.5), "cross_entropy: a row of targets sums to 1.5, not 1"),
+    "negative target": (
+        lambda: categorical.cross_entropy(Z[0], jnp.array([1.5, -0.5, 0.0])),
+        "cross_entropy: target -0.5 is negative",
+    ),
+    "double softmax": (
+        lambda: categorical.cross_entropy(jax.nn.softmax(jnp.eye(3)), jnp.arange(3)),
+        "cross_entropy: logits are probabilities",
+    ),
+    "temperature": (lambda: categorical.softmax(Z, temperature=-1.0), "softmax: temperature -1.0 is negative"),
+}
+
+
+@pytest.mark.parametrize("name", DATA_FAULTS)
+def test_a_fault_of_the_data_speaks_under_checkify(name):
+    call, message = DATA_FAULTS[name]
+    assert message in str(checkify.checkify(call)()[0].get())
+
+
+def test_a_fault_of_the_data_speaks_through_transformations():
+    loss = lambda z, y: categorical.cross_entropy(z, y)  # noqa: E731
+    labels = jnp.array([1, 7])
+    for f in (
+        jax.vmap(loss),
+        jax.grad(lambda z, y: loss(z, y).sum()),
+        lambda z, y: jax.lax.scan(lambda c, zy: (c, loss(*zy)), 0, (z, y)),
+    ):
+        error, _ = checkify.checkify(f)(Z, labels)
+        assert "cross_entropy: label 7 is outside [0, 3)" in error.get()
+    assert checkify.checkify(loss)(Z, jnp.array([1, 2]))[0].get() is None

@@ -1,0 +1,190 @@
+"""What every public function promises, whatever it computes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BATCH, CASES, public_functions
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
+
+from jprob import _checks
+
+U = 2.0**-24
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def close(got, want, u=64 * U):
+    """Equal to rounding: 64 u covers the reordering of a sum of 3 and of the divisions around it."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=u, atol=u * float(np.abs(w).max()))
+
+
+def gradient(case):
+    """Gradient of the sum of squares of the result: its cotangents are not 1."""
+    return jax.grad(lambda *args: jnp.sum(jnp.square(case.function(*args))), argnums=case.differentiable)
+
+
+def varied(case):
+    """The function of its differentiable arguments alone, and these arguments."""
+
+    def function(*moved):
+        args = list(case.args)
+        for position, value in zip(case.differentiable, moved, strict=True):
+            args[position] = value.astype(args[position].dtype) if value.dtype != args[position].dtype else value
+        return case.function(*args)
+
+    return function, tuple(case.args[i] for i in case.differentiable)
+
+
+def test_every_public_function_has_a_case():
+    assert {name.split(",")[0] for name in CASES} == set(public_functions())
+
+
+@pytest.mark.parametrize("name", public_functions())
+def test_the_docstring_is_complete(name):
+    function = public_functions()[name]
+    doc, parameters = function.__doc__, function.__wrapped__.__code__
+    names = parameters.co_varnames[: parameters.co_argcount + parameters.co_kwonlyargcount]
+    args = doc[doc.index("Args:") : doc.index("Returns:")]
+    for parameter in names:
+        assert re.search(rf"^\s+{parameter}: ", args, re.MULTILINE), f"{name}: {parameter} is not documented"
+    returns = doc[doc.index("Returns:") : doc.index("Raises:")]
+    assert re.search(r"dtype|float32", returns), f"{name}: dtype of the result"
+    assert re.search(r"\bu\b", returns), f"{name}: accuracy of the result"
+    assert ">>> " in doc
+
+
+def test_jit_equals_eager(case):
+    want = case.function(*case.args), gradient(case)(*case.args)
+    with jax.disable_jit():
+        got = case.function(*case.args), gradient(case)(*case.args)
+    close(got, want)
+
+
+def test_vmap_equals_a_loop(case):
+    loop = [case.function(*(a[i] for a in case.args)) for i in range(BATCH)]
+    close(jax.vmap(case.function)(*case.args), jnp.stack(loop))
+    loop = [gradient(case)(*(a[i] for a in case.args)) for i in range(BATCH)]
+    close(jax.vmap(gradient(case))(*case.args), jax.tree.map(lambda *x: jnp.stack(x), *loop))
+
+
+def test_any_axis_may_hold_the_classes(case):
+    if case.args[0].ndim != 2 or "categorical" not in case.function.__module__:
+        return  # no class axis
+    moved = [a.T if a.ndim == 2 else a for a in case.args]
+    want = case.function(*case.args)
+    close(case.function(*moved, axis=0), want.T)
+
+
+def test_forward_and_reverse_mode_agree(case):
+    function, args = varied(case)
+    rng = np.random.default_rng(0)
+    tangents = tuple(jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in args)
+    out, pushed = jax.jvp(function, args, tangents)
+    cotangent = jnp.asarray(rng.normal(size=out.shape), out.dtype)
+    _, pull = jax.vjp(function, *args)
+    forward = jnp.sum(cotangent * pushed)
+    reverse = sum(jnp.sum(t * g) for t, g in zip(tangents, pull(cotangent), strict=True))
+    scale = sum(float(jnp.sum(jnp.abs(t * g))) for t, g in zip(tangents, pull(cotangent), strict=True))
+    assert abs(float(forward - reverse)) <= 64 * U * scale
+
+
+def test_the_hessian_is_that_of_the_function(case):
+    """Both orders of differentiation, against central differences of the gradient in float64."""
+    function, args = varied(case)
+    total = lambda *moved: jnp.sum(jnp.square(function(*moved)))  # noqa: E731
+    numbers = tuple(range(len(args)))
+    forward = jax.jacfwd(jax.jacrev(total, numbers), numbers)(*args)
+    close(jax.jacrev(jax.jacfwd(total, numbers), numbers)(*args), forward, u=256 * U)
+    with jax.enable_x64(True):
+        wide = tuple(a.astype(jnp.float64) for a in args)
+        case64 = case._replace(args=tuple(a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
+                                          for a in case.args))  # fmt: skip
+        function64, _ = varied(case64)
+        slope = jax.jit(jax.grad(lambda *moved: jnp.sum(jnp.square(function64(*moved))), numbers))
+        step = 1e-5  # an error of step^2 = 1e-10 of the fourth derivative, and of u / step = 1e-11 of the gradient
+        for j, block in enumerate(wide):
+            index = (0,) * block.ndim
+            shift = jnp.zeros_like(block).at[index].set(step)
+            up, down = (slope(*wide[:j], block + s, *wide[j + 1 :]) for s in (shift, -shift))
+            for i, (a, b) in enumerate(zip(up, down, strict=True)):
+                want = np.asarray((a - b) / (2 * step))
+                got = np.asarray(forward[i][j])[(..., *index)]
+                np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * max(1, float(np.abs(want).max())))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("x64", [False, True])
+def test_dtypes_of_value_and_gradient(case, dtype, x64):
+    with jax.enable_x64(x64):
+        args = tuple(a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in case.args)
+        assert case.function(*args).dtype == (dtype if case.is_map else jnp.float32)
+        assert all(g.dtype == dtype for g in gradient(case)(*args))
+
+
+def test_float64_is_computed_in_float64(case):
+    with jax.enable_x64(True):
+        args = tuple(a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in case.args)
+        value = case.function(*args)
+        assert value.dtype == jnp.float64
+        assert not np.array_equal(value, value.astype(jnp.float32))
+        assert all(g.dtype == jnp.float64 for g in gradient(case)(*args))
+
+
+@pytest.mark.parametrize("name", public_functions())
+def test_one_trace_per_shape(name):
+    case = next(case for key, case in CASES.items() if key.split(",")[0] == name)
+    function = public_functions()[name]
+    function.clear_cache()
+    for _ in range(3):
+        function(*case.args)
+    assert function._cache_size() == 1
+
+
+def test_scan_checkpoint_and_shard_map_change_nothing(case):
+    want = case.function(*case.args)
+    scanned = jax.lax.scan(lambda c, args: (c, case.function(*args)), 0, case.args)[1]
+    close(scanned, want)
+    grad = gradient(case)(*case.args)
+    remat = case._replace(function=jax.checkpoint(case.function))
+    close(gradient(remat)(*case.args), grad)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(case.function, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
+    close(sharded(*case.args), want)
+    close(gradient(case._replace(function=sharded))(*case.args), grad)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_value_and_gradient_lower_for(platform, case):
+    for function in (case.function, gradient(case)):
+        exported = jax.export.export(jax.jit(function), platforms=[platform])(*case.args)
+        assert exported.platforms == (platform,)
+
+
+def test_debug_checks_cost_nothing(case, monkeypatch):
+    """The compiled program is the same with the checks taken out, up to the numbers of its instructions."""
+
+    def compiled():
+        jax.clear_caches()
+        text = jax.jit(gradient(case)).lower(*case.args).compile().as_text()
+        text = re.sub(r", metadata={[^}]*}", "", text[text.index("\n\n%") :])
+        order = {}
+        return re.sub(r"%?[A-Za-z_][\w\-]*(\.\d+)+", lambda m: f"%{order.setdefault(m[0], len(order))}", text)
+
+    checked = compiled()
+    calls = []
+    monkeypatch.setattr(_checks.checkify, "debug_check", lambda *args, **kwargs: calls.append(args))
+    assert compiled() == checked
+    assert calls or case in (CASES["gaussian.log_prob, log_scale"],), "nothing was stated to be taken out"
+
+
+def test_valid_arguments_pass_the_debug_checks(case):
+    assert checkify.checkify(case.function)(*case.args)[0].get() is None

@@ -1,0 +1,49 @@
+"""Each floor imports only what lies below it, and `import jprob` stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {"jprob": {"jax", "jaxtyping", "numpy"}, "jprob/mle": {"jax", "jaxtyping", "numpy", "optax", "jprob"}}
+FILES = [*ROOT.glob("jprob/*.py"), *ROOT.glob("jprob/mle/*.py"), *ROOT.glob("experiments/studies/*.py")]
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, wherever in it."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(filter(None, [parent, node.module]))
+            found |= {base} if node.module else {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    floor = str(path.relative_to(ROOT).parent)
+    for name in imports(path):
+        if floor == "experiments/studies":
+            assert not name.startswith("experiments.studies"), f"a study imports the study {name}"
+            continue
+        top = name.split(".")[0]
+        assert top in FLOORS[floor] | {"jprob"} | set(sys.stdlib_module_names), f"{path.name} imports {name}"
+        if floor == "jprob":
+            assert not name.startswith("jprob.mle"), f"{path.name} imports {name} from the floor above"
+
+
+def test_importing_jprob_is_light():
+    heavy = {"optax", "orbax", "scipy", "matplotlib", "chex", "sklearn", "msgspec"}
+    # jax itself imports scipy.special lazily; what counts is what jprob adds to it.
+    code = "import sys, jax.experimental.checkify; b = {*sys.modules}; import jprob; print({*sys.modules} - b)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    added = {name.split(".")[0] for name in ast.literal_eval(out.stdout)}
+    assert "jprob" in added
+    assert not added & heavy
