@@ -149,7 +149,9 @@ def cross_entropy(
     loss = jnp.squeeze(_class_loss(z, jnp.expand_dims(labels, axis), axis), axis)
     if label_smoothing:
         uniform = _accurate.weigh(_uniform(z, where, axis), -_accurate.log_softmax(z, axis))
-        loss = (1 - label_smoothing) * loss + label_smoothing * jnp.sum(uniform, axis=axis)
+        # Smoothed fully, the label itself does not count: its loss may be infinite, and 0 * inf is NaN.
+        kept = (1 - label_smoothing) * loss if label_smoothing < 1 else 0
+        loss = kept + label_smoothing * jnp.sum(uniform, axis=axis)
     return loss
 
 

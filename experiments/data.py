@@ -1,0 +1,90 @@
+"""Data sets by name, split the same way on every machine. None needs a network.
+
+Splits are drawn on the host with NumPy's PCG64, so that a CPU, a GPU and a TPU train on the same examples. What was
+loaded is hashed, and the hash stands in the run's manifest.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.errors import InputError, unknown
+
+_SEED = 0  # of the splits: part of the data set's definition, not a setting
+
+
+class Split(NamedTuple):
+    """Examples and their classes."""
+
+    features: np.ndarray  # float32[examples, features]
+    labels: np.ndarray  # int32[examples], 0 to num_classes - 1
+
+
+class Dataset(NamedTuple):
+    """A classification problem. Fit on `train`, choose on `validation`, report on `test`."""
+
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    sha256: str  # of the six arrays
+
+
+def load(name: str) -> Dataset:
+    """The data set of that name. Its arrays are shared by all who load it, and read-only.
+
+    Raises:
+      InputError: there is no such data set.
+    """
+    if name not in _LOADERS:
+        raise InputError(unknown(name, sorted(_LOADERS), f'data set "{name}"'))
+    if name not in _loaded:
+        _loaded[name] = _LOADERS[name]()
+    return _loaded[name]
+
+
+def digests() -> dict[str, str]:
+    """The data sets that this process has loaded, and their SHA-256."""
+    return {name: dataset.sha256 for name, dataset in _loaded.items()}
+
+
+def _digits() -> Dataset:
+    """1797 images of handwritten digits, 8 x 8 pixels with values k / 16: 1077 train, 270 validate, 450 test."""
+    from sklearn.datasets import load_digits  # a second to import: only who wants the data waits
+
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    return _split(pixels / 16, labels)
+
+
+def _split(features: np.ndarray, labels: np.ndarray) -> Dataset:
+    """A quarter for testing, then a fifth of the rest for validation, each with the classes in proportion."""
+    from sklearn.model_selection import train_test_split
+
+    generator = np.random.RandomState(np.random.PCG64(_SEED))  # the one way to give scikit-learn a PCG64
+    whole = Split(features.astype(np.float32), labels.astype(np.int32))
+
+    def part(split: Split, fraction: float) -> tuple[Split, Split]:
+        parts = train_test_split(*split, test_size=fraction, stratify=split.labels, random_state=generator)
+        large, small, large_labels, small_labels = map(np.asarray, parts)
+        return Split(large, large_labels), Split(small, small_labels)
+
+    rest, test = part(whole, 0.25)
+    train, validation = part(rest, 0.2)
+    arrays = [*train, *validation, *test]
+    for array in arrays:
+        array.setflags(write=False)
+    return Dataset(train, validation, test, int(labels.max()) + 1, _digest(arrays))
+
+
+def _digest(arrays: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.name}{array.shape}".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+_LOADERS: dict[str, Callable[[], Dataset]] = {"digits": _digits}
+_loaded: dict[str, Dataset] = {}

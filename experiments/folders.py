@@ -1,0 +1,141 @@
+"""A run's folder: made once, opened again by the same command, and never mixed with another run's.
+
+manifest.json    how the numbers came about, see `experiments.manifest`
+results.sqlite   the numbers, see `experiments.results`
+report.html      made from the two, see `experiments.report`, and its figures one by one in figures/
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import InputError
+from experiments.results import SCHEMA, Store
+
+DATABASE, MANIFEST = "results.sqlite", "manifest.json"
+
+
+class Run:
+    """An open results folder. Made by `create` or `existing`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], store: Store):
+        self.folder, self.manifest, self.store = folder, manifest, store
+
+    def update_manifest(self, **entries: Any) -> None:
+        self.manifest |= entries
+        replace(self.folder / MANIFEST, _json(self.manifest))
+
+
+@contextlib.contextmanager
+def create(folder: Path, manifest: dict[str, Any]) -> Iterator[Run]:
+    """Opens the folder of the run that `manifest` describes: a new one, or one that an earlier command began.
+
+    Raises:
+      InputError: the folder holds something else, is being written by another process, or cannot be written.
+        Nothing has been touched then.
+    """
+    with contextlib.ExitStack() as stack:
+        with writing(folder):  # around the opening alone: what fails later is no mistake in the folder's name
+            stored = _stored_manifest(folder)
+            if stored is None and _is_occupied(folder):
+                raise InputError(f"{folder}: expected a new or empty folder, got one that holds other files")
+            if stored is not None and stored["identity"] != manifest["identity"]:
+                raise InputError(
+                    f"{folder}: expected a new folder or run {manifest['identity'][:8]}, got run"
+                    f" {stored['identity'][:8]} (another config, other code, or another device)"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder))
+            if stored is None:
+                replace(folder / MANIFEST, _json(manifest))  # before the database: it makes the folder a run's
+            database = stack.enter_context(contextlib.closing(sqlite3.connect(folder / DATABASE)))
+            database.executescript(SCHEMA)
+        yield Run(folder, stored or manifest, Store(database))
+
+
+@contextlib.contextmanager
+def existing(folder: Path) -> Iterator[Run]:
+    """Opens the folder of a run that is there, finished or not.
+
+    Raises:
+      InputError: there is no run in it.
+    """
+    manifest, path = _stored_manifest(folder), folder / DATABASE
+    if manifest is None or not path.is_file():  # sqlite3 would make an empty one
+        missing = MANIFEST if manifest is None else DATABASE
+        raise InputError(f"{folder}: expected the folder of a run, got one without {missing}")
+    # Not opened read-only: after a kill the first to come must roll the unfinished transaction back.
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        try:
+            database.execute("SELECT run FROM runs LIMIT 1")
+        except sqlite3.Error as error:
+            raise InputError(f"{path}: expected the database of a run: {error}") from None
+        yield Run(folder, manifest, Store(database))
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Where writing fails for a reason outside the program, says so in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
+    except sqlite3.Error as error:
+        raise InputError(f"{folder / DATABASE}: cannot be written: {error}") from error
+
+
+def _stored_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder, got a file")
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or "identity" not in manifest:
+        raise InputError(f"{path}: expected the manifest of a run, got another file")
+    return manifest
+
+
+def _is_occupied(folder: Path) -> bool:
+    # A process that was killed in its first moment leaves an unfinished manifest, and nothing else.
+    return folder.is_dir() and any(path.name != _unfinished(folder / MANIFEST).name for path in folder.iterdir())
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file as a whole: whoever reads it meanwhile, or after a crash, finds the old text or the new one."""
+    unfinished = _unfinished(path)
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _json(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process with the same command out. The system drops the lock however this process ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"{folder}: another process is writing this run") from None
+    except OSError:  # a file system without locks: the second process is then up to the person
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,147 @@
+"""From stored records to one page: every hypothesis with its figure, numbers and verdict, and what speaks against it.
+
+The page is a single file without any outside request, and the same bytes for the same results. It is made from the
+results folder alone, by the studies' own `report` functions.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import msgspec
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from experiments import folders, plots, studies
+from experiments.errors import InputError
+from experiments.folders import Run
+from experiments.tables import print_table
+
+PAGE, FIGURES = "report.html", "figures"
+VERDICTS = ("holds", "falsified", "undecided")
+
+
+class Hypothesis(NamedTuple):
+    """A claim that could have failed, and how it fared."""
+
+    claim: str  # one sentence
+    measured: str  # the figures with their interval, formatted for people: "-0.9998 [-1.0003, -0.9994]"
+    falsified_if: str  # the rule, in words with its numbers
+    verdict: str  # one of VERDICTS
+
+
+class Plot(NamedTuple):
+    """A figure made by `plots.figure`, and what to see in it."""
+
+    figure: Figure
+    caption: str
+
+
+class Table(NamedTuple):
+    """Numbers, formatted for people."""
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+class Section(NamedTuple):
+    """What a study has to say."""
+
+    title: str
+    text: str  # plain paragraphs, separated by blank lines
+    plots: list[Plot]
+    hypotheses: list[Hypothesis]
+    tables: list[Table]
+    counter_evidence: list[str]  # what speaks against the claim, one sentence with figures each
+
+
+def build(run: Run) -> dict[str, Section]:
+    """Writes report.html, its figures and the table of hypotheses from what is stored; returns the sections by study.
+
+    Raises:
+      InputError: the folder was written by other code, or cannot be written.
+    """
+    configured, finished = run.manifest["config"]["studies"], run.store.finished()
+    sections = {name: _section(run, name, settings) for name, settings in configured.items() if name in finished}
+    unfinished = [name for name in configured if name not in finished]
+    drawings = {name: _drawings(name, section) for name, section in sections.items()}
+    text = page(run.manifest, sections, drawings, unfinished)
+    with folders.writing(run.folder):
+        (run.folder / FIGURES).mkdir(exist_ok=True)
+        for name, svgs in drawings.items():
+            for i, svg in enumerate(svgs, start=1):
+                folders.replace(run.folder / FIGURES / f"{name}-{i}.svg", svg)
+        run.store.write_hypotheses([(name, *hypothesis) for name, hypothesis in _hypotheses(sections)])
+        folders.replace(run.folder / PAGE, text)
+    return sections
+
+
+def _section(run: Run, name: str, settings: Any) -> Section:
+    if name not in studies.names():
+        raise InputError(f"{run.folder}: written by other code: there is no study {name} here")
+    study = studies.load(name)
+    try:
+        config = msgspec.convert(settings, study.Config)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{run.folder}: written by other code: {name}: {error}") from None
+    with plots.style():
+        section = study.report(config, run.store.records(name))
+    for hypothesis in section.hypotheses:
+        if hypothesis.verdict not in VERDICTS:
+            raise ValueError(f"{name}: expected a verdict of {VERDICTS}, got {hypothesis.verdict!r}")
+    return section
+
+
+def _hypotheses(sections: dict[str, Section]) -> Iterator[tuple[str, Hypothesis]]:
+    return ((name, hypothesis) for name, section in sections.items() for hypothesis in section.hypotheses)
+
+
+def _drawings(name: str, section: Section) -> list[Markup]:
+    """The figures as SVG. Drawing changes a figure, so a section serves once."""
+    svgs = (plots.svg(plot.figure, prefix=f"{name}-{i}-") for i, plot in enumerate(section.plots, start=1))
+    return [Markup(svg) for svg in svgs]  # Matplotlib has escaped the texts in it
+
+
+def page(
+    manifest: dict[str, Any], sections: dict[str, Section], drawings: dict[str, list[Markup]], unfinished: list[str]
+) -> str:
+    """The whole page as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["paragraphs"] = _paragraphs
+    return environment.get_template("report.html.jinja").render(
+        manifest=manifest,
+        facts=list(_facts(manifest)),
+        sections=sections,
+        drawings=drawings,
+        hypotheses=list(_hypotheses(sections)),
+        unfinished=unfinished,
+    )
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph for paragraph in textwrap.dedent(text).strip().split("\n\n") if paragraph.strip()]
+
+
+def _facts(entries: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """The manifest as lines of (dotted name, value)."""
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            yield from _facts(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", "none" if value is None else str(value)
+
+
+def print_hypotheses(sections: dict[str, Section]) -> None:
+    """The verdicts as a table on stdout, readable at 100 columns."""
+    rows = [(name, each.claim, each.measured, each.verdict) for name, each in _hypotheses(sections)]
+    print_table(("study", "claim", "measured", "verdict"), rows, wrapped=True)

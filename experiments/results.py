@@ -1,0 +1,137 @@
+"""What was measured: records in an SQLite database, one transaction each.
+
+However the process ends, what was finished is there. The database is meant to be queried, with `python -m experiments
+results DIR --query ...` or any SQLite client. Its journal is a plain file (`journal_mode=DELETE`), which is sound on
+network file systems, where a write-ahead log in shared memory is not.
+"""
+
+import json
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_SINGLE = -1  # the step of a value that is one number, not a curve
+
+SCHEMA = """
+PRAGMA journal_mode=DELETE;
+CREATE TABLE IF NOT EXISTS studies (          -- the studies that are finished
+    study TEXT PRIMARY KEY, finished TEXT NOT NULL, seconds REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS runs (             -- one row a record: a finished piece of a study
+    run TEXT PRIMARY KEY, study TEXT NOT NULL, settings TEXT NOT NULL);  -- settings: a JSON object
+CREATE TABLE IF NOT EXISTS measurements (     -- step: 0, 1, ... along a curve, -1 for a single number
+    run TEXT NOT NULL REFERENCES runs, step INTEGER NOT NULL, name TEXT NOT NULL,
+    value REAL,                               -- NULL is not-a-number: SQLite knows no other
+    PRIMARY KEY (run, step, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS hypotheses (
+    study TEXT NOT NULL, claim TEXT NOT NULL, measured TEXT NOT NULL,
+    falsified_if TEXT NOT NULL, verdict TEXT NOT NULL);
+CREATE VIEW IF NOT EXISTS summary AS          -- one row a value or curve
+    SELECT ends.run, ends.name, points, head.value AS first, tail.value AS last
+    FROM (SELECT run, name, count(*) AS points, min(step) AS low, max(step) AS high
+          FROM measurements GROUP BY run, name) AS ends
+    JOIN measurements AS head ON head.run = ends.run AND head.name = ends.name AND head.step = low
+    JOIN measurements AS tail ON tail.run = ends.run AND tail.name = ends.name AND tail.step = high;
+"""
+
+
+class Record(NamedTuple):
+    """A finished piece of a study: what identifies it within the study, and what was measured."""
+
+    settings: dict[str, str | int | float]  # {"arm": "B", "num_classes": 10}
+    values: dict[str, float | np.ndarray]  # a number, or a curve: one value a step
+
+
+class Progress(NamedTuple):
+    """How far a study has come."""
+
+    done: float  # the fraction of its work that is finished, 0 to 1
+    note: str  # what is being done, in a few words
+
+
+class Store:
+    """Records in an open database that has the tables of `SCHEMA`."""
+
+    def __init__(self, database: sqlite3.Connection):
+        self.database = database
+
+    def write(self, study: str, record: Record) -> None:
+        """Stores a record as a whole, or not at all; one with the same settings is replaced.
+
+        Raises:
+          ValueError: a value is neither a number nor a curve with at least one step.
+        """
+        run, rows = run_key(study, record.settings), list(_rows(record.values))
+        settings = json.dumps(record.settings, sort_keys=True, default=_plain)
+        with self.database as database:
+            database.execute("DELETE FROM measurements WHERE run = ?", [run])
+            database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", [run, study, settings])
+            database.executemany("INSERT INTO measurements VALUES (?, ?, ?, ?)", [(run, *row) for row in rows])
+
+    def records(self, study: str) -> list[Record]:
+        """The records of a study, in the order of writing. Each equals the one written: nan, infinity and all."""
+        runs = self.database.execute("SELECT run, settings FROM runs WHERE study = ? ORDER BY rowid", [study])
+        return [Record(json.loads(settings), self._values(run)) for run, settings in runs.fetchall()]
+
+    def _values(self, run: str) -> dict[str, float | np.ndarray]:
+        rows = self.database.execute("SELECT name, step, value FROM measurements WHERE run = ? ORDER BY step", [run])
+        values: dict[str, float | np.ndarray] = {}
+        curves: dict[str, list[float]] = {}
+        for name, step, stored in rows:
+            value = float("nan") if stored is None else stored
+            if step == _SINGLE:
+                values[name] = value
+            else:
+                curves.setdefault(name, []).append(value)
+        return values | {name: np.array(curve) for name, curve in curves.items()}
+
+    def finish(self, study: str, seconds: float) -> None:
+        """Marks a study as finished: the same command leaves it as it is from now on."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self.database as database:
+            database.execute("INSERT OR REPLACE INTO studies VALUES (?, ?, ?)", [study, now, seconds])
+
+    def finished(self) -> dict[str, float]:
+        """The finished studies, and the seconds that each took."""
+        return dict(self.database.execute("SELECT study, seconds FROM studies"))
+
+    def write_hypotheses(self, rows: Iterable[Sequence[str]]) -> None:
+        """Replaces all hypotheses by rows of (study, claim, measured, falsified_if, verdict)."""
+        with self.database as database:
+            database.execute("DELETE FROM hypotheses")
+            database.executemany("INSERT INTO hypotheses VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def run_key(study: str, settings: dict[str, str | int | float]) -> str:
+    """The legible primary key of a record; different settings have different keys.
+
+    >>> run_key("gradient_law", {"num_classes": 10, "arm": "B", "start": "far off"})
+    'gradient_law/arm=B,num_classes=10,start="far off"'
+    """
+    parts = (f"{name}={_key_part(settings[name])}" for name in sorted(settings))
+    return f"{study}/{','.join(parts)}"
+
+
+def _key_part(value: str | int | float) -> str:
+    # Bare words read best. Whatever could be taken for a number or for the next setting stands in quotes.
+    is_word = isinstance(value, str) and re.fullmatch(r"[^\W\d][\w'+-]*", value)
+    return str(value) if is_word else json.dumps(value, default=_plain, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as Python's, for JSON."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a setting is a string or a number, got {value!r}")
+
+
+def _rows(values: dict[str, float | np.ndarray]) -> Iterator[tuple[int, str, float]]:
+    for name, value in values.items():
+        array = np.asarray(value, dtype=np.float64)
+        if array.ndim > 1 or array.size == 0:
+            raise ValueError(f"{name}: expected a number or a curve of at least one step, got shape {array.shape}")
+        first = _SINGLE if array.ndim == 0 else 0
+        yield from ((step, name, number) for step, number in enumerate(array.reshape(-1).tolist(), start=first))

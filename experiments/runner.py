@@ -1,0 +1,83 @@
+"""Runs the studies of a config, in order, into a results folder."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import data, folders, progress, results, studies
+from experiments.config import Config
+from experiments.errors import InputError
+from experiments.folders import Run
+from experiments.interrupt import Farewell
+from experiments.manifest import Device, describe
+from experiments.results import Progress, Record
+
+
+def run(config: Config, out: Path | None, farewell: Farewell) -> Path:
+    """Runs what is not finished yet; returns the folder, by default results/<config>-<identity>."""
+    device = choose_device(config)
+    with jax.default_device(device), jax.default_matmul_precision("highest"):
+        manifest = describe(config, device)
+        folder = out or Path("results") / f"{Path(config.file).stem}-{manifest['identity'][:8]}"
+        with folders.create(folder, manifest) as run:
+            farewell.line = f"interrupted: finished records are in {folder}; the same command continues"
+            _run_studies(config, run)
+    return folder
+
+
+def choose_device(config: Config) -> Device:
+    """The first device of the config's backend; "auto" leaves the choice to jax."""
+    try:
+        return jax.devices(None if config.backend == "auto" else config.backend)[0]
+    except RuntimeError:
+        problem = f'"{config.backend}" is not available here: jax finds {_platform()}'
+        raise InputError(f"{config.file}: backend: {problem}") from None
+
+
+def _platform() -> str:
+    try:
+        return jax.default_backend()
+    except RuntimeError:  # JAX_PLATFORMS names one that is not there
+        return "none"
+
+
+def _run_studies(config: Config, run: Run) -> None:
+    finished = run.store.finished()
+    if kept := [name for name in config.studies if name in finished]:
+        print(f"finished before, kept as it is: {', '.join(kept)}", file=sys.stderr)
+    unfinished = {name: settings for name, settings in config.studies.items() if name not in finished}
+    with progress.shown(list(unfinished)) as update:
+        for name, settings in unfinished.items():
+            _run_study(name, settings, run, update)
+
+
+def _run_study(name: str, settings: Any, run: Run, update: progress.Update) -> None:
+    update(name, Progress(0.0, "starting"))
+    start, count = time.perf_counter(), 0
+    for item in _without_repetition(studies.load(name).run(settings)):
+        if isinstance(item, Progress):
+            # The end is announced below, when everything is stored.
+            update(name, item._replace(done=min(item.done, 0.999)))
+        else:
+            run.store.write(name, item)
+            count += 1
+    seconds = time.perf_counter() - start
+    run.update_manifest(seconds=run.manifest["seconds"] | {name: seconds}, data=run.manifest["data"] | data.digests())
+    run.store.finish(name, seconds)  # last: a kill before it and the study, manifest and all, is done anew
+    update(name, Progress(1.0, f"finished in {seconds:.1f} s, {count} records"))
+
+
+def _without_repetition(items: Iterator[Record | Progress]) -> Iterator[Record | Progress]:
+    """Passes the items on; a study that describes two records alike would lose the first without a word."""
+    seen: set[str] = set()
+    for item in items:
+        if isinstance(item, Record):
+            key = results.run_key("", item.settings)
+            if key in seen:
+                raise ValueError(f"two records have the settings {item.settings}")
+            seen.add(key)
+        yield item

@@ -1,0 +1,53 @@
+"""The studies, one module each; a study is whatever module stands in this folder, there is no list to edit.
+
+A study offers three names, see `Study`: its settings, a generator of records, and a reading of stored records. The
+first line of its docstring is its title. Studies never import each other.
+"""
+
+import ast
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import msgspec
+
+if TYPE_CHECKING:  # listing the studies must not load matplotlib
+    from experiments.report import Section
+    from experiments.results import Progress, Record
+
+
+class Study(Protocol):
+    """What the harness expects of a module in this folder."""
+
+    Config: type[msgspec.Struct]
+    """Frozen, without defaults: the file is the whole record. Ranges stand in `Annotated[..., msgspec.Meta(...)]`."""
+
+    def run(self, config: Any) -> "Iterator[Record | Progress]":
+        """Does the work, without I/O: yields a Record for each finished piece, and Progress now and then."""
+        ...
+
+    def report(self, config: Any, records: "Sequence[Record]") -> "Section":
+        """Reads the stored records: figures, hypotheses with verdicts, and what speaks against them."""
+        ...
+
+
+def names() -> list[str]:
+    """The names of all studies, in alphabetical order."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def load(name: str) -> Study:
+    """Imports one study; the others stay unloaded."""
+    return cast(Study, importlib.import_module(f"{__name__}.{name}"))
+
+
+def title(name: str) -> str:
+    """The first line of a study's docstring, read without importing it (a study imports jax)."""
+    spec = importlib.util.find_spec(f"{__name__}.{name}")
+    assert spec is not None
+    assert spec.origin is not None
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    return docstring.splitlines()[0] if docstring else ""

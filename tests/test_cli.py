@@ -1,0 +1,247 @@
+"""What the command line answers: one clear line to every mistake, and nothing written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_studies
+
+from experiments.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _tiny_studies(monkeypatch, tmp_path):
+    tiny_studies.install(monkeypatch, tmp_path)
+
+
+# ---- Mistakes in a config: status 2, one line, nothing written
+
+COIN = "configs/coin.toml"
+JAX_FINDS = jax.default_backend()
+MISTAKES = {
+    # what is changed in the file -> the line
+    "unknown key": (
+        ("flips = 1000", "flisp = 1000"),
+        "coin.flisp: unknown key, expected one of seed, flips, biases, toss; nearest: flips",
+    ),
+    "unknown key in a table": (
+        ("height = 1.5", "heigth = 1.5"),
+        "coin.toss.heigth: unknown key, expected one of height, hand; nearest: height",
+    ),
+    "quoted key": (
+        ("flips = 1000", '"fl\\nips" = 1000'),
+        'coin."fl\\nips": unknown key, expected one of seed, flips, biases, toss; nearest: flips',
+    ),
+    "missing key": (("flips = 1000", ""), "coin.flips: missing, expected int"),
+    "missing choice": (('hand = "left"', ""), "coin.toss.hand: missing, expected one of left, right"),
+    "missing table": (('[coin.toss]\nheight = 1.5\nhand = "left"', ""), "coin.toss: missing, expected a table"),
+    "wrong type": (("flips = 1000", 'flips = "many"'), 'coin.flips: expected int, got "many"'),
+    "fraction for a count": (("flips = 1000", "flips = 1.5"), "coin.flips: expected int, got 1.5"),
+    "truth for a count": (("flips = 1000", "flips = true"), "coin.flips: expected int, got true"),
+    "date": (("flips = 1000", "flips = 2026-01-01"), "coin.flips: expected int, got 2026-01-01"),
+    "number for a table": (
+        ('[coin.toss]\nheight = 1.5\nhand = "left"', "toss = 3"),
+        "coin.toss: expected a table, got 3",
+    ),
+    "table for a number": (("flips = 1000", "flips = {a = 1}"), "coin.flips: expected int, got a table"),
+    "too small": (("flips = 1000", "flips = 0"), "coin.flips: expected int >= 1, got 0"),
+    "too large": (("flips = 1000", "flips = 1_000_000"), "coin.flips: expected int <= 100000, got 1000000"),
+    "far too large": (
+        ("height = 1.5", f"height = {10**400}"),
+        "coin.toss.height: expected float, got an integer of 1329 bits",
+    ),
+    "at an open end": (("height = 1.5", "height = 0"), "coin.toss.height: expected float > 0.0, got 0"),
+    "empty list": (("[0.5, 0.75]", "[]"), "coin.biases: expected array of length >= 1, got []"),
+    "in a list": (("[0.5, 0.75]", "[0.5, 1.0]"), "coin.biases[1]: expected float < 1.0, got 1.0"),
+    "not a number": (("height = 1.5", "height = nan"), "coin.toss.height: expected a finite number, got nan"),
+    "infinite": (("height = 1.5", "height = -inf"), "coin.toss.height: expected a finite number, got -inf"),
+    "infinite by size": (("height = 1.5", "height = 1e999"), "coin.toss.height: expected a finite number, got inf"),
+    "not a number in a list": (("[0.5, 0.75]", "[nan]"), "coin.biases[0]: expected a finite number, got nan"),
+    "not a choice": (
+        ('hand = "left"', 'hand = "lefd"'),
+        'coin.toss.hand: expected one of left, right, got "lefd"; nearest: left',
+    ),
+    "keys that contradict": (("[0.5, 0.75]", "[0.5, 0.5]"), "coin: biases: expected each once"),
+    "unknown study": (
+        ("[coin]", "[coyn]"),
+        "coyn: unknown study, expected one of coin, endless, faulty; nearest: coin",
+    ),
+    "number for a study": (('backend = "cpu"', 'backend = "cpu"\nfaulty = 3'), "faulty: expected a table, got 3"),
+    "unknown top-level key": (
+        ('backend = "cpu"', 'backend = "cpu"\nbakend = 1'),
+        "bakend: unknown key, expected one of backend, coin, endless, faulty; nearest: backend",
+    ),
+    "unknown backend": (('"cpu"', '"gpus"'), 'backend: expected one of auto, cpu, gpu, tpu, got "gpus"; nearest: gpu'),
+    "number for a backend": (('"cpu"', "3"), "backend: expected one of auto, cpu, gpu, tpu, got 3"),
+    "missing backend": (('backend = "cpu"', ""), "backend: missing, expected one of auto, cpu, gpu, tpu"),
+    "absent backend": (('"cpu"', '"tpu"'), f'backend: "tpu" is not available here: jax finds {JAX_FINDS}'),
+}  # fmt: skip
+
+
+def assert_refused(arguments, line, capsys):
+    before = tiny_studies.tree()
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err == line + "\n"
+    assert printed.out == ""
+    assert tiny_studies.tree() == before
+
+
+@pytest.mark.parametrize(("change", "problem"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_the_config_is_one_line(capsys, change, problem):
+    text = tiny_studies.COIN.replace(*change)
+    assert text != tiny_studies.COIN
+    Path(COIN).write_text(text, encoding="utf-8")
+    assert_refused(["run", COIN], f"{COIN}: {problem}", capsys)
+
+
+FILES = {
+    "not UTF-8": (b'backend = "cpu"\n# \xff\n', "line 2: expected UTF-8, got the byte 0xff"),
+    "not TOML": (b"backend = cpu\n", "not TOML: Invalid value (at line 1, column 11)"),
+    "twice": (b"[coin]\na = 1\na = 2\n", "not TOML: Cannot overwrite a value (at line 3, column 6)"),
+    "too deep": (b"a = " + b"[" * 10_000, "not TOML: "),
+    "too long a number": (b"a = " + b"9" * 5_000, "not TOML: Exceeds the limit"),
+    "empty": (b"", "backend: missing, expected one of auto, cpu, gpu, tpu"),
+    "no study": (
+        b'backend = "cpu"',
+        "expected a table for at least one study of coin, endless, faulty, got none",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "problem"), FILES.values(), ids=FILES)
+def test_a_file_that_is_no_config_is_one_line(capsys, content, problem):
+    Path(COIN).write_bytes(content)
+    before = tiny_studies.tree()
+    assert main(["run", COIN]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"{COIN}: {problem}")
+    assert printed.err.count("\n") == 1
+    assert tiny_studies.tree() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("configs/con.toml", "configs/con.toml: no such file; nearest: configs/coin.toml"),
+        ("nowhere/at/all", "nowhere/at/all: no such file"),
+        ("configs", "configs: expected a TOML file, got a directory"),
+        ("configs/coin.toml/x", "configs/coin.toml/x: cannot be read: Not a directory"),
+        ("two\nlines", "two lines: no such file"),
+    ],
+)
+def test_a_path_that_leads_to_no_file_is_one_line(capsys, path, line):
+    assert_refused(["run", path], line, capsys)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("coin.flips", '--set: expected key.key=value, got "coin.flips"'),
+        ("=3", '--set: expected key.key=value, got "=3"'),
+        ("coin..flips=3", '--set: expected key.key=value, got "coin..flips=3"'),
+        ("", '--set: expected key.key=value, got ""'),
+        ("coin.flips=", '--set: coin.flips: expected int, got ""'),
+        ("coin.flips=0", "--set: coin.flips: expected int >= 1, got 0"),
+        ("coin.flips=ten", '--set: coin.flips: expected int, got "ten"'),
+        ("coin.flips=1\nseed=2", '--set: coin.flips: expected int, got "1\\nseed=2"'),
+        ("coin.toss.height=nan", "--set: coin.toss.height: expected a finite number, got nan"),
+        ("coin.flops=3", "--set: coin.flops: unknown key, expected one of seed, flips, biases, toss; nearest: flips"),
+        ("coin.flips.a=3", "--set: coin.flips.a: expected coin.flips to be a table, got 1000"),
+        ("coin=3", "--set: coin: expected a table, got 3"),
+        ("con.flips=3", "--set: con: unknown study, expected one of coin, endless, faulty; nearest: coin"),
+        ("endless.outside=3", "--set: endless.outside: unknown key, expected one of inside; nearest: inside"),
+        ("backend=gpus", '--set: backend: expected one of auto, cpu, gpu, tpu, got "gpus"; nearest: gpu'),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(capsys, override, line):
+    assert_refused(["run", COIN, "--set", override], line, capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["rum"], ["run"], ["run", COIN, "--sett", "a=1"], ["results", "x", "--format", "xml"], ["list", "extra"]],
+)
+def test_a_mistake_in_the_command_is_one_line(capsys, arguments):
+    before = tiny_studies.tree()
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("python -m experiments")
+    assert printed.err.endswith("; --help shows how\n")
+    assert printed.err.count("\n") == 1
+    assert tiny_studies.tree() == before
+
+
+def test_a_mistake_is_answered_before_jax_is_loaded():
+    code = (
+        "import sys; from experiments.__main__ import main; status = main(['run', 'nowhere.toml']); "
+        "assert status == 2; assert not {'jax', 'matplotlib', 'scipy', 'sklearn'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=tiny_studies.environment(), capture_output=True)
+
+
+# ---- Folders
+
+
+@pytest.mark.parametrize(
+    ("out", "line"),
+    [
+        ("taken", "taken: expected a new or empty folder, got one that holds other files"),
+        ("file", "file: expected a folder, got a file"),
+        ("file/run", "file/run: cannot be written: Not a directory"),
+        ("/proc/run", "/proc/run: cannot be written: No such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_one_line(capsys, out, line):
+    Path("taken").mkdir()
+    Path("taken", "thesis.tex").touch()
+    Path("file").touch()
+    assert_refused(["run", COIN, "--out", out], line, capsys)
+
+
+def test_the_folder_of_another_run_is_left_alone(capsys):
+    assert main(["run", COIN, "--out", "run"]) == 0
+    capsys.readouterr()
+    before = tiny_studies.tree()
+    assert main(["run", COIN, "--out", "run", "--set", "coin.seed=8"]) == 2
+    assert re.fullmatch(
+        r"run: expected a new folder or run \w{8}, got run \w{8} \(another config, other code, or another device\)\n",
+        capsys.readouterr().err,
+    )
+    assert tiny_studies.tree() == before
+
+
+def test_list_names_studies_and_configs(capsys):
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "studies",
+        "  coin: The coin: the share of heads approaches the bias.",
+        "  endless: Endless: one record, and then a call into XLA that does not return while anyone waits.",
+        "  faulty: Faulty: breaks off after one record for as long as there is a file named `broken`.",
+        "configs",
+        "  configs/coin.toml: Heads come as often as the bias says. A second.",
+    ]
+
+
+# ---- Processes
+
+
+def test_python_m_experiments_lists_what_there_is():
+    command = [sys.executable, "-m", "experiments", "list"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("studies\n")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["run", COIN], 0), (["run", "nowhere"], 2), (["--help"], 0)])
+def test_the_exit_status_is_that_of_main(arguments, status):
+    done = subprocess.run(
+        [*tiny_studies.COMMAND, *arguments], env=tiny_studies.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr

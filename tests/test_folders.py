@@ -1,0 +1,104 @@
+"""A results folder belongs to one run and one process, and survives whatever ends the process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import folders
+from experiments.errors import InputError
+from experiments.results import Record
+
+MANIFEST = {"identity": "a" * 64, "config": {"studies": {}}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    with folders.create(tmp_path / "run", MANIFEST) as opened:
+        yield opened
+
+
+def test_the_manifest_is_replaced_as_a_whole(run, monkeypatch):
+    run.update_manifest(seconds={"study": 1.0})
+    path = run.folder / folders.MANIFEST
+    assert json.loads(path.read_text()) == MANIFEST | {"seconds": {"study": 1.0}}
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.update_manifest(seconds={})
+    assert json.loads(path.read_text())["seconds"] == {"study": 1.0}
+
+
+WRITER = """
+import sys, numpy as np
+from pathlib import Path
+from experiments import folders
+from experiments.results import Record
+with folders.create(Path(sys.argv[1]), {"identity": "k"}) as run:
+    for piece in range(100_000):
+        run.store.write("study", Record({"piece": piece}, {"curve": np.full(500, float(piece))}))
+        print("written", flush=True)
+"""
+
+
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_a_killed_writer_leaves_whole_records(tmp_path, count):
+    folder = tmp_path / "run"
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE)
+    with writer:
+        assert writer.stdout is not None
+        for _ in range(count):
+            writer.stdout.readline()
+        writer.send_signal(signal.SIGKILL)
+    with folders.create(folder, {"identity": "k"}) as run:  # neither lock nor journal is in the way
+        records = run.store.records("study")
+    assert len(records) >= count
+    for piece, record in enumerate(records):
+        assert record.settings == {"piece": piece}
+        np.testing.assert_array_equal(record.values["curve"], np.full(500, float(piece)))
+
+
+def test_the_same_run_is_opened_again_and_another_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    with folders.create(folder, MANIFEST) as run:
+        run.store.write("study", Record({"arm": "A"}, {"loss": 0.1}))
+    with folders.create(folder, MANIFEST | {"started": "later"}) as run:
+        assert len(run.store.records("study")) == 1
+        assert "started" not in run.manifest  # what was stored counts
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with (
+        pytest.raises(InputError, match="expected a new folder or run bbbbbbbb, got run aaaaaaaa"),
+        folders.create(folder, {"identity": "b" * 64}),
+    ):
+        pass
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_two_processes_cannot_write_the_same_run(run):
+    with pytest.raises(InputError, match="another process is writing this run"), folders.create(run.folder, MANIFEST):
+        pass
+
+
+def test_an_empty_folder_is_taken_and_one_with_other_files_is_not(tmp_path):
+    with folders.create(tmp_path, MANIFEST):
+        pass
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    with pytest.raises(InputError, match="expected a new or empty folder"), folders.create(other, MANIFEST):
+        pass
+    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_whose_process_was_killed_at_once_is_taken(tmp_path):
+    (tmp_path / "manifest.json.tmp").write_text('{"iden')
+    with folders.create(tmp_path, MANIFEST) as run:
+        assert run.store.records("study") == []
+
+
+def test_an_error_of_the_study_is_not_taken_for_one_of_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mistake"), folders.create(tmp_path, MANIFEST):
+        raise FileNotFoundError("a mistake of the study")

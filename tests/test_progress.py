@@ -1,0 +1,75 @@
+"""A person at a terminal sees bars; a log gets a line every few seconds, also while a study has no news."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from experiments import progress
+from experiments.results import Progress
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "left"),
+    [(30, 0.25, "1:30 left"), (10, 0.999, "0:00 left"), (100, 0.01, "2:45:00 left"), (10, 1, "0:00 left"), (10, 0, "")],
+)
+def test_the_time_left_is_that_at_the_mean_speed(seconds, done, left):
+    assert progress.time_left(seconds, done) == left
+
+
+def shown(monkeypatch, work, **options):
+    output = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=output, width=100, **options))
+    with progress.shown(["one", "two"]) as update:
+        work(update)
+    return output.getvalue()
+
+
+def test_a_log_tells_beginnings_and_ends(monkeypatch):
+    def work(update):
+        for study in ("one", "two"):
+            for done in (0.0, 0.25, 0.5, 1.0):
+                update(study, Progress(done, f"[note] at {done}"))
+
+    assert shown(monkeypatch, work).splitlines() == [
+        "one: 0%, [note] at 0.0",
+        "one: 100%, [note] at 1.0",
+        "two: 0%, [note] at 0.0",
+        "two: 100%, [note] at 1.0",
+    ]
+
+
+def test_a_log_repeats_the_state_while_there_is_no_news(monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
+
+    def work(update):
+        update("one", Progress(0.0, "starting"))
+        update("one", Progress(0.5, "compiling"))
+        time.sleep(0.5)
+
+    lines = shown(monkeypatch, work).splitlines()
+    assert lines[0] == "one: 0%, starting"
+    assert len(lines) >= 3
+    assert all(line.startswith("one: 50%, 0:00 left, compiling") for line in lines[1:])
+
+
+def test_a_terminal_shows_a_bar_a_study(monkeypatch):
+    def work(update):
+        update("one", Progress(1.0, "finished [fully]"))
+        update("two", Progress(0.5, "halfway"))
+
+    text = shown(monkeypatch, work, force_terminal=True, _environ={"TERM": "xterm"})
+    last = text[text.rindex("one") :]
+    for part in ("━", "100%", "finished [fully]", "two", "50%", "left", "halfway"):
+        assert part in last
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_a_log(monkeypatch):
+    text = shown(
+        monkeypatch,
+        lambda update: update("one", Progress(0.0, "starting")),
+        force_terminal=True,
+        _environ={"TERM": "dumb"},
+    )
+    assert text == "one: 0%, starting\n"

@@ -1,0 +1,201 @@
+"""The page is made from the folder alone, is the same for the same results, and asks nothing of the network."""
+
+import json
+import re
+import shutil
+import sqlite3
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import tiny_studies
+
+from experiments import folders, report, studies
+from experiments.__main__ import main
+from experiments.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _tiny_studies(monkeypatch, tmp_path):
+    tiny_studies.install(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def folder(capsys):
+    assert main(["run", "configs/coin.toml", "--out", "run"]) == 0
+    capsys.readouterr()
+    return Path("run")
+
+
+def page(folder):
+    return (folder / report.PAGE).read_text(encoding="utf-8")
+
+
+class Outline(HTMLParser):
+    """Ids, references and text of a page; fails on an element that is not closed."""
+
+    VOID = ("meta", "link", "br", "img", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.references, self.open, self.words = Counter(), set(), [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids[value] += 1
+            if name in ("href", "xlink:href", "aria-labelledby"):
+                self.references.add((value or "").removeprefix("#"))
+            self.references |= set(re.findall(r"url\(#([^)]+)\)", value or ""))
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += " " + data
+
+
+def test_the_same_results_give_the_same_bytes_wherever_the_folder_lies(folder):
+    before = page(folder)
+    shutil.copytree(folder, "elsewhere")
+    (folder / report.PAGE).unlink()
+    assert main(["report", "elsewhere"]) == 0
+    assert page(Path("elsewhere")) == before
+
+
+def test_each_figure_is_also_a_file(folder):
+    files = sorted((folder / report.FIGURES).iterdir())
+    drawings = re.findall(r"<svg.*?</svg>", page(folder), re.DOTALL)
+    assert drawings
+    assert sorted(drawings) == sorted(file.read_text().strip() for file in files)
+    assert all(re.fullmatch(r"coin-\d+\.svg", file.name) for file in files)
+
+
+def test_the_page_asks_nothing_of_the_network(folder):
+    text = page(folder)
+    assert not re.search(r"<(script|link|img|iframe|object|embed)\b|@import|@font-face|\bsrc=|url\((?!#)", text)
+    assert all(reference.startswith("#") for reference in re.findall(r'\bhref="([^"]*)"', text))
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(folder, monkeypatch):
+    coin = studies.load("coin")
+    section = coin.report
+
+    def twice(config, records):  # the same figure twice: matplotlib alone would give both the same ids
+        first, second = section(config, records), section(config, records)
+        return first._replace(plots=[*first.plots, *second.plots])
+
+    monkeypatch.setattr(coin, "report", twice)
+    assert main(["report", str(folder)]) == 0
+    outline = Outline(page(folder))
+    assert [name for name, count in outline.ids.items() if count > 1] == []
+    assert outline.references <= outline.ids.keys()
+    assert sum("clip" in name or "axes_1" in name for name in outline.ids) >= 2
+
+
+def test_what_a_study_says_is_on_the_page_and_escaped(folder):
+    text, words = page(folder), " ".join(Outline(page(folder)).words.split())
+    assert "A coin has a &lt;bias&gt;." in text
+    for said in ("The share of heads is the bias [to .1].", "further off than .1", "against flips & more flips."):
+        assert said in words
+    assert words.count("After 1000 flips the share is still") == 2  # above, with the verdicts, and in its section
+    for fact in ("versions.jax", "numerics.jax_enable_x64", "config.studies.coin.toss.height", "git.commit"):
+        assert fact in words
+
+
+def test_counter_evidence_stands_beside_the_evidence(folder):
+    text = page(folder)
+    first_verdict, first_doubt, first_section = (text.index(s) for s in ("is the bias [to", "is still", "<section"))
+    assert first_verdict < first_doubt < first_section
+    assert '<div class="card against"><p><strong>After 1000' in text  # set as the claims are
+    assert '<div class="card holds">\n<p><strong>The share' in text
+
+
+def test_hypotheses_can_be_queried(folder):
+    with sqlite3.connect(folder / folders.DATABASE) as database:
+        rows = database.execute("SELECT study, falsified_if, verdict FROM hypotheses").fetchall()
+    database.close()
+    assert rows == [("coin", "further off than .1", "holds")]
+
+
+def test_an_unfinished_study_is_named_and_not_shown(folder):
+    with sqlite3.connect(folder / folders.DATABASE) as database:
+        database.execute("DELETE FROM studies")
+    database.close()
+    assert main(["report", str(folder)]) == 0
+    assert "Not finished, and not shown: coin." in page(folder)
+    assert "The share of heads" not in page(folder)
+
+
+def test_a_verdict_is_one_of_three(folder, monkeypatch):
+    coin = studies.load("coin")
+    section = coin.report
+
+    def vague(config, records):
+        made = section(config, records)
+        return made._replace(hypotheses=[made.hypotheses[0]._replace(verdict="maybe")])
+
+    monkeypatch.setattr(coin, "report", vague)
+    with pytest.raises(ValueError, match="expected a verdict of"), folders.existing(folder) as run:
+        report.build(run)
+
+
+def corrupt(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def edit_settings(folder: Path, change) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest["config"]["studies"])
+    corrupt(folder / "manifest.json", json.dumps(manifest))
+    with sqlite3.connect(folder / folders.DATABASE) as database:
+        database.execute("INSERT OR REPLACE INTO studies VALUES ('dice', '', 1.0)")
+    database.close()
+
+
+NO_RUN = "run: expected the folder of a run, got one without"
+NO_MANIFEST = "run/manifest.json: expected the manifest of a run, got another file"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, f"{NO_RUN} manifest.json"),
+        (lambda run: (run / "manifest.json").unlink(), f"{NO_RUN} manifest.json"),
+        (lambda run: (run / "results.sqlite").unlink(), f"{NO_RUN} results.sqlite"),
+        (lambda run: corrupt(run / "manifest.json", "{"), NO_MANIFEST),
+        (lambda run: corrupt(run / "manifest.json", "[]"), NO_MANIFEST),
+        (
+            lambda run: corrupt(run / "results.sqlite", "text" * 999),
+            "run/results.sqlite: expected the database of a run: file is not a database",
+        ),
+        (
+            lambda run: edit_settings(run, lambda studies: studies["coin"].pop("flips")),
+            "run: written by other code: coin: Object missing required field `flips`",
+        ),
+        (
+            lambda run: edit_settings(run, lambda studies: studies.update(dice=studies.pop("coin"))),
+            "run: written by other code: there is no study dice here",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_this_codes_run_is_one_line(folder, capsys, spoil, message):
+    spoil(folder)
+    assert main(["report", str(folder)]) == 2
+    assert capsys.readouterr().err == message + "\n"
+
+
+def test_a_page_that_cannot_be_written_is_one_line(folder):
+    (folder / report.PAGE).unlink()
+    (folder / report.PAGE).mkdir()
+    with pytest.raises(InputError, match="run: cannot be written: Is a directory"), folders.existing(folder) as run:
+        report.build(run)
