@@ -129,7 +129,8 @@ def test_a_python_that_will_not_do_is_one_line(workplace, target, python, says):
     if python:
         script(
             workplace / "bin/python3",
-            f'[ "$1" = -c ] || exec "{sys.executable}" "$@"\n'
+            f'[ "$1" != -V ] || exec "{sys.executable}" -V\n'
+            '[ "$1" = -c ] || exit 1\n'
             f"""exec "{sys.executable}" -c "import sys; {python}; exec(sys.argv[1])" "$2\"""",
         )
     ran = make(workplace, "-j4", target)

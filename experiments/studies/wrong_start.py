@@ -1,0 +1,453 @@
+"""The wrong start: which initialisations make the vanishing gradient of squared error cost accuracy.
+
+A classifier of handwritten digits (64 pixels, 10 classes), linear or with one tanh layer, is trained from output
+weights drawn with a standard deviation s. The larger s, the larger the logits before the first step, and nine of ten
+are wrong: with s = 4 most examples start confidently wrong. The arms:
+
+    A   softmax, cross-entropy                         gradient in the logits p - y
+    B   softmax, half the Brier score ||p - y||^2 / 2  gradient p_i (e_i - <p, e>), e = p - y: e^-margin when wrong
+    C   linear output, ||z - y||^2 / 2                 gradient z - y
+
+How many examples take part in the first step is told by the participation ratio (sum g)^2 / (n sum g^2) of the norms g
+of their gradients in the logits: 1 if all pull alike, 1 / n if one does.
+
+Protocol: the learning rate is tuned for each arm, optimizer, model and s by itself, on a validation split, over a
+half-decade grid that is widened while the best rate lies at its edge; seeds that select are not seeds that report. A
+run that diverges counts as accuracy 0. Arms are paired: equal seeds have equal draws and equal batches. Intervals are
+BCa bootstrap, p-values are of sign flips with Holm's correction over all comparisons of A and B, and "no difference"
+means the two one-sided tests at half a point.
+
+Sources: Solla, Levin and Fleisher (1988); Glorot and Bengio (2010); Hui and Belkin (2021).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments import data, plots, stats
+from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.results import Progress, Record
+from jprob import categorical, mle
+
+ARMS = ("A", "B", "C")
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": optax.sgd, "adam": optax.adam}
+MODEL_NAMES = {"linear": "linear", "mlp": "MLP"}
+OPTIMIZER_NAMES = {"sgd": "SGD", "adam": "Adam"}
+MARGIN = 0.5  # accuracy points that count as no difference
+REPORT_SEED = 1000  # selection counts its seeds from 0, the report from here
+
+Std = Annotated[float, msgspec.Meta(gt=0, le=100)]
+Decade = Annotated[float, msgspec.Meta(ge=-8, le=4, multiple_of=0.5)]
+Decades = Annotated[list[Decade], msgspec.Meta(min_length=2, max_length=2)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1000)]
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Grids of learning rates are given by the decimal logarithm of their ends, in steps of half a decade."""
+
+    models: Annotated[list[Literal["linear", "mlp"]], msgspec.Meta(min_length=1, max_length=2)]
+    optimizers: Annotated[list[Literal["sgd", "adam"]], msgspec.Meta(min_length=1, max_length=2)]
+    ordinary_std: Std
+    wrong_std: Std
+    other_stds: list[Std]
+    hidden_units: Count
+    epochs: Count
+    batch_size: Count
+    sgd_decades: Decades
+    adam_decades: Decades
+    widen_at_most: Annotated[int, msgspec.Meta(ge=0, le=20)]
+    selection_seeds: Annotated[int, msgspec.Meta(ge=1, le=REPORT_SEED)]
+    report_seeds: Annotated[int, msgspec.Meta(ge=2, le=1000)]
+    trained_together: Count
+
+    @property
+    def stds(self) -> list[float]:
+        """All standard deviations, ascending."""
+        return sorted({self.ordinary_std, self.wrong_std, *self.other_stds})
+
+    def rates(self, optimizer: str) -> list[int]:
+        """The grid of an optimizer, in half-decades."""
+        low, high = self.sgd_decades if optimizer == "sgd" else self.adam_decades
+        return list(range(round(2 * low), round(2 * high) + 1))
+
+
+class Member(NamedTuple):
+    """One training: its output weights' standard deviation, learning rate in half-decades, and seed."""
+
+    std: float
+    rate: int
+    seed: int
+
+
+def outputs(params, x):
+    """Logits of the model that `params` describe: linear, or through one layer of tanh."""
+    if "hidden" in params:
+        x = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return x @ params["output"]["kernel"] + params["output"]["bias"]
+
+
+def loss(arm: str, z, labels):
+    """The arm's loss of each example."""
+    if arm == "A":
+        return categorical.cross_entropy(z, labels)
+    if arm == "B":
+        return categorical.brier_score(z, labels) / 2
+    return jnp.sum(jnp.square(z - jax.nn.one_hot(labels, z.shape[-1])), axis=-1) / 2
+
+
+def initial_params(model: str, member: Member, num_features: int, num_classes: int, hidden_units: int):
+    """Drawn on the host by the seed, so that every arm, std and device starts from the same numbers."""
+    generator = np.random.Generator(np.random.PCG64(member.seed))
+    params, width = {}, num_features
+    if model == "mlp":
+        kernel = generator.normal(size=(num_features, hidden_units)) * np.sqrt(2 / (num_features + hidden_units))
+        params["hidden"] = {"kernel": kernel, "bias": np.zeros(hidden_units)}
+        width = hidden_units
+    kernel = member.std * generator.normal(size=(width, num_classes))
+    params["output"] = {"kernel": kernel, "bias": np.zeros(num_classes)}
+    return jax.tree.map(np.float32, params)
+
+
+def participation(arm: str, z, labels):
+    """(sum g)^2 / (n sum g^2), g the norm of each example's gradient in its logits."""
+    gradient = jax.grad(lambda z: jnp.sum(loss(arm, z, labels)))(z)
+    # Relative to the largest entry, the squares of e^-60 stay in range.
+    largest = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.finfo(gradient.dtype).tiny)
+    size = jnp.linalg.norm(gradient / largest, axis=-1)
+    return jnp.square(jnp.sum(size)) / (size.size * jnp.sum(jnp.square(size)))
+
+
+def scores(arm: str, params, split: data.Split) -> dict[str, jax.Array]:
+    """Accuracy in points, with the proper scores where the outputs are logits; accuracy 0 where they are not finite."""
+    z = outputs(params, split.features)
+    right = jnp.argmax(z, axis=-1) == split.labels
+    values = {"accuracy": jnp.where(jnp.isfinite(z).all(), 100 * jnp.mean(right), 0)}
+    if arm != "C":
+        values["nll"] = jnp.mean(categorical.cross_entropy(z, split.labels))
+        values["brier"] = jnp.mean(categorical.brier_score(z, split.labels))
+    return values
+
+
+def trainer(model: str, optimizer_name: str, arm: str, config: Config) -> Callable[[Sequence[Member]], dict]:
+    """A function from members to what was measured of each; it compiles once, for `trained_together` at a time."""
+    digits = data.load("digits")
+    train = (jnp.asarray(digits.train.features), jnp.asarray(digits.train.labels))
+    steps = -(-len(train[1]) // config.batch_size)
+
+    def nll(params, batch, key):
+        return loss(arm, outputs(params, batch[0]), batch[1])
+
+    @jax.jit
+    @jax.vmap
+    def members(params, rate, key):
+        optimizer = OPTIMIZERS[optimizer_name](rate)
+
+        def epoch(state, _):
+            state, _ = mle.run(nll, optimizer, state, train, num_steps=steps, batch_size=config.batch_size)
+            return state, scores(arm, state.params, digits.validation)["accuracy"]
+
+        state = mle.init(params, optimizer, key)
+        state, curve = jax.lax.scan(epoch, state, length=config.epochs)
+        start = participation(arm, outputs(params, train[0]), train[1])
+        test = scores(arm, state.params, digits.test)
+        return {"participation": start, "validation": curve} | {f"test_{name}": value for name, value in test.items()}
+
+    def call(chunk: Sequence[Member]) -> dict:
+        full = [*chunk, *[chunk[-1]] * (config.trained_together - len(chunk))]
+        shape = (digits.train.features.shape[1], digits.num_classes, config.hidden_units)
+        params = jax.tree.map(lambda *x: np.stack(x), *(initial_params(model, member, *shape) for member in full))
+        rates = np.array([10.0 ** (member.rate / 2) for member in full], np.float32)
+        keys = jnp.stack([jax.random.key(member.seed) for member in full])
+        return jax.tree.map(lambda x: np.asarray(x)[: len(chunk)], members(params, rates, keys))
+
+    def train_all(wanted: Sequence[Member]) -> dict:
+        size = config.trained_together
+        parts = [call(wanted[i : i + size]) for i in range(0, len(wanted), size)]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    return train_all
+
+
+def tune(train: Callable, stds: Sequence[float], grid: Sequence[int], config: Config) -> dict[float, dict[int, float]]:
+    """Mean validation accuracy by std and learning rate; the grid grows while its best rate lies at the edge."""
+    tried: dict[float, dict[int, float]] = {std: {} for std in stds}
+    wanted = [(std, rate) for std in stds for rate in grid]
+    for _ in range(config.widen_at_most + 1):
+        members = [Member(std, rate, seed) for std, rate in wanted for seed in range(config.selection_seeds)]
+        final = train(members)["validation"][:, -1].reshape(len(wanted), config.selection_seeds).mean(axis=1)
+        for (std, rate), accuracy in zip(wanted, final, strict=True):
+            tried[std][rate] = float(accuracy)
+        wanted = [(std, beyond) for std, curve in tried.items() if (beyond := outside(curve)) is not None]
+        if not wanted:
+            break
+    return tried
+
+
+def best(curve: Mapping[int, float]) -> int:
+    """The rate with the highest accuracy; of several, the middle one."""
+    top = sorted(rate for rate, accuracy in curve.items() if accuracy == max(curve.values()))
+    return top[len(top) // 2]
+
+
+def outside(curve: Mapping[int, float]) -> int | None:
+    """The next rate beyond the edge of the grid that the best one lies at, if it does."""
+    rate = best(curve)
+    return {min(curve): rate - 1, max(curve): rate + 1}.get(rate)
+
+
+def run(config: Config) -> Iterator[Record | Progress]:
+    """For each model, optimizer and arm: the learning-rate curves, then the report seeds at the best rate."""
+    jobs = [(m, o, a) for m in config.models for o in config.optimizers for a in ARMS]
+    for done, (model, optimizer, arm) in enumerate(jobs):
+        yield Progress(done / len(jobs), f"{MODEL_NAMES[model]}, {OPTIMIZER_NAMES[optimizer]}, arm {arm}: rates")
+        train = trainer(model, optimizer, arm, config)
+        tried = tune(train, config.stds, config.rates(optimizer), config)
+        cell = {"model": model, "optimizer": optimizer, "arm": arm}
+        for std, curve in tried.items():
+            rates = sorted(curve)
+            values = {"rate": 10.0 ** (np.array(rates) / 2), "validation": np.array([curve[r] for r in rates])}
+            yield Record({"part": "rates", **cell, "std": std}, values)
+        yield Progress(
+            (done + 0.6) / len(jobs), f"{MODEL_NAMES[model]}, {OPTIMIZER_NAMES[optimizer]}, arm {arm}: seeds"
+        )
+        seeds = range(REPORT_SEED, REPORT_SEED + config.report_seeds)
+        members = [Member(std, best(tried[std]), seed) for std in config.stds for seed in seeds]
+        measured = train(members)
+        for i, member in enumerate(members):
+            values = {name: column[i] for name, column in measured.items()}
+            at_edge = float(outside(tried[member.std]) is not None)
+            values |= {"rate": 10.0 ** (member.rate / 2), "at_edge": at_edge}
+            yield Record({"part": "seeds", **cell, "std": member.std, "seed": member.seed}, values)
+
+
+Seeds = Callable[..., np.ndarray]
+
+
+def seeds_of(records: Sequence[Record]) -> Seeds:
+    """`pick(name, model=..., optimizer=..., arm=..., std=...)`: the values of all report seeds, in their order."""
+
+    def pick(name: str, **settings) -> np.ndarray:
+        rows = [r for r in records if {"part": "seeds", **settings}.items() <= r.settings.items()]
+        return np.array([r.values[name] for r in sorted(rows, key=lambda r: r.settings["seed"])])
+
+    return pick
+
+
+def gap(pick: Seeds, better: str, worse: str, **cell) -> np.ndarray:
+    """Paired differences of the test accuracy, in points."""
+    return pick("test_accuracy", arm=better, **cell) - pick("test_accuracy", arm=worse, **cell)
+
+
+def interval_text(differences: np.ndarray) -> str:
+    """Mean and 95 % interval, in points."""
+    low, high = stats.bca_interval(differences)
+    return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def cells(config: Config) -> list[dict[str, str]]:
+    """Each model with each optimizer."""
+    return [{"model": m, "optimizer": o} for m in config.models for o in config.optimizers]
+
+
+def cell_name(cell: Mapping[str, str]) -> str:
+    """For people: "MLP, Adam"."""
+    return f"{MODEL_NAMES[cell['model']]}, {OPTIMIZER_NAMES[cell['optimizer']]}"
+
+
+def gaps_at(pick: Seeds, config: Config, optimizer: str, std: float) -> dict[str, np.ndarray]:
+    """Paired differences of A - B by model, under one optimizer and from one start."""
+    return {m: gap(pick, "A", "B", std=std, model=m, optimizer=optimizer) for m in config.models}
+
+
+def gaps_text(gaps: Mapping[str, np.ndarray]) -> str:
+    """The gap of each model with its interval."""
+    return "accuracy of A - B in points: " + "; ".join(f"{MODEL_NAMES[m]} {interval_text(g)}" for m, g in gaps.items())
+
+
+def ordinary_hypothesis(pick: Seeds, config: Config, optimizer: str) -> Hypothesis:
+    """From an ordinary start the arms differ little."""
+    gaps = gaps_at(pick, config, optimizer, config.ordinary_std)
+    return Hypothesis(
+        f"Under {OPTIMIZER_NAMES[optimizer]} from an ordinary start (output std {config.ordinary_std:g}), squared "
+        "error of a softmax costs next to nothing.",
+        gaps_text(gaps),
+        f"a model's mean gap is above {MARGIN} points",
+        "holds" if all(g.mean() <= MARGIN for g in gaps.values()) else "falsified",
+    )
+
+
+def wrong_hypothesis(pick: Seeds, config: Config, optimizer: str) -> Hypothesis:
+    """From a confidently wrong start B stays behind."""
+    gaps = gaps_at(pick, config, optimizer, config.wrong_std)
+    return Hypothesis(
+        f"Under {OPTIMIZER_NAMES[optimizer]} from a confidently wrong start (output std {config.wrong_std:g}) it costs "
+        "accuracy, its own learning rate notwithstanding.",
+        gaps_text(gaps),
+        "the 95 % interval of a model's mean gap holds 0, or lies below it",
+        "holds" if all(stats.bca_interval(g).low > 0 for g in gaps.values()) else "falsified",
+    )
+
+
+def participation_hypothesis(pick: Seeds, config: Config) -> Hypothesis:
+    """Fewer examples take part in B's first step the more confidently wrong they start."""
+    ratios, holds = [], True
+    for model in config.models:
+        cell = {"model": model, "optimizer": config.optimizers[0]}
+        a, b = (pick("participation", arm=arm, std=config.wrong_std, **cell) for arm in "AB")
+        holds &= stats.bca_interval(a - b).low > 0
+        ratios.append(f"{MODEL_NAMES[model]} {a.mean():.2f} (A), {b.mean():.2f} (B)")
+    return Hypothesis(
+        "The reason shows in the first step: under B few of the examples that start confidently wrong pull at all.",
+        f"participation ratio at output std {config.wrong_std:g}: " + "; ".join(ratios),
+        "the 95 % interval of the difference A - B holds 0, or lies below it",
+        "holds" if holds else "falsified",
+    )
+
+
+def panels(names: Sequence[str], label: str) -> tuple[Figure, np.ndarray]:
+    """A row of panels with these names, which share the vertical axis and its label."""
+    figure, axes = plots.figure(columns=len(names), width=2.3 * len(names) + 1.2, height=3.4)
+    for axis, name in zip(axes, names, strict=True):
+        axis.set_title(name)
+        axis.sharey(axes[0])
+    axes[0].set_ylabel(label)
+    return figure, axes
+
+
+def legend(figure: Figure, axes: np.ndarray) -> None:
+    """One legend for all panels, below them."""
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS))
+
+
+def against_std(axis: Axes, pick: Seeds, config: Config, name: str, cell: Mapping[str, str]) -> None:
+    """Mean over seeds with its interval, against the output std."""
+    for arm in ARMS:
+        values = [pick(name, arm=arm, std=std, **cell) for std in config.stds]
+        mean = np.array([v.mean() for v in values])
+        bars = np.abs(np.array([stats.bca_interval(v) for v in values]).T - mean)
+        axis.errorbar(config.stds, mean, yerr=bars, color=plots.COLOURS[arm], marker="o", capsize=2, label=arm)
+    axis.set(xscale="log", xlabel="std of the output weights")
+
+
+def accuracy_figure(pick: Seeds, config: Config) -> Plot:
+    """What the start costs."""
+    figure, axes = panels([cell_name(cell) for cell in cells(config)], "test accuracy (%)")
+    for axis, cell in zip(axes, cells(config), strict=True):
+        against_std(axis, pick, config, "test_accuracy", cell)
+    legend(figure, axes)
+    return Plot(figure, "Test accuracy against the start: mean over paired seeds, 95 % intervals.")
+
+
+def participation_figure(pick: Seeds, config: Config) -> Plot:
+    """How many pull; before the first step the optimizer makes no difference."""
+    figure, axes = panels([MODEL_NAMES[model] for model in config.models], "participation ratio at the start")
+    for axis, model in zip(axes, config.models, strict=True):
+        against_std(axis, pick, config, "participation", {"model": model, "optimizer": config.optimizers[0]})
+    legend(figure, axes)
+    return Plot(figure, "How much of the data pulls at the first step: 1 if all examples do alike.")
+
+
+def epochs_figure(pick: Seeds, config: Config) -> Plot:
+    """Validation accuracy epoch by epoch from the wrong start."""
+    figure, axes = panels([cell_name(cell) for cell in cells(config)], "validation accuracy (%)")
+    for axis, cell in zip(axes, cells(config), strict=True):
+        for arm in ARMS:
+            curves = pick("validation", arm=arm, std=config.wrong_std, **cell)
+            epoch = np.arange(1, curves.shape[1] + 1)
+            axis.plot(epoch, curves.mean(axis=0), color=plots.COLOURS[arm], label=arm)
+            axis.fill_between(epoch, curves.min(axis=0), curves.max(axis=0), color=plots.COLOURS[arm], alpha=0.15, lw=0)
+        axis.set_xlabel("epoch")
+    legend(figure, axes)
+    caption = (
+        f"From the wrong start (output std {config.wrong_std:g}): mean over seeds, and from the worst to the best."
+    )
+    return Plot(figure, caption)
+
+
+def rates_figure(records: Sequence[Record], config: Config) -> Plot:
+    """The learning-rate curves by which each arm got its rate."""
+    figure, axes = panels([cell_name(cell) for cell in cells(config)], "validation accuracy (%)")
+    looks = {config.ordinary_std: "-", config.wrong_std: ":"}
+    for axis, cell in zip(axes, cells(config), strict=True):
+        for record in records:
+            if {"part": "rates", **cell}.items() <= record.settings.items() and record.settings["std"] in looks:
+                arm, std = str(record.settings["arm"]), float(record.settings["std"])
+                style = {"color": plots.COLOURS[arm], "linestyle": looks[std], "marker": "o", "markersize": 3}
+                axis.plot(record.values["rate"], record.values["validation"], **style, label=f"{arm}, std {std:g}")
+        axis.set(xscale="log", xlabel="learning rate")
+    legend(figure, axes)
+    caption = (
+        "How each arm got its learning rate: mean validation accuracy of the selection seeds, 0 where a run diverged."
+    )
+    return Plot(figure, caption)
+
+
+def gap_table(pick: Seeds, config: Config) -> Table:
+    """Every comparison of A with B."""
+    rows, p_values = [], []
+    for cell in cells(config):
+        for std in config.stds:
+            g = gap(pick, "A", "B", std=std, **cell)
+            accuracy = [f"{pick('test_accuracy', arm=arm, std=std, **cell).mean():.2f}" for arm in ARMS]
+            rates = [f"{pick('rate', arm=arm, std=std, **cell)[0]:.2g}" for arm in ARMS]
+            p_values.append(stats.sign_flip_p(g))
+            same = f"{stats.equivalence(g, MARGIN):.3f}"
+            rows.append([cell_name(cell), f"{std:g}", *accuracy, interval_text(g), same, ", ".join(rates)])
+    for row, p in zip(rows, stats.holm(p_values), strict=True):
+        row.insert(6, f"{p:.3f}")
+    header = ["model", "std", "A", "B", "C", "A - B", "p (Holm)", "p of |gap| > .5", "rates A, B, C"]
+    return Table("Test accuracy in %, mean over seeds; the gap with its 95 % interval.", header, rows)
+
+
+def counter_evidence(pick: Seeds, config: Config) -> list[str]:
+    """What speaks against "squared error saturates, so use cross-entropy"."""
+    sentences = []
+    for cell in cells(config):
+        c_minus_b = gap(pick, "C", "B", std=config.wrong_std, **cell)
+        cure = "is no cure" if c_minus_b.mean() < 0 else "does better"
+        sentences.append(
+            f"{cell_name(cell)}: squared error of a linear output (C), which does not saturate, {cure}: from the wrong "
+            f"start C - B is {interval_text(c_minus_b)} points."
+        )
+        if cell["optimizer"] == "adam":
+            a_minus_b = gap(pick, "A", "B", std=config.wrong_std, **cell)
+            sentences.append(
+                f"{cell_name(cell)}: dividing each gradient by its own size does not make up for its loss: A - B is "
+                f"{interval_text(a_minus_b)} points from the wrong start."
+                if a_minus_b.mean() > MARGIN
+                else f"{cell_name(cell)}: from the same wrong start A - B is only {interval_text(a_minus_b)} points."
+            )
+    at_edge = [pick("at_edge", arm=arm, std=std, **c)[0] for c in cells(config) for arm in ARMS for std in config.stds]
+    if any(at_edge):
+        sentences.append(f"{sum(at_edge):.0f} best rates lie at the edge of the widest grid: those arms may do better.")
+    return sentences
+
+
+def report(config: Config, records: Sequence[Record]) -> Section:
+    """Accuracy and participation against the start, with every learning-rate curve."""
+    pick = seeds_of(records)
+    text = (
+        "The gradient of softmax squared error vanishes where the prediction is confidently wrong. Whether that costs "
+        "anything depends on how many examples start there. Here the output weights of a classifier of digits are "
+        "drawn with a growing standard deviation, and nothing else is changed: the learning rate is tuned anew for "
+        "each arm and each start."
+    )
+    figures = [
+        accuracy_figure(pick, config),
+        participation_figure(pick, config),
+        epochs_figure(pick, config),
+        rates_figure(records, config),
+    ]
+    hypotheses = [
+        *(ordinary_hypothesis(pick, config, optimizer) for optimizer in config.optimizers),
+        *(wrong_hypothesis(pick, config, optimizer) for optimizer in config.optimizers),
+        participation_hypothesis(pick, config),
+    ]
+    return Section("Wrong start", text, figures, hypotheses, [gap_table(pick, config)], counter_evidence(pick, config))

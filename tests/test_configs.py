@@ -1,0 +1,55 @@
+"""Every config in configs/ is whole, and what it names runs at smoke size."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import config, studies
+from experiments.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+# The least of each study, for all its parts to run.
+SMOKE = {
+    "gradient_law": ["num_classes=[2, 3]", "margin_step=0.5"],
+    "escape_time": ["max_margin=3.0", "learning_rates=[0.01, 0.1]", "adam_eps=[0.1]", "max_steps=10000"],
+    "one_neuron": ["num_steps=5"],
+    "wrong_start": ["models=['linear']", "optimizers=['sgd']", "other_stds=[]", "epochs=1", "batch_size=512",
+                    "sgd_decades=[0.0, 0.5]", "widen_at_most=0", "selection_seeds=1", "report_seeds=2",
+                    "trained_together=4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_parses_and_its_header_says_what_it_claims_and_costs(path):
+    assert config.load(path).studies
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert len(header[0]) > 20
+    for word in ("Command:", "Time:", "Expected:"):
+        assert any(word in line for line in header), f"{path.name}: its header does not say {word}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_runs_at_smoke_size(path, tmp_path, capsys):
+    wanted = config.load(path).studies
+    settings = [f"--set={name}.{item}" for name in wanted for item in SMOKE[name]]
+    assert main(["run", str(path), *settings, "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "report.html" in out
+    page = (tmp_path / "run" / "report.html").read_text()
+    for name in wanted:
+        assert name in page or name.replace("_", " ").capitalize() in page
+
+
+def test_every_study_has_a_config():
+    assert set(studies.names()) == {name for path in CONFIGS for name in config.load(path).studies}
+
+
+def test_the_study_starts_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "experiments", "list"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "configs/study.toml: Cross-entropy against squared error" in done.stdout
+    assert all(name in done.stdout for name in studies.names())

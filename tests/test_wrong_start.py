@@ -1,0 +1,136 @@
+"""The study of wrong starts: its pieces against independent truth, and verdicts that can fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import data, results
+from experiments.results import Record
+from experiments.studies import wrong_start
+from experiments.studies.wrong_start import Member
+
+CONFIG = wrong_start.Config(
+    models=["linear", "mlp"],
+    optimizers=["sgd", "adam"],
+    ordinary_std=0.01,
+    wrong_std=4.0,
+    other_stds=[],
+    hidden_units=4,
+    epochs=1,
+    batch_size=256,
+    sgd_decades=[0.0, 0.5],
+    adam_decades=[-2.0, -1.5],
+    widen_at_most=0,
+    selection_seeds=1,
+    report_seeds=2,
+    trained_together=4,
+)
+
+
+def test_arms_have_the_gradients_they_are_named_for():
+    z, y = jnp.array([[0.5, -1.0, 2.0], [3.0, 0.0, 0.25]]), jnp.array([0, 2])
+    p, target = np.asarray(jax.nn.softmax(z), np.float64), np.eye(3)[np.asarray(y)]
+    e = p - target
+    want = {"A": e, "B": p * (e - np.sum(p * e, axis=1, keepdims=True)), "C": np.asarray(z) - target}
+    for arm in wrong_start.ARMS:
+        got = jax.grad(lambda z, arm=arm: wrong_start.loss(arm, z, y).sum())(z)
+        np.testing.assert_allclose(got, want[arm], rtol=0, atol=1e-6)  # softmax of float32, u = 6e-8, gaps of 3
+
+
+def test_participation_is_1_for_equal_pulls_and_1_over_n_for_one():
+    level = jnp.zeros((5, 3))
+    assert wrong_start.participation("A", level, jnp.arange(5) % 3) == pytest.approx(1, rel=1e-6)
+    lone = jnp.tile(jnp.array([60.0, 0.0, 0.0]), (5, 1)).at[0].set(0)
+    # Four are right by 60 and pull with e^-60; one is level.
+    assert wrong_start.participation("A", lone, jnp.zeros(5, int)) == pytest.approx(1 / 5, rel=1e-6)
+    hopeless = jnp.tile(jnp.array([0.0, 60.0, 0.0]), (5, 1))
+    # All are equally wrong, with e^-60 each: the ratio must not drown in the squares of 1e-26.
+    assert wrong_start.participation("B", hopeless, jnp.zeros(5, int)) == pytest.approx(1, rel=1e-6)
+
+
+def test_draws_are_paired():
+    """Equal seeds differ in the scale of the output layer alone; other seeds differ."""
+    small, large, other = (
+        wrong_start.initial_params("mlp", member, 64, 10, 32)
+        for member in (Member(0.5, 0, 7), Member(4.0, 2, 7), Member(4.0, 2, 8))
+    )
+    np.testing.assert_array_equal(small["hidden"]["kernel"], large["hidden"]["kernel"])
+    np.testing.assert_array_equal(8 * small["output"]["kernel"], large["output"]["kernel"])
+    assert not np.array_equal(large["hidden"]["kernel"], other["hidden"]["kernel"])
+    assert np.std(large["output"]["kernel"]) == pytest.approx(4, rel=0.2)  # 320 draws: 5 standard errors
+
+
+def test_the_grid_grows_until_the_best_rate_lies_inside():
+    """Against a made-up accuracy with its peak at rate 7, far outside the grid."""
+    asked = []
+
+    def train(members):
+        asked.extend(members)
+        final = np.array([[80.0 - abs(member.rate - 7)] for member in members])
+        return {"validation": final}
+
+    config = CONFIG.__class__(**{f: getattr(CONFIG, f) for f in CONFIG.__struct_fields__} | {"widen_at_most": 20})
+    curve = wrong_start.tune(train, [1.0], [0, 1, 2], config)[1.0]
+    assert sorted(curve) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert wrong_start.best(curve) == 7
+    assert wrong_start.outside(curve) is None
+    assert len(asked) == 9, "nothing is trained twice"
+    narrow = wrong_start.tune(train, [1.0], [0, 1, 2], CONFIG)[1.0]
+    assert wrong_start.outside(narrow) == 3, "an optimum at the edge is known as such"
+
+
+def test_of_equally_good_rates_the_middle_one_is_taken():
+    assert wrong_start.best({0: 1.0, 1: 2.0, 2: 2.0, 3: 2.0, 4: 0.0}) == 2
+
+
+def test_a_diverged_run_has_accuracy_0():
+    split = data.load("digits").test
+    params = {"output": {"kernel": jnp.full((64, 10), jnp.nan), "bias": jnp.zeros(10)}}
+    assert wrong_start.scores("A", params, split)["accuracy"] == 0
+
+
+def seeds(accuracies, part=(0.9, 0.3)) -> list[Record]:
+    """Report records with given mean accuracies by (arm, std), spread by seed."""
+    return [
+        Record(
+            {"part": "seeds", "model": m, "optimizer": o, "arm": arm, "std": std, "seed": seed},
+            {"test_accuracy": accuracies[arm, std] + 0.05 * np.sin(seed + ord(arm)), "rate": 0.1, "at_edge": 0.0,
+             "participation": part[arm != "A"] + 0.01 * seed * (arm != "A"), "validation": np.array([50.0, 90.0])},
+        )
+        for m in ("linear", "mlp") for o in ("sgd", "adam") for arm in "ABC" for std in (0.01, 4.0) for seed in range(8)
+    ]  # fmt: skip
+
+
+TRUE = {("A", 0.01): 96.0, ("B", 0.01): 96.0, ("C", 0.01): 95.0, ("A", 4.0): 95.0, ("B", 4.0): 60.0, ("C", 4.0): 40.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "want"),
+    [
+        ({}, (0.9, 0.3), ["holds", "holds", "holds", "holds", "holds"]),
+        ({("B", 0.01): 95.0}, (0.9, 0.3), ["falsified", "falsified", "holds", "holds", "holds"]),
+        ({("B", 4.0): 95.0}, (0.9, 0.3), ["holds", "holds", "falsified", "falsified", "holds"]),
+        ({("B", 4.0): 96.0}, (0.9, 0.9), ["holds", "holds", "falsified", "falsified", "falsified"]),
+    ],
+)
+def test_verdicts_follow_the_figures(change, part, want):
+    section = wrong_start.report(CONFIG, seeds(TRUE | change, part))
+    assert [h.verdict for h in section.hypotheses] == want
+
+
+def test_it_runs_small_and_reports():
+    config = CONFIG.__class__(**{f: getattr(CONFIG, f) for f in CONFIG.__struct_fields__} | {"models": ["linear"]})
+    items = list(wrong_start.run(config))
+    records = [item for item in items if isinstance(item, Record)]
+    done = [item.done for item in items if isinstance(item, results.Progress)]
+    assert done == sorted(done)
+    # 2 optimizers, 3 arms, 2 starts: a curve of rates and 2 report seeds each.
+    assert len(records) == 2 * 3 * 2 * (1 + 2)
+    for record in records:
+        if record.settings["part"] == "seeds":
+            assert 0 <= record.values["test_accuracy"] <= 100
+            assert 0 < record.values["participation"] <= 1 + 1e-6
+    section = wrong_start.report(config, records)
+    assert len(section.plots) == 4
+    assert len(section.tables[0].rows) == 4
