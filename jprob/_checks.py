@@ -5,6 +5,7 @@ Static faults (dtype, shape, axis) raise ValueError while the function is traced
 `checkify.checkify` and then reads `cross_entropy: label 7 is outside [0, 3)`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,3 +102,20 @@ def broadcast_together(function: str, dtype: jnp.dtype, **arguments: Any) -> lis
         shapes = ", ".join(f"{name} {describe(array)}" for name, array in arrays.items())
         raise ValueError(f"{function}: expected shapes that broadcast together, got {shapes}") from None
     return [jnp.broadcast_to(array, shape).astype(dtype) for array in arrays.values()]
+
+
+def nats_to(function: str, base: float | None) -> float:
+    """Factor from nats to the unit of `base`."""
+    if base is None:
+        return 1.0
+    if not 0 < base < math.inf or base == 1:
+        raise ValueError(f"{function}: base must be a positive number other than 1, or None for nats, got {base}")
+    return 1 / math.log(base)
+
+
+def sample_shape(function: str, shape: Sequence[int] | None, batch: Sequence[int], name: str) -> tuple[int, ...]:
+    """The shape of a sample: `batch`, or a given one that ends in it."""
+    shape, batch = tuple(batch if shape is None else shape), tuple(batch)
+    if len(shape) < len(batch) or shape[len(shape) - len(batch) :] != batch:
+        raise ValueError(f"{function}: shape must end in {list(batch)}, the shape of {name}, got {list(shape)}")
+    return shape

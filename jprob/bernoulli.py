@@ -8,12 +8,14 @@ Values and gradients are computed in float32 at least (float64 where an input ha
 16 u, u half the spacing at 1 of that dtype: one logit is given exactly, and no difference of logits is rounded.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Key
 
-from . import _accurate, _checks
+from . import _accurate, _checks, categorical
 
 
 @jax.jit
@@ -41,18 +43,171 @@ def cross_entropy(
     >>> print(cross_entropy(jnp.array([20.0, -20.0]), jnp.array([1, 1])))
     [2.0611537e-09 2.0000000e+01]
     """
-    _checks.floating("cross_entropy", logits=logits)
+    z, y = _canonical("cross_entropy", logits, labels)
+    return _accurate.weigh(y, _softplus(-z)) + _accurate.weigh(1 - y, _softplus(z))
+
+
+@jax.jit
+def log_prob(
+    labels: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"], logits: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Log-probability of the label y: log p for "yes", log(1 - p) for "no", minus the `cross_entropy`.
+
+    Args:
+      labels: y, 0 or 1 in the logits' shape: bool, integer or floating-point; between 0 and 1 an expectation.
+      logits: z, log-odds of "yes" in any floating dtype.
+
+    Returns:
+      One value per logit in nats, at least float32, at most 0. Relative error at most 16 u.
+
+    Raises:
+      ValueError: as for `cross_entropy`.
+
+    >>> print(log_prob(jnp.array(False), jnp.array(-20.0)))
+    -2.0611537e-09
+    """
+    return -cross_entropy(logits, labels)
+
+
+@partial(jax.jit, static_argnames=("base",))
+def entropy(logits: Float[Array, "*shape"], *, base: float | None = None) -> Float[Array, "*shape"]:
+    """Entropy -p log p - (1 - p) log(1 - p) of p = sigmoid(logits).
+
+    Args:
+      logits: z, log-odds of "yes" in any floating dtype; -inf and inf are certain.
+      base: unit of the result, static: None for nats, 2 for bits.
+
+    Returns:
+      One value per logit, at least float32: ln 2 nats (1 bit) at z = 0, 0 where certain. Relative error at most 16 u;
+      of the gradient -z p (1 - p) too.
+
+    Raises:
+      ValueError: the logits are not floating-point, or `base` is not a positive number other than 1.
+
+    Source: Cover and Thomas (2006), Elements of Information Theory, 2.1.
+
+    >>> print(entropy(jnp.array(0.0), base=2))
+    1.0
+    """
+    _checks.floating("entropy", logits=logits)
+    return _entropy(logits.astype(_accurate.compute_dtype(logits))) * _checks.nats_to("entropy", base)
+
+
+@partial(jax.jit, static_argnames=("base",))
+def kl_divergence(
+    p_logits: Float[Array, "*shape"], q_logits: Float[Array, "*shape"], *, base: float | None = None
+) -> Float[Array, "*shape"]:
+    """Kullback-Leibler divergence p log(p / q) + (1 - p) log((1 - p) / (1 - q)), p and q the sigmoid of their logits.
+
+    Args:
+      p_logits: log-odds of "yes" under the distribution that holds.
+      q_logits: log-odds of "yes" under the distribution that is believed, in the same shape.
+      base: unit of the result, static: None for nats, 2 for bits.
+
+    Returns:
+      One value per pair, at least float32: never negative, 0 where p = q, inf where q is certain and p is not, with its
+      digits where p and q nearly agree. Relative error at most (16 + R) u, R the larger of |z_p| and |z_q|: it is the
+      divergence of two classes with logits (0, z).
+
+    Raises:
+      ValueError: a dtype or `base` is not as above, or the shapes differ.
+
+    Source: Kullback and Leibler (1951), Annals of Mathematical Statistics 22(1).
+
+    >>> print(f"{kl_divergence(jnp.array(0.0), jnp.array(2.0)):.4f}")
+    0.4338
+    """
+    _checks.floating("kl_divergence", p_logits=p_logits, q_logits=q_logits)
+    _checks.same_shape("kl_divergence", "p_logits", "q_logits", p_logits.shape, q_logits)
+    p, q = (jnp.stack([jnp.zeros_like(z), z], axis=-1) for z in (p_logits, q_logits))
+    return categorical.kl_divergence(p, q, base=base)
+
+
+@jax.jit
+def brier_score(
+    logits: Float[Array, "*shape"], labels: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Brier score (p - y)^2 of p = sigmoid(logits), in [0, 1]: half that of the two classes "yes" and "no".
+
+    The gradient 2 (p - y) p (1 - p) decays as exp(-|z|) where the prediction is confidently wrong.
+
+    Args:
+      logits: z, log-odds of "yes" in any floating dtype; -inf and inf are certain.
+      labels: y in [0, 1] in the same shape: floating-point, integer or bool.
+
+    Returns:
+      One value per logit, at least float32; NaN where a label is outside [0, 1]. Relative error at most 16 u for a
+      label of 0 or 1, of a gradient entry too; for a soft label as far as p and y differ.
+
+    Raises:
+      ValueError: as for `cross_entropy`.
+
+    Source: Brier (1950), Monthly Weather Review 78(1).
+
+    >>> print(brier_score(jnp.array(0.0), jnp.array(1)))
+    0.25
+    """
+    z, y = _canonical("brier_score", logits, labels)
+    # p - y = (1 - y) p - y (1 - p): for y = 0 and 1 a single term, without cancellation.
+    return jnp.square((1 - y) * _sigmoid(z) - y * _sigmoid(-z))
+
+
+@partial(jax.jit, static_argnames=("shape",))
+def sample(
+    key: Key[Array, ""], logits: Float[Array, "*shape"], *, shape: tuple[int, ...] | None = None
+) -> Bool[Array, "*sample"]:
+    """Draws "yes" with probability sigmoid(logits).
+
+    Args:
+      key: a random key.
+      logits: z, log-odds of "yes" in any floating dtype; -inf and inf are certain.
+      shape: of the result, static: it ends in the logits' shape, which is the default.
+
+    Returns:
+      Independent draws, of dtype bool. The rarer answer is drawn as often as it should be, down to probabilities far
+      below u.
+
+    Raises:
+      ValueError: the logits are not floating-point, or `shape` does not end in their shape.
+
+    >>> draws = sample(jax.random.key(0), jnp.array(1.0986123), shape=(10_000,))
+    >>> print(f"{jnp.mean(draws):.2f}")
+    0.75
+    """
+    _checks.floating("sample", logits=logits)
+    shape = _checks.sample_shape("sample", shape, logits.shape, "logits")
+    z = logits.astype(_accurate.compute_dtype(logits))
+    # The rare answer is what is drawn: near 1 a probability has no digits left for what is missing to 1.
+    rare = jax.random.bernoulli(key, _sigmoid(-jnp.abs(z)), shape, mode="high")
+    return rare ^ (z > 0)
+
+
+def _canonical(function, logits, labels):
+    """Logits and labels ready to compute with: checked, in the dtype computed in, NaN for a label outside [0, 1]."""
+    _checks.floating(function, logits=logits)
     if not hasattr(labels, "dtype") or jnp.issubdtype(labels.dtype, jnp.complexfloating):
-        raise ValueError(f"cross_entropy: labels must be real numbers or bool, got {_checks.describe(labels)}")
-    _checks.same_shape("cross_entropy", "logits", "labels", logits.shape, labels)
+        raise ValueError(f"{function}: labels must be real numbers or bool, got {_checks.describe(labels)}")
+    _checks.same_shape(function, "logits", "labels", logits.shape, labels)
     soft = jnp.issubdtype(labels.dtype, jnp.floating)
     dtype = _accurate.compute_dtype(logits, labels) if soft else _accurate.compute_dtype(logits)
     y = labels.astype(dtype)
     inside = (y >= 0) & (y <= 1)
-    _checks.expect(inside, y, "cross_entropy: label {value} is outside [0, 1]")
-    z = logits.astype(dtype)
-    y = jnp.where(inside, y, jnp.nan)
-    return _accurate.weigh(y, _softplus(-z)) + _accurate.weigh(1 - y, _softplus(z))
+    _checks.expect(inside, y, f"{function}: label {{value}} is outside [0, 1]")
+    return logits.astype(dtype), jnp.where(inside, y, jnp.nan)
+
+
+@jax.custom_jvp
+def _entropy(z):
+    """log(1 + e^-a) + a sigmoid(-a) with a = |z|: both terms are positive. The derivative is -z p (1 - p)."""
+    a = jnp.where(jnp.isinf(z), 0, jnp.abs(z))
+    return jnp.where(jnp.isinf(z), 0, _softplus(-a) + a * _sigmoid(-a))
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals, tangents):
+    (z,), (dz,) = primals, tangents
+    finite = jnp.where(jnp.isinf(z), 0, z)  # 0 * inf: a certain answer has entropy 0 and slope 0
+    return _entropy(z), -finite * _sigmoid(z) * _sigmoid(-z) * dz
 
 
 @jax.custom_jvp

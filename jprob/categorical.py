@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Key
 
 from . import _accurate, _checks
 
@@ -230,7 +230,7 @@ def entropy(
     >>> print(entropy(jnp.zeros(8), base=2))
     3.0
     """
-    unit = _unit("entropy", base)
+    unit = _checks.nats_to("entropy", base)
     z, axis = _canonical("entropy", logits, axis, where)
     return jnp.squeeze(_entropy(z, axis), axis) * unit
 
@@ -270,13 +270,188 @@ def kl_divergence(
     >>> print(f"{kl_divergence(p, q, base=2):.4f} bits")
     0.2075 bits
     """
-    unit = _unit("kl_divergence", base)
-    _checks.floating("kl_divergence", p_logits=p_logits, q_logits=q_logits)
-    _checks.same_shape("kl_divergence", "p_logits", "q_logits", p_logits.shape, q_logits)
-    dtype = jnp.promote_types(p_logits.dtype, q_logits.dtype)
-    p, front = _canonical("kl_divergence", p_logits.astype(dtype), axis, where)
-    q, _ = _canonical("kl_divergence", q_logits.astype(dtype), axis, where)
-    return jnp.squeeze(_kl_divergence(_finite_top(p, front), _finite_top(q, front), front), front) * unit
+    unit = _checks.nats_to("kl_divergence", base)
+    p, q, axis = _canonical_pair("kl_divergence", p_logits, q_logits, axis, where)
+    return jnp.squeeze(_kl_divergence(p, q, axis), axis) * unit
+
+
+@partial(jax.jit, static_argnames=("axis", "base"))
+def js_divergence(
+    p_logits: Float[Array, "*shape"],
+    q_logits: Float[Array, "*shape"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, "*#shape"] | None = None,
+    base: float | None = None,
+) -> Float[Array, "*rest"]:
+    """Jensen-Shannon divergence JS(p, q) = (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
+
+    Symmetric, and finite where KL is not. Its square root is a metric.
+
+    Args:
+      p_logits: logits of p; -inf marks an impossible class.
+      q_logits: logits of q, in the same shape.
+      axis: the class axis; it is summed away.
+      where: classes that exist, broadcast to the logits' shape. Any other has probability 0 under both.
+      base: unit of the result, static: None for nats, 2 for bits.
+
+    Returns:
+      One value per pair, at least float32: 0 where p = q, ln 2 nats (1 bit) where they share no class, never outside.
+      It keeps its digits where p and q nearly agree. Relative error at most (16 + R) u, R over both; of a gradient
+      entry, relative to the largest of the terms p_i log(p_i / m_i) it is made of.
+
+    Raises:
+      ValueError: as for `kl_divergence`.
+
+    Source: Lin (1991), IEEE Transactions on Information Theory 37(1).
+
+    >>> p, q = jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([0.5, 0.5]))
+    >>> print(f"{js_divergence(p, q, base=2):.4f} bits")
+    0.3113 bits
+    """
+    unit = _checks.nats_to("js_divergence", base)
+    p, q, axis = _canonical_pair("js_divergence", p_logits, q_logits, axis, where)
+    return jnp.squeeze(_js_divergence(p, q, axis), axis) * unit
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def distillation_loss(
+    student_logits: Float[Array, "*shape"],
+    teacher_logits: Float[Array, "*shape"],
+    *,
+    temperature: float | Float[Array, ""],
+    axis: int = -1,
+    where: Bool[Array, "*#shape"] | None = None,
+) -> Float[Array, "*rest"]:
+    """Distillation loss T^2 KL(teacher_T || student_T), both distributions tempered by T.
+
+    The factor T^2 keeps the gradient's size: it tends to (z_student - z_teacher) / K, both centred, as T grows.
+
+    Args:
+      student_logits: logits of the model that learns, in any floating dtype; -inf marks an impossible class.
+      teacher_logits: logits of the model that teaches, in the same shape.
+      temperature: T, one number with 0 < T < inf.
+      axis: the class axis; it is summed away.
+      where: classes that exist, broadcast to the logits' shape. Any other has probability 0 under both.
+
+    Returns:
+      One value per example in nats, at least float32, never negative; inf where the student excludes a class that the
+      teacher does not. Relative error at most (16 + R / T) u, where the logits divided by T are exact (as for T a power
+      of 2); elsewhere their rounding counts once they differ by less than R.
+
+    Raises:
+      ValueError: `temperature` is not one number, or as for `kl_divergence`.
+
+    Source: Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network.
+
+    >>> teacher, student = jnp.array([2.0, 0.0]), jnp.array([0.0, 0.0])
+    >>> print(f"{distillation_loss(student, teacher, temperature=2.0):.4f}")
+    0.4438
+    """
+    if jnp.ndim(temperature) != 0:
+        got = _checks.describe(temperature)
+        raise ValueError(f"distillation_loss: temperature must be one number, got {got}")
+    student, teacher, front = _canonical_pair(
+        "distillation_loss", student_logits, teacher_logits, axis, where, ("student_logits", "teacher_logits")
+    )
+    scale = jnp.asarray(temperature, student.dtype)
+    _checks.expect((scale > 0) & (scale < jnp.inf), scale, "distillation_loss: temperature {value} is not in (0, inf)")
+    loss = _kl_divergence(teacher / scale, student / scale, front)
+    return jnp.squeeze(loss, front) * jnp.square(scale)
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def log_prob(
+    labels: Int[Array, "*rest"],
+    logits: Float[Array, "*shape"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, "*#shape"] | None = None,
+) -> Float[Array, "*rest"]:
+    """Log-probability log p_y of the class y, p = softmax(logits): minus the `cross_entropy` of y.
+
+    Args:
+      labels: y, integer classes in [0, K), in the logits' shape without `axis`.
+      logits: unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
+      axis: the class axis.
+      where: classes that exist, broadcast to the logits' shape. Any other has probability 0.
+
+    Returns:
+      One value per example in nats, at least float32, at most 0: -inf for an impossible class, NaN for a label outside
+      [0, K). Relative error at most (16 + R) u; of a gradient entry too.
+
+    Raises:
+      ValueError: the labels are not integers, or as for `cross_entropy`.
+
+    >>> print(log_prob(jnp.array(1), jnp.log(jnp.array([0.75, 0.25]))))
+    -1.3862944
+    """
+    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"log_prob: labels must be integer classes, got {_checks.describe(labels)}")
+    return -cross_entropy(logits, labels, axis=axis, where=where)
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def mode(
+    logits: Float[Array, "*shape"], *, axis: int = -1, where: Bool[Array, "*#shape"] | None = None
+) -> Int[Array, "*rest"]:
+    """The most probable class; of several, the first.
+
+    Args:
+      logits: unnormalised log-probabilities in any floating dtype.
+      axis: the class axis; it is reduced away.
+      where: classes that exist, broadcast to the logits' shape. No other is chosen, unless none exists.
+
+    Returns:
+      One class per example, of dtype int32: an index, which no rounding (no u) enters. Where a logit is NaN, its place.
+
+    Raises:
+      ValueError: as for `softmax`.
+
+    >>> print(mode(jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])))
+    [1 0]
+    """
+    z, axis = _canonical("mode", logits, axis, where)
+    return jax.lax.argmax(z, axis, jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("axis", "shape"))
+def sample(
+    key: Key[Array, ""],
+    logits: Float[Array, "*shape"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, "*#shape"] | None = None,
+    temperature: float | Float[Array, "*#shape"] = 1.0,
+    shape: tuple[int, ...] | None = None,
+) -> Int[Array, "*sample"]:
+    """Draws classes with the probabilities softmax(logits / T), as the arg-max of logits plus Gumbel noise.
+
+    Args:
+      key: a random key.
+      logits: unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
+      axis: the class axis; it is reduced away.
+      where: classes that exist, broadcast to the logits' shape. No other is drawn, unless none exists.
+      temperature: T >= 0, as in `softmax`: 0 draws the mode (any of several that tie), inf any possible class.
+      shape: of the result, static: it ends in the logits' shape without `axis`, which is the default.
+
+    Returns:
+      Independent draws, int32. The noise has the full resolution of the dtype computed in, so that classes rarer than
+      u are drawn as often as they should be.
+
+    Raises:
+      ValueError: `shape` does not end in the logits' shape without `axis`, or as for `softmax`.
+
+    Source: Gumbel (1954); Maddison, Tarlow and Minka (2014).
+
+    >>> draws = sample(jax.random.key(0), jnp.log(jnp.array([0.25, 0.75])), shape=(10_000,))
+    >>> print(f"{jnp.mean(draws):.2f}")
+    0.75
+    """
+    z, axis = _canonical("sample", logits, axis, where, temperature)
+    shape = _checks.sample_shape("sample", shape, z.shape[:axis] + z.shape[axis + 1 :], "logits without the class axis")
+    z = _accurate.gap(z, axis)  # a logit of +inf would tie with any noise
+    return jax.random.categorical(key, z, axis - z.ndim, shape, mode="high").astype(jnp.int32)
 
 
 def _canonical(function, logits, axis, where, temperature: float | Array = 1.0):
@@ -291,6 +466,16 @@ def _canonical(function, logits, axis, where, temperature: float | Array = 1.0):
     if isinstance(temperature, float) and temperature == 1:
         return z, axis
     return _temper(function, z, axis, jnp.asarray(temperature, z.dtype)), axis
+
+
+def _canonical_pair(function, p_logits, q_logits, axis, where, names=("p_logits", "q_logits")):
+    """Two distributions over the same classes, in one dtype, without a logit of +inf; and the axis from the front."""
+    _checks.floating(function, **dict(zip(names, (p_logits, q_logits), strict=True)))
+    _checks.same_shape(function, *names, p_logits.shape, q_logits)
+    dtype = jnp.promote_types(p_logits.dtype, q_logits.dtype)
+    p, front = _canonical(function, p_logits.astype(dtype), axis, where)
+    q, _ = _canonical(function, q_logits.astype(dtype), axis, where)
+    return _finite_top(p, front), _finite_top(q, front), front
 
 
 def _temper(function, z, axis, temperature):
@@ -315,15 +500,6 @@ def _check_labels(function, logits, labels, axis):
         _checks.targets_are_probs(function, labels, axis)
     else:
         raise ValueError(f"{function}: labels must be integer or floating-point, got {_checks.describe(labels)}")
-
-
-def _unit(function, base):
-    """Factor from nats to the unit of `base`."""
-    if base is None:
-        return 1.0
-    if not (0 < base < math.inf) or base == 1:
-        raise ValueError(f"{function}: base must be a positive number other than 1, or None for nats, got {base}")
-    return 1 / math.log(base)
 
 
 def _uniform(z, where, axis):
@@ -561,3 +737,54 @@ def _kl_slope_q(p_logits, q_logits, axis):
     t = _log_ratio(p_logits, q_logits, axis)
     both = (p_logits > -jnp.inf) & (q_logits > -jnp.inf)
     return jnp.where(both & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _js_divergence(p_logits, q_logits, axis):
+    """sum_i m_i h(t_i), t = log q - log p, with h >= 0 even: h = ln 2 where only one of p and q is 0."""
+    p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
+    one_sided = (p_logits == -jnp.inf) != (q_logits == -jnp.inf)
+    t = jnp.where(one_sided, jnp.inf, _log_ratio(p_logits, q_logits, axis))
+    return jnp.minimum(jnp.sum((p + q) / 2 * _js_term(t), axis=axis, keepdims=True), math.log(2))
+
+
+# A log-ratio at which the smaller probability is nothing beside the larger, in every dtype.
+_LARGE_GAP = 800.0
+
+
+def _js_term(t):
+    """h(t) = (log(1 / (1 - u^2)) / -2 + u artanh u) with u = tanh(t / 2): the divergence of a class per unit of m_i.
+
+    Near 0 it is u^2 / 2 + u^4 / 12 + u^6 / 30 + ...; far from it, ln 2 - log1p(e^-|t|) - |t| / (e^|t| + 1).
+    """
+    near, size = jnp.abs(t) < 1, jnp.minimum(jnp.abs(t), 80)  # an infinite one would make inf / inf; e^-80 is nothing
+    u = jnp.tanh(jnp.where(near, t, 0) / 2)
+    series = jnp.zeros_like(u)
+    for k in range(24 if t.dtype == jnp.float64 else 12, 0, -1):
+        series = 1 / (2 * k * (2 * k - 1)) + u * u * series
+    far = math.log(2) - jnp.log1p(jnp.exp(-size)) - size / (jnp.exp(size) + 1)
+    return jnp.where(near, u * u * series, far)
+
+
+@partial(_js_divergence.defjvp, symbolic_zeros=True)
+def _js_divergence_jvp(axis, primals, tangents):
+    """dJS = sum_i p_i (log(p_i / m_i) - KL(p || m)) / 2 dz^p_i, and the same for q."""
+    p_logits, q_logits = primals
+    slopes = _js_slope(p_logits, q_logits, axis), _js_slope(q_logits, p_logits, axis)
+    moved = [(s, dz) for s, dz in zip(slopes, tangents, strict=True) if type(dz) is not SymbolicZero]
+    out = _js_divergence(p_logits, q_logits, axis)
+    return out, sum((jnp.sum(s * dz, axis=axis, keepdims=True) for s, dz in moved), jnp.zeros_like(out))
+
+
+def _js_slope(p_logits, q_logits, axis):
+    """p_i (l_i - <p, l>) / 2 with l_i = log(p_i / m_i) = ln 2 - log(1 + exp(t_i)), up to a constant that cancels.
+
+    l itself is 0 for t = 0, where p and q agree; l - ln 2 is 0 where q is far below p. The one that is small where p
+    lies keeps the digits of the differences.
+    """
+    p, t = _accurate.softmax(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
+    t = jnp.where(_excluded(p_logits, q_logits), -_LARGE_GAP, t)
+    near = -jnp.maximum(t, 0) - jnp.log1p(jnp.expm1(-jnp.abs(t)) / 2)
+    below = -jnp.maximum(t, 0) - jnp.log1p(jnp.exp(-jnp.abs(t)))
+    far = jnp.sum(p * t, axis=axis, keepdims=True) < -1
+    return p * _accurate.centred(p_logits, jnp.where(far, below, near), axis) / 2

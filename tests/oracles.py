@@ -49,6 +49,12 @@ def kl_divergence(zp: Row, zq: Row) -> mpf:
     return mpmath.fsum(p * mpmath.log(p / q) if q else mpmath.inf for p, q in pairs if p)
 
 
+def js_divergence(zp: Row, zq: Row) -> mpf:
+    p, q = softmax(zp), softmax(zq)
+    m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    return mpmath.fsum(a * mpmath.log(a / b) / 2 for r in (p, q) for a, b in zip(r, m, strict=True) if a)
+
+
 def bernoulli_cross_entropy(z: mpf, y: mpf) -> mpf:
     return y * mpmath.log1p(mpmath.exp(-z)) + (1 - y) * mpmath.log1p(mpmath.exp(z))
 

@@ -10,7 +10,7 @@ import oracles
 import pytest
 from jax.experimental import checkify
 
-from jprob import bernoulli
+from jprob import bernoulli, categorical
 
 U = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}  # of the dtype computed in
 LOGITS = [0.0, 2.0**-8, 1.0, 8.0, 17.0, 20.0, 60.0, 87.0]
@@ -42,15 +42,63 @@ def test_cross_entropy_has_the_digits_its_logit_determines(logit, label, dtype):
     assert oracles.error(dy, -z, tiny(dtype)) <= 16 * U[dtype] + rounding
 
 
-@pytest.mark.parametrize(("label", "wide"), [(jnp.array([True, False]), False), (jnp.array([1, 0]), True)])
-def test_hard_labels_may_be_bool_or_integer(label, wide):
+@pytest.mark.parametrize("logit", [*LOGITS, *(-z for z in LOGITS)])
+def test_entropy_and_brier_score_are_exact(logit, dtype):
+    z = jnp.asarray(logit, dtype)
+    exact = oracles.exactly(z)[0]
+    p, q = 1 / (1 + oracles.mpmath.exp(-exact)), 1 / (1 + oracles.mpmath.exp(exact))
+    rounding = float(jnp.finfo(dtype).eps) / 2
+    value, slope = jax.value_and_grad(bernoulli.entropy)(z)
+    want = -p * oracles.mpmath.log(p) - q * oracles.mpmath.log(q)
+    assert oracles.error(value, want, tiny(value.dtype)) <= 16 * U[dtype]
+    assert oracles.error(slope, -exact * p * q, tiny(dtype)) <= 16 * U[dtype] + rounding
+    for label, error in ((0, p), (1, -q)):
+        value, slope = jax.value_and_grad(bernoulli.brier_score)(z, jnp.array(label))
+        assert oracles.error(value, error**2, tiny(value.dtype)) <= 16 * U[dtype]
+        assert oracles.error(slope, 2 * error * p * q, tiny(dtype)) <= 16 * U[dtype] + rounding
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.0, 0.0), (1.0, 1.0 + 2.0**-20), (-3.0, 4.0), (20.0, 19.0), (60.0, -60.0)])
+def test_kl_has_the_digits_its_inputs_determine(p, q):
+    got = bernoulli.kl_divergence(jnp.array(p), jnp.array(q))
+    want = oracles.kl_divergence([oracles.mpf(0), oracles.mpf(p)], [oracles.mpf(0), oracles.mpf(q)])
+    assert got >= 0
+    assert oracles.error(got, want) <= (16 + max(abs(p), abs(q))) * 2.0**-24
+
+
+def test_certain_answers_have_no_entropy_and_infinite_surprise():
+    certain = jnp.array([jnp.inf, -jnp.inf])
+    assert bernoulli.entropy(certain).tolist() == [0, 0]
+    assert jax.grad(lambda z: bernoulli.entropy(z).sum())(certain).tolist() == [0, 0]
+    assert bernoulli.brier_score(certain, jnp.array([0, 0])).tolist() == [1, 0]
+    assert bernoulli.kl_divergence(jnp.zeros(2), certain).tolist() == [math.inf, math.inf]
+    assert bernoulli.log_prob(jnp.array([False, False]), certain).tolist() == [-math.inf, 0]
+    assert bernoulli.sample(jax.random.key(0), certain, shape=(9, 2)).all(axis=0).tolist() == [True, False]
+
+
+def test_draws_have_the_frequency_of_their_probability():
+    z, n = jnp.array([-3.0, 0.0, 1.5]), 200_000
+    p = np.asarray(jax.nn.sigmoid(z), np.float64)
+    draws = bernoulli.sample(jax.random.key(3), z, shape=(n, 3))
+    assert draws.dtype == jnp.bool_
+    assert (np.abs(draws.sum(axis=0) - n * p) <= 5 * np.sqrt(n * p * (1 - p))).all(), "5 standard errors"
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_rare_answers_are_drawn_as_often_as_they_should_be(sign):
+    """2^-26 is below the resolution of 23 random bits, with which 1e8 draws would hold 12 of them instead of 1.5."""
+    z = jnp.array(sign * 26 * math.log(2))
+    draw = jax.jit(lambda key: jnp.sum(bernoulli.sample(key, z, shape=(4_000_000,)) != (sign > 0)))
+    assert sum(int(draw(key)) for key in jax.random.split(jax.random.key(0), 25)) <= 6
+
+
+@pytest.mark.parametrize("label", [jnp.array([True, False]), jnp.array([1, 0])])
+def test_hard_labels_may_be_bool_or_integer(label):
     want = bernoulli.cross_entropy(jnp.array([3.0, 3.0]), jnp.array([1.0, 0.0]))
     assert bernoulli.cross_entropy(jnp.array([3.0, 3.0]), label).tolist() == want.tolist()
 
 
 def test_it_is_the_categorical_of_two_classes():
-    from jprob import categorical
-
     z = jnp.array([-30.0, -1.0, 0.5, 20.0])
     two = jnp.stack([jnp.zeros(4), z], axis=-1)
     for label in (0, 1):

@@ -234,6 +234,106 @@ def test_kl_has_the_digits_its_inputs_determine(case, dtype):
     assert oracles.error(dp, slope, tiny(dtype), scale) <= tolerance(dtype, dtype, p, q)
 
 
+@pytest.mark.parametrize("case", pairs().values(), ids=pairs())
+def test_js_has_the_digits_its_inputs_determine(case, dtype):
+    p, q = pair(case, dtype)
+    value, slopes = jax.value_and_grad(categorical.js_divergence, argnums=(0, 1))(p, q)
+    zp, zq = oracles.exactly(p), oracles.exactly(q)
+    bound = tolerance(dtype, str(value.dtype), p, q)
+    assert 0 <= value <= math.log(2)
+    assert oracles.error(value, oracles.js_divergence(zp, zq), tiny(value.dtype)) <= bound
+    assert float(categorical.js_divergence(q, p)) == pytest.approx(float(value), rel=bound)
+    wants = oracles.gradient(lambda z: oracles.js_divergence(z, zq), zp), oracles.gradient(
+        lambda z: oracles.js_divergence(zp, z), zq
+    )
+    probs = oracles.softmax(zp), oracles.softmax(zq)
+    for got, want, own in zip(slopes, wants, probs, strict=True):
+        assert got.dtype == dtype
+        terms = [a * abs(oracles.mpmath.log(2 * a / (b + c))) for a, b, c in zip(own, *probs, strict=True) if a]
+        # 1e-60: what central differences leave where the true slope is 0.
+        scale = max(*terms, *map(abs, want), oracles.mpf(10) ** -60)
+        assert oracles.error(got, want, tiny(dtype), scale) <= tolerance(dtype, dtype, p, q)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
+def test_distillation_is_the_tempered_divergence(temperature, dtype):
+    student, teacher = as_dtype([1.0, -2.0, 0.5], dtype), as_dtype([0.0, 3.0, -1.0], dtype)
+    value, (ds, dt) = jax.value_and_grad(
+        lambda s, t: categorical.distillation_loss(s, t, temperature=temperature), argnums=(0, 1)
+    )(student, teacher)
+
+    def oracle(s, t):
+        scale = oracles.mpf(temperature)
+        return scale**2 * oracles.kl_divergence([x / scale for x in t], [x / scale for x in s])
+
+    s, t = oracles.exactly(student), oracles.exactly(teacher)
+    bound = tolerance(dtype, str(value.dtype), student, teacher)
+    assert oracles.error(value, oracle(s, t)) <= bound
+    for got, want in (
+        (ds, oracles.gradient(lambda z: oracle(z, t), s)),
+        (dt, oracles.gradient(lambda z: oracle(s, z), t)),
+    ):
+        assert oracles.error(got, want, scale=max(map(abs, want))) <= tolerance(dtype, dtype, student, teacher)
+
+
+def test_distillation_at_a_high_temperature_matches_the_logits():
+    student, teacher = jnp.array([1.0, -1.0, 0.5]), jnp.array([0.5, 0.0, 2.0])
+    slope = jax.grad(lambda s: categorical.distillation_loss(s, teacher, temperature=1e4))(student)
+    want = (student - student.mean()) - (teacher - teacher.mean())
+    # The next order is z / T = 2e-4 of it.
+    np.testing.assert_allclose(slope, want / 3, rtol=0, atol=2e-4)
+
+
+def test_log_prob_is_minus_the_cross_entropy():
+    z, y = jnp.array([[1.0, 20.0, 0.0], [0.0, -jnp.inf, 2.0]]), jnp.array([1, 1])
+    assert categorical.log_prob(y, z).tolist() == (-categorical.cross_entropy(z, y)).tolist()
+    assert categorical.log_prob(y, z)[1] == -jnp.inf
+
+
+def test_mode_is_the_first_of_the_most_probable_that_exist():
+    z = jnp.array([[1.0, 3.0, 3.0], [jnp.inf, 0.0, jnp.inf], [-jnp.inf, -jnp.inf, -5.0]])
+    assert categorical.mode(z).tolist() == [1, 0, 2]
+    assert categorical.mode(z, where=jnp.array([True, False, True])).tolist() == [2, 0, 2]
+    assert categorical.mode(z, axis=0).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_draws_have_the_frequencies_of_their_distribution(temperature):
+    z, n = jnp.array([0.0, 1.0, -2.0, -jnp.inf, 1.5]), 200_000
+    where = jnp.array([True, True, True, True, False])
+    draws = categorical.sample(jax.random.key(1), z, where=where, temperature=temperature, shape=(n,))
+    p = np.asarray(categorical.softmax(z, where=where, temperature=temperature), np.float64)
+    counts = np.bincount(draws, minlength=5)
+    assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p))).all(), "5 standard errors"
+    assert counts[3] == counts[4] == 0
+
+
+def test_draws_at_temperature_0_are_modes_and_at_infinity_uniform():
+    z = jnp.array([1.0, 3.0, 3.0, -jnp.inf])
+    cold = categorical.sample(jax.random.key(0), z, temperature=0.0, shape=(1000,))
+    assert set(cold.tolist()) == {1, 2}
+    hot = np.bincount(categorical.sample(jax.random.key(0), z, temperature=jnp.inf, shape=(90_000,)), minlength=4)
+    assert hot[3] == 0
+    assert np.abs(hot[:3] - 30_000).max() <= 5 * math.sqrt(20_000)
+
+
+def test_rare_classes_are_drawn_as_often_as_they_should_be():
+    """2^-26 is below the resolution of 23 random bits, with which 1e8 draws would hold 12 of them instead of 1.5."""
+    z = jnp.array([0.0, -26 * math.log(2)])
+    draw = jax.jit(lambda key: jnp.sum(categorical.sample(key, z, shape=(4_000_000,))))
+    total = sum(int(draw(key)) for key in jax.random.split(jax.random.key(0), 25))
+    assert total <= 6
+
+
+def test_samples_have_the_shape_asked_for():
+    key, z = jax.random.key(0), jnp.zeros((4, 3, 5))
+    assert categorical.sample(key, z).shape == (4, 3)
+    assert categorical.sample(key, z, axis=0).shape == (3, 5)
+    assert categorical.sample(key, z, axis=1, shape=(7, 4, 5)).shape == (7, 4, 5)
+    assert categorical.sample(key, z).dtype == jnp.int32
+    assert categorical.sample(key, jnp.array([0.0, jnp.inf, 1.0]), shape=(50,)).tolist() == [1] * 50
+
+
 @pytest.mark.parametrize("shift", [1e4, -1e4])
 def test_a_shift_common_to_all_logits_changes_nothing(shift):
     z = jnp.array([0.5, 1.0, 20.0])  # exact after a shift of 1e4, as are the results
@@ -274,6 +374,7 @@ MASKED = {
     "cross_entropy": lambda z, y, **k: categorical.cross_entropy(z, y, **k),
     "brier_score": lambda z, y, **k: categorical.brier_score(z, y, **k),
     "entropy": lambda z, y, **k: categorical.entropy(z, **k),
+    "js_divergence": lambda z, y, **k: categorical.js_divergence(z, z[::-1] if not k else z[jnp.array([2, 1, 0, 3])], **k),
     "kl_divergence": lambda z, y, **k: categorical.kl_divergence(
         z, z[::-1] if not k else z[jnp.array([2, 1, 0, 3])], **k
     ),
@@ -404,6 +505,18 @@ FAULTS = {
         "cross_entropy: label_smoothing must be in [0, 1], got 1.5",
     ),
     "base": (lambda: categorical.entropy(Z, base=1), "entropy: base must be a positive number other than 1"),
+    "integer labels only": (
+        lambda: categorical.log_prob(jnp.zeros(2), Z),
+        "log_prob: labels must be integer classes, got float32[2]",
+    ),
+    "sample's shape": (
+        lambda: categorical.sample(jax.random.key(0), Z, shape=(3,)),
+        "sample: shape must end in [2], the shape of logits without the class axis, got [3]",
+    ),
+    "one temperature": (
+        lambda: categorical.distillation_loss(Z, Z, temperature=jnp.ones(2)),
+        "distillation_loss: temperature must be one number, got float32[2]",
+    ),
     "two shapes": (
         lambda: categorical.kl_divergence(Z, jnp.zeros(3)),
         "kl_divergence: q_logits must have the shape [2, 3] of p_logits, got float32[3]",
