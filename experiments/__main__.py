@@ -26,12 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(" ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside a run, which has its own watch
+        print("interrupted: nothing was lost", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on flushing stdout
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)  # half an option may be the wrong one
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}; --help shows how")
 
@@ -76,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=("table", "csv", "sql"),
         default="table",
-        help="table: a row a value or curve; csv: a row a step; sql: statements that make the database anew",
+        help="table: one row per value or curve; csv: one row per step; sql: statements that make the database anew",
     )
     show.add_argument("--query", metavar="SQL", help="show the answer to one SELECT instead")
     show.set_defaults(command=_results)

@@ -28,6 +28,7 @@ class Config(msgspec.Struct, frozen=True):
     """A config as resolved: what the run is a function of."""
 
     file: str  # as it was named, for messages and for the name of the results folder
+    backend_from: str  # the file, or --set: where to correct the backend
     backend: Backend
     studies: dict[str, msgspec.Struct]  # by module name, in the order of the file
 
@@ -46,9 +47,23 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     settings = {name: value for name, value in table.items() if name != "backend"}
     return Config(
         file=str(path),
+        backend_from="--set" if ("backend",) in overridden else str(path),
         backend=table["backend"],
         studies={name: _study_settings(name, value, origin) for name, value in settings.items()},
     )
+
+
+def distinct(settings: msgspec.Struct, *names: str) -> None:
+    """For a study's `__post_init__`: what a list holds twice would be run, and recorded, twice.
+
+    Raises:
+      ValueError: names the list and what came; `load` makes one line of it.
+    """
+    for name in names:
+        values = getattr(settings, name)
+        if any(value in values[:i] for i, value in enumerate(values)):
+            came = msgspec.json.decode(msgspec.json.encode(values))
+            raise ValueError(f"{name}: expected distinct values, got {shown(came)}")
 
 
 class _Origin(NamedTuple):

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata, util
 from pathlib import Path
@@ -19,6 +19,7 @@ import jax
 import msgspec
 import numpy as np
 
+from experiments import studies
 from experiments.config import Config
 
 Device = Any  # jax.Device, which type checkers take for a variable
@@ -36,7 +37,7 @@ def describe(config: Config, device: Device) -> dict[str, Any]:
     """The manifest of a new run. Called under the settings (device, matmul precision) of the run."""
     settings = msgspec.to_builtins(config.studies)
     determinants = {
-        "source": source_digest(_package_folder(name) for name in ("jprob", "experiments")),
+        "source": source_digest(_sources(config.studies)),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "device": {"backend": device.platform, "kind": device.device_kind, "count": jax.device_count(device.platform)},
         "numerics": _numerics(),
@@ -52,13 +53,18 @@ def describe(config: Config, device: Device) -> dict[str, Any]:
     }
 
 
-def source_digest(folders: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of all Python files below the folders."""
+def _sources(names: Iterable[str]) -> Iterator[Path]:
+    """The Python files that can change a number: of jprob, of the harness, and of the studies that run."""
+    harness = _package_folder("experiments")
+    yield from [*_package_folder("jprob").rglob("*.py"), *harness.glob("*.py")]
+    yield from map(studies.path, names)
+
+
+def source_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of files."""
     digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            name = path.relative_to(folder.parent).as_posix()
-            digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    for path in sorted(paths):
+        digest.update(f"{path.parent.name}/{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

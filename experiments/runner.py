@@ -24,7 +24,8 @@ def run(config: Config, out: Path | None, farewell: Farewell) -> Path:
         manifest = describe(config, device)
         folder = out or Path("results") / f"{Path(config.file).stem}-{manifest['identity'][:8]}"
         with folders.create(folder, manifest) as run:
-            farewell.line = f"interrupted: finished records are in {folder}; the same command continues"
+            kept = f"what is measured is in {folder}"
+            farewell.line = f"interrupted: {kept}; the same command does the unfinished study anew"
             _run_studies(config, run)
     return folder
 
@@ -33,15 +34,15 @@ def choose_device(config: Config) -> Device:
     """The first device of the config's backend; "auto" leaves the choice to jax."""
     try:
         return jax.devices(None if config.backend == "auto" else config.backend)[0]
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # jax asserts where JAX_PLATFORMS names nothing that is there
         problem = f'"{config.backend}" is not available here: jax finds {_platform()}'
-        raise InputError(f"{config.file}: backend: {problem}") from None
+        raise InputError(f"{config.backend_from}: backend: {problem}") from None
 
 
 def _platform() -> str:
     try:
         return jax.default_backend()
-    except RuntimeError:  # JAX_PLATFORMS names one that is not there
+    except (RuntimeError, AssertionError):
         return "none"
 
 
@@ -63,7 +64,8 @@ def _run_study(name: str, settings: Any, run: Run, update: progress.Update) -> N
             # The end is announced below, when everything is stored.
             update(name, item._replace(done=min(item.done, 0.999)))
         else:
-            run.store.write(name, item)
+            with folders.writing(run.folder):
+                run.store.write(name, item)
             count += 1
     seconds = time.perf_counter() - start
     run.update_manifest(seconds=run.manifest["seconds"] | {name: seconds}, data=run.manifest["data"] | data.digests())

@@ -243,8 +243,9 @@ def test_js_has_the_digits_its_inputs_determine(case, dtype):
     assert 0 <= value <= math.log(2)
     assert oracles.error(value, oracles.js_divergence(zp, zq), tiny(value.dtype)) <= bound
     assert float(categorical.js_divergence(q, p)) == pytest.approx(float(value), rel=bound)
-    wants = oracles.gradient(lambda z: oracles.js_divergence(z, zq), zp), oracles.gradient(
-        lambda z: oracles.js_divergence(zp, z), zq
+    wants = (
+        oracles.gradient(lambda z: oracles.js_divergence(z, zq), zp),
+        oracles.gradient(lambda z: oracles.js_divergence(zp, z), zq),
     )
     probs = oracles.softmax(zp), oracles.softmax(zq)
     for got, want, own in zip(slopes, wants, probs, strict=True):
@@ -374,7 +375,9 @@ MASKED = {
     "cross_entropy": lambda z, y, **k: categorical.cross_entropy(z, y, **k),
     "brier_score": lambda z, y, **k: categorical.brier_score(z, y, **k),
     "entropy": lambda z, y, **k: categorical.entropy(z, **k),
-    "js_divergence": lambda z, y, **k: categorical.js_divergence(z, z[::-1] if not k else z[jnp.array([2, 1, 0, 3])], **k),
+    "js_divergence": lambda z, y, **k: categorical.js_divergence(
+        z, z[::-1] if not k else z[jnp.array([2, 1, 0, 3])], **k
+    ),
     "kl_divergence": lambda z, y, **k: categorical.kl_divergence(
         z, z[::-1] if not k else z[jnp.array([2, 1, 0, 3])], **k
     ),

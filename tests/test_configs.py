@@ -53,3 +53,24 @@ def test_the_study_starts_as_a_command():
     assert done.returncode == 0
     assert "configs/study.toml: Cross-entropy against squared error" in done.stdout
     assert all(name in done.stdout for name in studies.names())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("one_neuron.starts=[[2.0, 2.0], [2.0, 2.0]]", "one_neuron: starts: expected distinct values"),
+        ("gradient_law.num_classes=[2, 2]", "gradient_law: num_classes: expected distinct values, got [2, 2]"),
+        ("escape_time.learning_rates=[0.1, 0.1]", "escape_time: learning_rates: expected distinct values"),
+        ("escape_time.learning_rates=[1e-300]", "escape_time.learning_rates[0]: expected float >= 1e-06, got 1e-300"),
+        ("wrong_start.models=['linear', 'linear']", "wrong_start: models: expected distinct values"),
+        (
+            "wrong_start.sgd_decades=[1.0, -1.0]",
+            "wrong_start: sgd_decades: expected the lower end first, got [1.0, -1.0]",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused_at_once(override, message, tmp_path, capsys):
+    assert main(["run", str(ROOT / "configs/study.toml"), "--set", override, "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()

@@ -37,19 +37,21 @@ def test_the_manifest_tells_how_the_numbers_came_about():
 
 
 def test_changed_code_has_another_digest(tmp_path):
-    code = tmp_path / "package"
-    (code / "inner").mkdir(parents=True)
-    (code / "inner" / "a.py").write_text("x = 1")
-    digests = {manifest.source_digest([code])}
-    (code / "inner" / "a.py").write_text("x = 2")
-    digests.add(manifest.source_digest([code]))
-    (code / "inner" / "a.py").rename(code / "a.py")
-    digests.add(manifest.source_digest([code]))
-    (code / "b.py").touch()
-    digests.add(manifest.source_digest([code]))
+    one, inner = tmp_path / "package" / "a.py", tmp_path / "package" / "inner" / "a.py"
+    inner.parent.mkdir(parents=True)
+    one.write_text("x = 1")
+    inner.write_text("x = 1")
+    digests = {manifest.source_digest(paths) for paths in ([one], [inner], [one, inner])}
+    one.write_text("x = 2")
+    digests.add(manifest.source_digest([one]))
     assert len(digests) == 4
-    (code / "notes.txt").touch()
-    assert manifest.source_digest([code]) in digests
+    assert manifest.source_digest([inner, one]) == manifest.source_digest([one, inner])
+
+
+def test_the_code_of_a_study_that_does_not_run_does_not_count():
+    files = {path.name for path in manifest._sources(["coin"])}
+    assert {"coin.py", "runner.py", "categorical.py"} <= files
+    assert not {"endless.py", "faulty.py"} & files
 
 
 def test_git_state_is_that_of_the_tree(tmp_path):

@@ -117,7 +117,10 @@ def test_a_signal_ends_a_run_at_once_though_xla_does_not_return(inside, number, 
     out, errors = process.communicate(timeout=30)
     assert time.monotonic() - start < 2
     assert process.returncode == status
-    assert errors.splitlines()[-1] == "interrupted: finished records are in run; the same command continues"
+    assert (
+        errors.splitlines()[-1]
+        == "interrupted: what is measured is in run; the same command does the unfinished study anew"
+    )
     assert "Traceback" not in errors
     assert out == ""
     with folders.existing(Path("run")) as run:

@@ -46,8 +46,13 @@ def load(name: str) -> Study:
 
 def title(name: str) -> str:
     """The first line of a study's docstring, read without importing it (a study imports jax)."""
+    docstring = ast.get_docstring(ast.parse(path(name).read_text(encoding="utf-8"), str(path(name))))
+    return docstring.splitlines()[0] if docstring else ""
+
+
+def path(name: str) -> Path:
+    """The file of a study, found without importing it."""
     spec = importlib.util.find_spec(f"{__name__}.{name}")
     assert spec is not None
     assert spec.origin is not None
-    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
-    return docstring.splitlines()[0] if docstring else ""
+    return Path(spec.origin)

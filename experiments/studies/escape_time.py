@@ -37,6 +37,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int32, PyTree
 from matplotlib import colormaps
 
 from experiments import plots
+from experiments.config import distinct
 from experiments.report import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
 from jprob import categorical
@@ -48,7 +49,7 @@ GENTLE_RATE, TOLERANCE, KNEE_TOLERANCE = 0.01, 0.02, 1.5
 CHUNK, UNROLL = 1 << 18, 4  # steps a call, and steps an iteration of its loop
 STALL_MARGINS = np.arange(0.0, 24.0, 0.01)
 
-Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+Rate = Annotated[float, msgspec.Meta(ge=1e-6, le=1.0)]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -60,6 +61,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     momentum: Annotated[float, msgspec.Meta(ge=0.0, le=0.99)]
     adam_eps: Annotated[list[Annotated[float, msgspec.Meta(ge=1e-8, le=0.1)]], msgspec.Meta(min_length=1)]
     max_steps: Annotated[int, msgspec.Meta(ge=100, le=100_000_000)]
+
+    def __post_init__(self):
+        distinct(self, "learning_rates", "adam_eps")
 
 
 def flow_time(arm: str, margin: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
@@ -304,8 +308,8 @@ def knee_hypothesis(curves: Curves, *, gentle: bool) -> Hypothesis:
     found = {key: off for key, off in knees(curves).items() if (key[0] <= GENTLE_RATE) == gentle}
     shown = ", ".join(f"{off:+.2f} (lr {rate:g}, eps {eps:g})" for (rate, eps), off in found.items())
     return Hypothesis(
-        "Under softmax squared error Adam hides the saturation up to m0 = ln(2 / eps) and no further"
-        + (f", at lr <= {GENTLE_RATE:g}." if gentle else f"; the same at every lr > {GENTLE_RATE:g} as well."),
+        f"At lr {'<=' if gentle else '>'} {GENTLE_RATE:g} Adam hides the saturation of softmax squared error up to "
+        "m0 = ln(2 / eps), and no further.",
         "knee - ln(2 / eps): " + (shown or "no knee within reach of the starts"),
         f"a knee (dT/dm0 twice the linear slope 1 / (2 lr)) is more than {KNEE_TOLERANCE:g} from ln(2 / eps)",
         _verdict(list(found.values()), KNEE_TOLERANCE),
@@ -368,7 +372,8 @@ def stall_places(curves: Curves) -> dict[float, float]:
     for (_, rule, rate, _), curve in curves.items():
         if rule == PLAIN:
             moving = np.flatnonzero(curve["stalls"] == 0)
-            places[rate] = float(curve["margin"][min(moving[-1] + 1, curve["margin"].size - 1)])
+            first = moving[-1] + 1 if moving.size else 0
+            places[rate] = float(curve["margin"][min(first, curve["margin"].size - 1)])
     return places
 
 
@@ -409,7 +414,7 @@ def counter_evidence(config: Config, curves: Curves) -> list[str]:
     ]
     if slow.size:
         said.append(
-            "Momentum has its limit only once it has filled, after some 1 / (1 - beta) = "
+            "Momentum nears its limit only once its sum has filled, after some 1 / (1 - beta) = "
             f"{1 / (1 - config.momentum):.0f} steps: at lr {fine:g} A is {slow[0]:+.0%} off it at the first start, "
             f"{slow[-1]:+.0%} at the last."
         )
@@ -428,10 +433,13 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         "same force from everywhere, softmax squared error with a force of e^-m, squared error of a linear output with "
         "one that grows with the distance.\n\n"
         "T = ln(1 + m0) of the linear output presumes a one-hot target: its margin decays towards -1 and passes 0 on "
-        "the way. The flow is the limit of small steps, and is held against those at lr <= .01.\n\n"
-        f"{left_out} combinations of arm, rule, rate, eps and start were left out, as they are predicted to take more "
-        f"than max_steps = {config.max_steps} steps."
+        "the way. The flow is the limit of small steps, and is held against those at lr <= 0.01."
     )
+    if left_out:
+        text += (
+            f"\n\n{left_out} combinations of arm, rule, rate, eps and start were left out, as they are predicted to "
+            f"take more than max_steps = {config.max_steps} steps."
+        )
     hypotheses = [sgd_hypothesis(config, curves), knee_hypothesis(curves, gentle=True)]
     if max(config.learning_rates) > GENTLE_RATE:
         hypotheses.append(knee_hypothesis(curves, gentle=False))

@@ -33,6 +33,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from experiments import plots
+from experiments.config import distinct
 from experiments.report import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
 from jprob import bernoulli, categorical
@@ -52,6 +53,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ]
     margin_limit: Annotated[float, msgspec.Meta(ge=18.0, le=43.0)]
     margin_step: Annotated[float, msgspec.Meta(ge=0.01, le=0.5)]
+
+    def __post_init__(self):
+        distinct(self, "num_classes")
 
 
 def logits(arm: str, margin: Float64[np.ndarray, " n"], num_classes: int) -> Float[np.ndarray, "n k"]:
@@ -198,7 +202,7 @@ def peak_hypothesis(curves: Curves) -> Hypothesis:
     height, place = abs(float(curve["truth"][top])) / (8 / 27) - 1, float(curve["margin"][top])
     return Hypothesis(
         "With two classes squared error pulls hardest at m = ln 2 = .69315, with 8/27, and less the more wrong it is.",
-        f"largest |g_truth| = 8/27 (1 {height:+.1e}) at m = {place:.4f}",
+        f"largest |g_truth| = 8/27 times 1 {height:+.1e}, at m = {place:.4f}",
         "the height is more than 1e-5 off, relatively, or the place more than .003",
         _verdict(abs(height) <= 1e-5 and abs(place - math.log(2)) <= 3e-3),
     )
@@ -299,6 +303,9 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         for r in records
     }
     text = (
+        "Class y is true, p are the probabilities, z the logits. The arms: A, softmax with cross-entropy; B, softmax "
+        "with squared error; C, a linear output with squared error; D, one sigmoid per class with its cross-entropy "
+        "(D BCE) or with squared error (D MSE).\n\n"
         "A loss teaches through its gradient in the logits. For softmax with cross-entropy this is p - y, whose norm "
         "stays near sqrt 2 however wrong the prediction is. The square of p - y sends it through the softmax's "
         "derivative once more, which shrinks with p_truth: g_truth = -2 p_truth L exactly, so that the most wrong "

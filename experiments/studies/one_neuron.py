@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from experiments import plots
+from experiments.config import distinct
 from experiments.report import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
 from jprob import bernoulli
@@ -55,6 +56,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     starts: Annotated[list[tuple[Weight, Weight]], msgspec.Meta(min_length=1, max_length=4)]
     trainings: Annotated[list[Training], msgspec.Meta(min_length=1)]
     num_steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+
+    def __post_init__(self):
+        distinct(self, "starts", "trainings")
 
 
 class Path(NamedTuple):
@@ -87,9 +91,10 @@ def theory(loss: str, rate: float, start: tuple[float, float], num_steps: int) -
     w, b = start
     path = Path(np.empty(num_steps + 1), np.empty(num_steps + 1))
     for index in range(num_steps + 1):
-        a = 1 / (1 + math.exp(-(w + b)))
-        path.output[index], path.cost[index] = a, a * a / 2 if loss == SQUARED else -math.log(1 - a)
-        d = {SQUARED: a * a * (1 - a), CROSS: a, SCRIPT: 1 / (1 - a)}[loss]
+        odds = math.exp(-min(max(w + b, -700.0), 700.0))  # beyond, the page's update leaves the range of float64
+        a, rest = 1 / (1 + odds), odds / (1 + odds)
+        path.output[index], path.cost[index] = a, a * a / 2 if loss == SQUARED else -math.log(rest)
+        d = {SQUARED: a * a * rest, CROSS: a, SCRIPT: 1 / rest}[loss]
         w, b = w - rate * d, b - rate * d
     return path
 
@@ -147,7 +152,7 @@ def slowdown_hypothesis(config: Config, paths: Paths) -> Hypothesis:
         measured = f"at lr {rate:g}: {slow:g} steps (squared error), {fast:g} (cross-entropy)"
         verdict = "undecided" if slow == fast == math.inf else "holds" if fast < slow else "falsified"
     return Hypothesis(
-        f"From (w, b) = ({w:g}, {b:g}) cross-entropy has the output below 1/2 sooner than squared error at its rate.",
+        f"From (w, b) = ({w:g}, {b:g}), at the same rate, cross-entropy is below 1/2 sooner than squared error.",
         measured,
         "squared error needs as few steps or fewer",
         verdict,
@@ -175,7 +180,7 @@ def figure(config: Config, paths: Paths) -> Plot:
     made, axes = plots.figure(columns=columns, rows=2, width=3.6 * columns + 0.6, height=5.6)
     for (row, name), (column, (w, b)) in itertools.product(enumerate(("cost", "output")), enumerate(config.starts)):
         axis, script = axes[row * columns + column], theory(SCRIPT, SCRIPT_RATE, (w, b), config.num_steps)
-        label = f"cross-entropy, lr {SCRIPT_RATE:g}, as the page's script steps"
+        label = f"cross-entropy, lr {SCRIPT_RATE:g}, as the book's script steps"
         axis.plot(getattr(script, name), color="0.6", lw=1.4, label=label)
         for each in config.trainings:
             look = {"color": COLOURS[each.loss], "lw": 2.8, "alpha": 1.0 if each.rate == fastest else 0.4}
@@ -221,7 +226,7 @@ def counter_evidence(config: Config, paths: Paths) -> list[str]:
     said = [
         f"The rate decides as much as the loss. From ({w:g}, {b:g}) the outputs after {config.num_steps} steps are "
         f"{finals}.",
-        "The scripts of the book's page step by 1 / (1 - a) under cross-entropy, not by a: from this start by "
+        "The scripts of the book's web page step by 1 / (1 - a) under cross-entropy, not by a: from this start by "
         f"{1 / (1 - script[0]):.0f} instead of {script[0]:.2f}. At lr {SCRIPT_RATE:g} the output is then below 1/2 "
         f"after {steps_to_half(script):g} steps and ends at {script[-1]:.3f}; the page's curves are of that update.",
     ]
@@ -244,8 +249,9 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         key = (float(settings["w"]), float(settings["b"]), str(settings["loss"]), float(settings["rate"]))
         paths[key] = Path(np.asarray(values["output"]), np.asarray(values["cost"]))
     text = (
-        "A sigmoid neuron is to answer 0 and starts near 1. The gradient of squared error carries the sigmoid's slope "
-        "a (1 - a), which vanishes there; the gradient of cross-entropy is the error a itself.\n\n"
+        "A sigmoid neuron is to answer 0 and starts near 1: the demonstration of Nielsen (2015), chapter 3. The "
+        "gradient of squared error carries the sigmoid's slope a (1 - a), which vanishes there; the gradient of "
+        "cross-entropy is the error a itself.\n\n"
         "Published demonstrations give the two losses different rates. Here they are trained at one rate too, so that "
         "the shapes and the speeds can be compared."
     )
