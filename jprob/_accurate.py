@@ -57,7 +57,8 @@ def softmax(z: Array, axis: int) -> Array:
 def _softmax_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
     p = softmax(z, axis)
-    return p, p * centred(z, dz, axis)
+    # Selected, so that in reverse mode an infinite cotangent of an impossible class (its log, say) stops here.
+    return p, jnp.where(p == 0, 0, p * centred(z, dz, axis))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -132,3 +133,16 @@ def exp_remainder(t: Array) -> Array:
     for n in range(16 if t.dtype == jnp.float64 else 10, 2, -1):
         series = 1 + s / n * series
     return jnp.where(small, s * s / 2 * series, jnp.expm1(t) - t)
+
+
+@jax.custom_jvp
+def divide(a: Array, b: Array) -> Array:
+    """a / b, whose derivative (da - (a / b) db) / b never squares b, as that of jnp does: 1e-30 has no square."""
+    return a / b
+
+
+@divide.defjvp
+def _divide_jvp(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    ratio = divide(a, b)
+    return ratio, divide(da, b) - ratio * divide(db, b)

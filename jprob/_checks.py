@@ -30,7 +30,7 @@ def floating(function: str, **arguments: Any) -> None:
 
 def class_axis(function: str, logits: jax.Array, axis: int) -> int:
     """`axis` counted from the front."""
-    if not isinstance(axis, int) or not -logits.ndim <= axis < logits.ndim:
+    if not isinstance(axis, int) or isinstance(axis, bool) or not -logits.ndim <= axis < logits.ndim:
         raise ValueError(f"{function}: axis must be an axis of logits {describe(logits)}, got {axis!r}")
     if logits.shape[axis] == 0:
         raise ValueError(f"{function}: expected at least one class on axis {axis} of logits, got {describe(logits)}")
@@ -67,8 +67,8 @@ def expect(ok: jax.Array, value: jax.Array, message: str) -> None:
 
 def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
     """Under checkify: the rows of `logits` are not probabilities, which a second softmax would flatten."""
-    if logits.size == 0 or logits.shape[axis] == 1:
-        return
+    if logits.size <= logits.shape[axis] or logits.shape[axis] == 1:
+        return  # a single row may sum to 1 by chance
     total = jnp.sum(logits, axis=axis, dtype=jnp.promote_types(logits.dtype, jnp.float32))
     # Rows of 0 and 1 alone may be a one-hot bias of true logits, so that they do not count as probabilities.
     fractional = jnp.any((logits > 0) & (logits < 1), axis=axis)
@@ -108,8 +108,8 @@ def nats_to(function: str, base: float | None) -> float:
     """Factor from nats to the unit of `base`."""
     if base is None:
         return 1.0
-    if not 0 < base < math.inf or base == 1:
-        raise ValueError(f"{function}: base must be a positive number other than 1, or None for nats, got {base}")
+    if not 1 < base < math.inf:
+        raise ValueError(f"{function}: base must be a number above 1, or None for nats, got {base}")
     return 1 / math.log(base)
 
 

@@ -5,7 +5,8 @@ distribution with logits (0, z). Both probabilities come from exponentials of -|
 the small one keeps its digits.
 
 Values and gradients are computed in float32 at least (float64 where an input has it), with a relative error of at most
-16 u, u half the spacing at 1 of that dtype: one logit is given exactly, and no difference of logits is rounded.
+16 u, u half the spacing at 1 of that dtype: one logit is given exactly, and no difference of logits is rounded. Where a
+gradient p - y cancels, y being a soft label, the error is relative to the larger of (1 - y) p and y (1 - p).
 """
 
 from functools import partial

@@ -12,8 +12,10 @@ holds (`kl_divergence`): cross-entropy of p and q = entropy of p + KL(p || q).
 Every function takes one example or any batch of them, reduces the class axis alone, and returns one value per example.
 It computes in float32 at least (float64 where an input has it). With u half the spacing at 1 of that dtype (2**-24 for
 float32) and R the largest gap between finite logits of a row, values and gradient entries have a relative error of at
-most (16 + R) u for up to 1000 classes, however confident the row is; more classes add log2(K) u for the sum. A result
-below the smallest normal number of its dtype may be flushed to 0.
+most (16 + R) u for up to 1000 classes, however confident the row is, unless the function states another bound; more
+classes add log2(K) u for the sum. An entry that is itself a difference (p_i - t_i of a soft target, q_i - p_i of two
+distributions) has that error relative to the larger of the two, or of what they lack to 1. Probabilities, and products
+of them, below the smallest normal number of the dtype may be flushed to 0, and so is what only they make up.
 
 Corner cases, the same in all functions: a logit of +inf takes all the probability (several share it); a row with no
 possible class (all -inf, or `where` all False) is no distribution, and gives NaN; a NaN among the logits gives NaN in
@@ -46,13 +48,14 @@ def softmax(
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       axis: the class axis.
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0.
-      temperature: T >= 0, a number or an array that broadcasts to the logits' shape. T = 1 gives the distribution
-        itself, T = 0 its mode (classes that tie share), T = inf the uniform distribution over the possible classes.
-        The gradient in T is defined for 0 < T < inf.
+      temperature: T >= 0, a number or an array that broadcasts to the logits' shape with length 1 on the class axis.
+        T = 1 gives the distribution itself, T = 0 its mode (classes that tie share), T = inf the uniform distribution
+        over the possible classes; a negative T gives NaN. Gradients are defined where 1 / T is a normal number.
 
     Returns:
       An array of the logits' shape and dtype whose sum over `axis` is 1: 0 for an impossible class, also where the
-      others differ by any amount. Relative error at most (16 + R / T) u and one rounding to the dtype.
+      others differ by any amount. Relative error at most (16 + 3 R / T) u and one rounding to the dtype; (16 + R) u at
+      T = 1.
 
     Raises:
       ValueError: the logits are not floating-point, `axis` is out of range, or `where` or `temperature` does not
@@ -85,7 +88,7 @@ def log_softmax(
 
     Returns:
       An array of the logits' shape and dtype, at most 0, and -inf for an impossible class. The most probable class
-      keeps its digits too: -2.06e-9 at a margin of 20. Relative error at most (16 + R / T) u and one rounding.
+      keeps its digits too: -2.06e-9 at a margin of 20. Relative error as for `softmax`.
 
     Raises:
       ValueError: as for `softmax`.
@@ -139,18 +142,18 @@ def cross_entropy(
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
-    z, axis = _canonical("cross_entropy", logits, axis, where)
-    _check_labels("cross_entropy", logits, labels, axis)
+    z, labels, axis = _canonical_labelled("cross_entropy", logits, labels, axis, where)
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        targets = labels.astype(z.dtype)
+        targets = labels
         if label_smoothing:
             targets = (1 - label_smoothing) * targets + label_smoothing * _uniform(z, where, axis)
-        return jnp.sum(_accurate.weigh(targets, -_accurate.log_softmax(z, axis)), axis=axis)
+        loss = jnp.sum(_accurate.weigh(targets, -_accurate.log_softmax(z, axis)), axis=axis)
+        return loss * jnp.squeeze(_one_where_defined(z, axis), axis)
     loss = jnp.squeeze(_class_loss(z, jnp.expand_dims(labels, axis), axis), axis)
     if label_smoothing:
         uniform = _accurate.weigh(_uniform(z, where, axis), -_accurate.log_softmax(z, axis))
-        # Smoothed fully, the label itself does not count: its loss may be infinite, and 0 * inf is NaN.
-        kept = (1 - label_smoothing) * loss if label_smoothing < 1 else 0
+        # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
+        kept = jnp.where(jnp.isinf(loss) & (label_smoothing == 1), 0, (1 - label_smoothing) * loss)
         loss = kept + label_smoothing * jnp.sum(uniform, axis=axis)
     return loss
 
@@ -178,8 +181,9 @@ def brier_score(
 
     Returns:
       One value per example, at least float32, in [0, 2]; NaN (with a NaN gradient) where an integer label is outside
-      [0, K). For a class as label the relative error of the value is at most (16 + 2 R) u; that of a gradient entry
-      is (16 + 3 R) u of the sum of its terms |e_i - e_j| p_i p_j (products of probabilities, each with its own R u).
+      [0, K). For a class as label the relative error of the value is at most (24 + 2 R) u, and that of a gradient entry
+      (24 + 3 R) u of the sum of its terms |e_i - e_j| p_i p_j (products of probabilities, each with its own R u). For a
+      target distribution both are relative to these terms with p + t in place of |e|.
 
     Raises:
       ValueError: a dtype, a shape, `axis` or `where` is not as above.
@@ -189,10 +193,9 @@ def brier_score(
     >>> print(brier_score(jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.array(0)))
     0.375
     """
-    z, axis = _canonical("brier_score", logits, axis, where)
-    _check_labels("brier_score", logits, labels, axis)
+    z, labels, axis = _canonical_labelled("brier_score", logits, labels, axis, where)
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        targets = labels.astype(z.dtype) if where is None else jnp.where(where, labels.astype(z.dtype), 0)
+        targets = labels if where is None else jnp.where(where, labels, 0)
         return jnp.squeeze(_squared_error(z, targets, axis), axis)
     labels = jnp.expand_dims(labels, axis)
     valid = (labels >= 0) & (labels < z.shape[axis])
@@ -223,7 +226,7 @@ def entropy(
 
     Raises:
       ValueError: the logits are not floating-point, `axis` is out of range, `where` does not broadcast, or `base` is
-        not a positive number other than 1.
+        not above 1.
 
     Source: Cover and Thomas (2006), Elements of Information Theory, 2.1.
 
@@ -257,8 +260,9 @@ def kl_divergence(
       One value per pair, at least float32: 0 where p = q, also where their logits differ by a constant; inf where q
       has probability 0 for a class that p has not; never negative. It keeps its digits where p and q nearly agree: a
       difference of 1e-6 in the logits is a divergence near 1e-13 of full relative accuracy. Relative error at most
-      (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's; where the divergence
-      is infinite, p's gradient is the limit, +inf for the classes that q excludes and -inf for the others.
+      (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each adding up to 0;
+      where the divergence is infinite, p's gradient is the limit, +inf for the classes that q excludes and -inf for
+      the others.
 
     Raises:
       ValueError: a dtype, `axis`, `where` or `base` is not as above, or the shapes differ.
@@ -454,12 +458,14 @@ def sample(
     return jax.random.categorical(key, z, axis - z.ndim, shape, mode="high").astype(jnp.int32)
 
 
-def _canonical(function, logits, axis, where, temperature: float | Array = 1.0):
+def _canonical(function, logits, axis, where, temperature: float | Array = 1.0, computed_with=()):
     """Logits to compute with (checked, masked, tempered, in the dtype computed in) and the axis from the front."""
+    if not isinstance(temperature, float):
+        computed_with = (*computed_with, temperature)
     _checks.floating(function, logits=logits)
     axis = _checks.class_axis(function, logits, axis)
     _checks.logits_not_probs(function, logits, axis)
-    z = logits.astype(_accurate.compute_dtype(logits))
+    z = logits.astype(_accurate.compute_dtype(logits, *computed_with))
     if where is not None:
         _checks.mask(function, where, logits)
         z = jnp.where(where, z, -jnp.inf)
@@ -469,37 +475,52 @@ def _canonical(function, logits, axis, where, temperature: float | Array = 1.0):
 
 
 def _canonical_pair(function, p_logits, q_logits, axis, where, names=("p_logits", "q_logits")):
-    """Two distributions over the same classes, in one dtype, without a logit of +inf; and the axis from the front."""
+    """Two rows of logits over the same classes, in one dtype, and the axis from the front."""
     _checks.floating(function, **dict(zip(names, (p_logits, q_logits), strict=True)))
     _checks.same_shape(function, *names, p_logits.shape, q_logits)
     dtype = jnp.promote_types(p_logits.dtype, q_logits.dtype)
     p, front = _canonical(function, p_logits.astype(dtype), axis, where)
     q, _ = _canonical(function, q_logits.astype(dtype), axis, where)
-    return _finite_top(p, front), _finite_top(q, front), front
+    return p, q, front
 
 
 def _temper(function, z, axis, temperature):
     """(z - max z) / T. Division comes last, so that the limits at T = 0 and T = inf exist."""
     _checks.broadcasts(function, "temperature", temperature, z)
+    if temperature.ndim >= z.ndim - axis and temperature.shape[axis - z.ndim] != 1 and z.shape[axis] != 1:
+        got = _checks.describe(temperature)
+        raise ValueError(f"{function}: temperature must have length 1 on the class axis {axis} of logits, got {got}")
     _checks.expect(temperature >= 0, temperature, f"{function}: temperature {{value}} is negative")
-    d = _accurate.gap(z, axis)
-    finite = (d < 0) & (d > -jnp.inf)
-    # The two selects keep 0 / 0 and inf / inf out of the value, and out of the gradient.
-    return jnp.where(finite, jnp.where(finite, d, -1) / temperature, d)
+    d = _accurate.gap(_finite(z, axis), axis)
+    moving = (d < 0) & (d > -jnp.inf)
+    # The two selects keep 0 / 0 and inf / inf out of the value, and for 0 < T < inf out of the gradient.
+    tempered = jnp.where(moving, jnp.where(moving, d, -1) / temperature, d)
+    return jnp.where(temperature >= 0, tempered, jnp.nan)
 
 
-def _check_labels(function, logits, labels, axis):
+def _canonical_labelled(function, logits, labels, axis, where):
+    """Logits and axis as of `_canonical`, and labels: integers of 32 bits or more, or targets in the logits' dtype."""
     if not hasattr(labels, "dtype"):
         raise ValueError(f"{function}: labels must be an array, got {_checks.describe(labels)}")
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        expected = logits.shape[:axis] + logits.shape[axis + 1 :]
-        _checks.same_shape(function, "logits without the class axis", "integer labels", expected, labels)
-        _checks.labels_in_range(function, labels, logits.shape[axis])
-    elif jnp.issubdtype(labels.dtype, jnp.floating):
+    soft = jnp.issubdtype(labels.dtype, jnp.floating)
+    z, axis = _canonical(function, logits, axis, where, computed_with=(labels,) if soft else ())
+    if soft:
         _checks.same_shape(function, "logits", "floating-point labels", logits.shape, labels)
         _checks.targets_are_probs(function, labels, axis)
-    else:
+        return z, labels.astype(z.dtype), axis
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"{function}: labels must be integer or floating-point, got {_checks.describe(labels)}")
+    expected = logits.shape[:axis] + logits.shape[axis + 1 :]
+    _checks.same_shape(function, "logits without the class axis", "integer labels", expected, labels)
+    if labels.dtype.itemsize < 4:  # a comparison with K would wrap K to the label's dtype: 256 is 0 in uint8
+        labels = labels.astype(jnp.int32)
+    _checks.labels_in_range(function, labels, logits.shape[axis])
+    return z, labels, axis
+
+
+def _one_where_defined(z, axis):
+    """1 for a row that is a distribution, NaN for one that is not: no possible class, or a NaN."""
+    return jnp.where(jnp.isnan(_accurate.rest(_accurate.gap(z, axis), axis)), jnp.nan, 1)
 
 
 def _uniform(z, where, axis):
@@ -644,11 +665,13 @@ def _entropy_jvp(axis, primals, tangents):
 _FAR = 60.0
 
 
-def _finite_top(z, axis):
-    """The same distribution without a logit of +inf, of which no difference can be taken."""
-    certain = z == jnp.inf
+def _finite(z, axis):
+    """The same distribution without a logit of +inf, and none so large that a difference would overflow."""
+    certain, room = z == jnp.inf, jnp.finfo(z.dtype).max / 8
     limit = jnp.where(certain, 0, -jnp.inf)
-    return jnp.where(jnp.any(certain, axis=axis, keepdims=True), limit, z)
+    z = jnp.where(jnp.any(certain, axis=axis, keepdims=True), limit, z)
+    huge = jnp.any((jnp.abs(z) > room) & (z > -jnp.inf), axis=axis, keepdims=True)
+    return jnp.where(huge & (z > -jnp.inf), jnp.maximum(_accurate.gap(z, axis), -room), z)
 
 
 def _difference(a, b):
@@ -666,8 +689,10 @@ def _centred_difference(p_logits, q_logits, axis):
     both = (p_logits > -jnp.inf) & (q_logits > -jnp.inf)
     p = jnp.where(both, _accurate.softmax(p_logits, axis), 0)
     high, low = _difference(jnp.where(both, q_logits, 0), jnp.where(both, p_logits, 0))
-    # Twice: the first centre is only as fine as a shift common to all logits allows.
-    d = (high - jnp.sum(p * high, axis=axis, keepdims=True)) + low
+    # First relative to one class: a shift common to all logits goes without a trace, however large.
+    reference = jnp.argmax(p, axis=axis, keepdims=True)
+    high, low = (x - jnp.take_along_axis(x, reference, axis=axis) for x in (high, low))
+    d = high + low
     return jnp.where(both, d - jnp.sum(p * d, axis=axis, keepdims=True), 0), both
 
 
@@ -703,12 +728,14 @@ def _log_ratio(p_logits, q_logits, axis):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl_divergence(p_logits, q_logits, axis):
     """sum_i p_i (exp(t_i) - 1 - t_i), t = log q - log p: each term is at least 0. A class outside p contributes q_i."""
+    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
     p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
     t = _log_ratio(p_logits, q_logits, axis)
     term = jnp.where(t > 2, q - p * (1 + t), p * _accurate.exp_remainder(jnp.minimum(t, 2)))
     term = jnp.where(p_logits == -jnp.inf, q, term)
     term = jnp.where(_excluded(p_logits, q_logits), jnp.inf, term)
-    return jnp.sum(term, axis=axis, keepdims=True)
+    defined = _one_where_defined(p_logits, axis) * _one_where_defined(q_logits, axis)
+    return jnp.sum(term, axis=axis, keepdims=True) * defined
 
 
 @partial(_kl_divergence.defjvp, symbolic_zeros=True)
@@ -723,25 +750,37 @@ def _kl_divergence_jvp(axis, primals, tangents):
 
 
 def _kl_slope_p(p_logits, q_logits, axis):
-    p = _accurate.softmax(p_logits, axis)
+    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
     d, _ = _centred_difference(p_logits, q_logits, axis)
+    slope = _balanced(-_accurate.softmax(p_logits, axis) * d, p_logits, axis)
     excluded = _excluded(p_logits, q_logits)
     limit = jnp.where(excluded, jnp.inf, -jnp.inf)
-    infinite = jnp.any(excluded, axis=axis, keepdims=True) & (p > 0)
-    return jnp.where(infinite, limit, -p * d)
+    infinite = jnp.any(excluded, axis=axis, keepdims=True) & (p_logits > -jnp.inf)
+    defined = _one_where_defined(p_logits, axis) * _one_where_defined(q_logits, axis)
+    return jnp.where(infinite, limit, slope) * defined
 
 
 def _kl_slope_q(p_logits, q_logits, axis):
     """q - p, through expm1 where they are close."""
+    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
     p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
     t = _log_ratio(p_logits, q_logits, axis)
     both = (p_logits > -jnp.inf) & (q_logits > -jnp.inf)
-    return jnp.where(both & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
+    slope = jnp.where(both & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
+    return _balanced(slope, p_logits, axis)
+
+
+def _balanced(slope, logits, axis):
+    """Slopes that add up to 0: that of the one class with p > 1/2 is taken from the others, whose digits it lacks."""
+    top = _accurate.unique_top(logits, axis)
+    others = jnp.where(top == 1, 0, slope)
+    return others - top * jnp.sum(others, axis=axis, keepdims=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _js_divergence(p_logits, q_logits, axis):
     """sum_i m_i h(t_i), t = log q - log p, with h >= 0 even: h = ln 2 where only one of p and q is 0."""
+    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
     p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
     one_sided = (p_logits == -jnp.inf) != (q_logits == -jnp.inf)
     t = jnp.where(one_sided, jnp.inf, _log_ratio(p_logits, q_logits, axis))
@@ -782,6 +821,7 @@ def _js_slope(p_logits, q_logits, axis):
     l itself is 0 for t = 0, where p and q agree; l - ln 2 is 0 where q is far below p. The one that is small where p
     lies keeps the digits of the differences.
     """
+    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
     p, t = _accurate.softmax(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
     t = jnp.where(_excluded(p_logits, q_logits), -_LARGE_GAP, t)
     near = -jnp.maximum(t, 0) - jnp.log1p(jnp.expm1(-jnp.abs(t)) / 2)

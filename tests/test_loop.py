@@ -88,6 +88,39 @@ def test_the_short_batch_counts_its_own_examples_alone():
     assert metrics.loss == 1
 
 
+def test_an_example_of_weight_0_is_not_there_even_if_it_is_nan():
+    surprise = lambda w, x, key: -jnp.log(w * x)  # noqa: E731  infinite at 0, with a gradient of 0 / 0
+    optimizer = optax.sgd(0.1)
+    state, x = start(optimizer, params=jnp.ones(())), jnp.array([0.0, 1.0, jnp.nan, 2.0])
+    got, metrics = mle.step(surprise, optimizer, state, x, weights=jnp.array([0.0, 1.0, 0.0, 2.0]))
+    want, wanted = mle.step(surprise, optimizer, state, jnp.array([1.0, 2.0, 2.0]))
+    np.testing.assert_allclose(metrics.loss, wanted.loss, rtol=8 * U)
+    np.testing.assert_allclose(got.params, want.params, rtol=8 * U)
+
+
+def test_losses_of_low_precision_are_summed_in_float32():
+    constant = lambda w, x, key: (x + w * 0).astype(jnp.float16)  # noqa: E731
+    optimizer = optax.sgd(0.1)
+    _, metrics = mle.step(constant, optimizer, start(optimizer, params=jnp.zeros(())), jnp.full(70_000, 20.0))
+    assert metrics.loss == 20
+    assert metrics.loss.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("batch", "weights", "message"),
+    [
+        ((X, Y), jnp.ones(()), "step: weights must be one number for each of 23 examples, got shape ()"),
+        ((X, Y), jnp.ones((23, 1)), "step: weights must be one number for each of 23 examples, got shape (23, 1)"),
+        ((X, Y[:3]), None, "step: expected batch with one leading axis of examples, got shapes [(23, 5), (3,)]"),
+        ((), None, "step: expected batch with one leading axis of examples, got shapes []"),
+    ],
+)
+def test_a_step_says_what_it_expected(batch, weights, message):
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mle.step(nll, optimizer, start(optimizer), batch, weights=weights)
+
+
 def test_no_weight_at_all_gives_loss_0_and_gradient_0():
     optimizer = optax.sgd(0.1)
     state, metrics = mle.step(nll, optimizer, start(optimizer), (X, Y), weights=jnp.zeros(SIZE))

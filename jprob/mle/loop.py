@@ -74,14 +74,15 @@ def step(
       optimizer: an optax gradient transformation, the one that `init` was given.
       state: where training stands.
       batch: the examples, a pytree of arrays with the batch as leading axis.
-      weights: how much each example counts, not negative. One with weight 0 is as if it were not there, whatever its
-        negative log-likelihood; if all weights are 0, the loss and its gradient are 0.
+      weights: how much each example counts, not negative. One with weight 0 is as if it were not there: another takes
+        its place before `nll` sees it, so that not even a NaN gets through. If all are 0, so are loss and gradient.
 
     Returns:
-      The state after the step, and the loss (in `nll`'s dtype) and gradient norm that led to it.
+      The state after the step, and the loss (in float32 at least) and gradient norm that led to it.
 
     Raises:
-      ValueError: `nll` does not return one value per example.
+      ValueError: the arrays of `batch` differ in their leading axis or hold no example, `weights` is not one number per
+        example, or `nll` does not return one value per example.
 
     >>> nll = lambda mean, x, key: jnp.square(x - mean) / 2
     >>> optimizer = optax.sgd(0.5)
@@ -89,21 +90,14 @@ def step(
     >>> print(state.params, metrics.loss)
     1.0 2.5
     """
-    size = jax.tree.leaves(batch)[0].shape[0]
-    weights = jnp.ones(size) if weights is None else weights
-    key = jax.random.fold_in(_keys(state.key)[1], state.step)
-
-    def loss(params):
-        losses = nll(params, batch, key)
-        if losses.shape != (size,):
-            got = f"{losses.dtype}{list(losses.shape)}"
-            raise ValueError(f"step: nll must return one value for each of {size} examples, got {got}")
-        return _weighted_mean(losses, weights.astype(losses.dtype))
-
-    value, gradient = jax.value_and_grad(loss)(state.params)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return State(params, optimizer_state, state.step + 1, state.key), Metrics(value, optax.tree.norm(gradient))
+    size = _num_examples("step", "batch", batch)
+    if weights is None:
+        return _update(nll, optimizer, state, batch, jnp.ones(size))
+    weights = jnp.asarray(weights)
+    if weights.shape != (size,):
+        raise ValueError(f"step: weights must be one number for each of {size} examples, got shape {weights.shape}")
+    counted = jnp.where(weights > 0, jnp.arange(size), jnp.argmax(weights > 0))
+    return _update(nll, optimizer, state, jax.tree.map(lambda x: x[counted], batch), weights)
 
 
 @partial(jax.jit, static_argnames=("nll", "optimizer", "num_steps", "batch_size"))
@@ -152,13 +146,15 @@ def run(
     for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"run: {name} must be at least 1, got {value}")
-    size = _num_examples(data)
+    size = _num_examples("run", "data", data)
     steps_per_epoch = -(-size // batch_size)
     rows = _batches(state, size, steps_per_epoch, num_steps, batch_size)
 
     def one(state, row):
-        batch = jax.tree.map(lambda x: x.at[row].get(mode="clip"), data)
-        return step(nll, optimizer, state, batch, weights=row < size)
+        counted = row < size
+        # A batch is filled up with its own first example: with weight 0, but of a kind that `nll` can bear.
+        batch = jax.tree.map(lambda x: x[jnp.where(counted, row, row[0])], data)
+        return _update(nll, optimizer, state, batch, counted)
 
     return jax.lax.scan(one, state, rows)
 
@@ -168,17 +164,36 @@ def _keys(key):
     return jax.random.split(key)
 
 
+def _update(nll, optimizer, state, batch, weights):
+    key = jax.random.fold_in(_keys(state.key)[1], state.step)
+
+    def loss(params):
+        losses = jnp.asarray(nll(params, batch, key))
+        if losses.shape != weights.shape:
+            got = f"{losses.dtype}{list(losses.shape)}"
+            raise ValueError(f"step: nll must return one value for each of {weights.size} examples, got {got}")
+        return _weighted_mean(losses, weights)
+
+    value, gradient = jax.value_and_grad(loss)(state.params)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return State(params, optimizer_state, state.step + 1, state.key), Metrics(value, optax.tree.norm(gradient))
+
+
 def _weighted_mean(losses, weights):
+    """In float32 at least: a sum of float16 losses would overflow."""
+    dtype = jnp.promote_types(losses.dtype, jnp.float32)
+    losses, weights = losses.astype(dtype), weights.astype(dtype)
     total = jnp.sum(weights)
     # Guarded before the division: a select after it would leave a NaN in the gradient.
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0)) / jnp.where(total > 0, total, 1)
 
 
-def _num_examples(data):
+def _num_examples(function, name, data):
     shapes = [jnp.shape(x) for x in jax.tree.leaves(data)]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or sizes == {0}:
-        raise ValueError(f"run: expected data with one leading axis of examples, got shapes {shapes}")
+        raise ValueError(f"{function}: expected {name} with one leading axis of examples, got shapes {shapes}")
     return sizes.pop()
 
 
