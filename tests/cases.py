@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jprob
-from jprob import bernoulli, calibration, categorical, gaussian, metrics
+from jprob import bayes, bernoulli, calibration, categorical, expectation, gaussian, metrics, mvn
 
 
 class Case(NamedTuple):
@@ -41,9 +41,20 @@ SET_WEIGHT = jnp.asarray(_rng.uniform(0.1, 0.9, SET_CLASS.shape), jnp.float32)
 MATRIX = jnp.asarray(_rng.uniform(1, 9, (BATCH, CLASSES, CLASSES)), jnp.float32)
 TABLE = tuple(jnp.asarray(_rng.uniform(1, 2, (BATCH, 4)), jnp.float32) for _ in range(4))
 
+# For densities: a second scale and a larger end, vectors of three numbers and Cholesky factors.
+SCALE2, HIGH = SCALE * jnp.exp(Z[:, 0] / 4), X + SCALE
+VECTOR, VECTOR2 = (jnp.asarray(_rng.normal(0, 1, (BATCH, 3)), jnp.float32) for _ in range(2))
+TRIL, TRIL2 = (jnp.asarray(np.tril(_rng.normal(0, 0.3, (BATCH, 3, 3)), -1) + [np.diag(d) for d in d_], jnp.float32)
+               for d_ in _rng.uniform(0.5, 2, (2, BATCH, 3)))  # fmt: skip
+COVARIANCE = TRIL @ jnp.swapaxes(TRIL, -1, -2)
+
 
 def confusion(labels, predictions, weights):
     return metrics.confusion_matrix(labels, predictions, num_classes=CLASSES, weights=weights)
+
+
+def perplexity(nll, weights):
+    return metrics.perplexity(nll, weights=weights)
 
 
 def reliability(logits, labels, weights):
@@ -57,6 +68,28 @@ def fit_temperature(logits, labels, weights):
 def of_table(function):
     """The function with the fields of the table as its arguments, and an array as its result."""
     return lambda *fields: jnp.stack(jax.tree.leaves(function(calibration.Reliability(*fields))), axis=-1)
+
+
+def stacked(function, signature, **fixed):
+    """A function that gives a NamedTuple of equal shapes, over any batch, with an array as its result."""
+    return jnp.vectorize(lambda *args: jnp.stack(function(*args, **fixed), axis=-1), signature=signature)
+
+
+def weighted(function):
+    return lambda *args: function(*args[:-1], weights=args[-1])
+
+
+def fit_mvn(x, weights):
+    loc, scale_tril = mvn.fit(x, weights=weights)
+    return jnp.concatenate([loc[None], scale_tril])
+
+
+def draw(key):
+    return gaussian.sample(key, LOC, SCALE)
+
+
+def monte_carlo(key):
+    return jnp.stack(expectation.monte_carlo(jnp.sin, draw, key, num_samples=4))
 
 
 CASES = {
@@ -87,21 +120,61 @@ CASES = {
     "gaussian.log_prob": Case(gaussian.log_prob, (X, LOC, SCALE), (0, 1, 2)),
     "gaussian.log_prob, log_scale": Case(
         lambda x, loc, log_scale: gaussian.log_prob(x, loc, log_scale=log_scale), (X, LOC, Z[:, 0]), (0, 1, 2)),
-    "metrics.confusion_matrix": Case(jnp.vectorize(confusion, signature="(n),(n),(n)->(k,k)"),
-                                     (SET_CLASS, SET_CLASS[::-1], SET_WEIGHT), (2,)),
+    "gaussian.prob": Case(gaussian.prob, (X, LOC, SCALE), (0, 1, 2)),
+    "gaussian.prob, log_scale": Case(
+        lambda x, loc, log_scale: gaussian.prob(x, loc, log_scale=log_scale), (X, LOC, Z[:, 0]), (0, 1, 2)),
+    "gaussian.cdf": Case(gaussian.cdf, (X, LOC, SCALE), (0, 1, 2)),
+    "gaussian.log_cdf": Case(gaussian.log_cdf, (X, LOC, SCALE), (0, 1, 2)),
+    "gaussian.quantile": Case(gaussian.quantile, (YES, LOC, SCALE), (0, 1, 2)),
+    "gaussian.interval_prob": Case(gaussian.interval_prob, (X, HIGH, LOC, SCALE2), (0, 1, 2, 3)),
+    "gaussian.entropy": Case(gaussian.entropy, (SCALE,), (0,)),
+    "gaussian.kl_divergence": Case(gaussian.kl_divergence, (X, SCALE, LOC, SCALE2), (0, 1, 2, 3)),
+    "gaussian.cross_entropy": Case(gaussian.cross_entropy, (X, SCALE, LOC, SCALE2), (0, 1, 2, 3)),
+    "gaussian.nll": Case(gaussian.nll, (X, LOC, SCALE), (0, 1, 2)),
+    "gaussian.nll, log_scale": Case(
+        lambda x, loc, log_scale: gaussian.nll(x, loc, log_scale=log_scale), (X, LOC, Z[:, 0]), (0, 1, 2)),
+    "gaussian.fit": Case(stacked(weighted(gaussian.fit), "(n),(n)->(f)"), (SET_Z[..., 0], SET_WEIGHT), (0, 1)),
+    "gaussian.sample": Case(gaussian.sample, (KEY, LOC, SCALE), per_example=False),
+    "expectation.mean": Case(expectation.mean, (Z2, Z), (0, 1)),
+    "expectation.variance": Case(expectation.variance, (Z2, Z), (0, 1)),
+    "expectation.monte_carlo": Case(monte_carlo, (KEY,), per_example=False),
+    "bayes.log_posterior": Case(bayes.log_posterior, (Z, Z2), (0, 1), is_map=True),
+    "bayes.log_evidence": Case(bayes.log_evidence, (Z, Z2), (0, 1)),
+    "bayes.update": Case(jnp.vectorize(bayes.update, signature="(k),(t,k)->(t,k)"), (Z, SET_Z[:, :2]), (0, 1),
+                         is_map=True),
+    "bayes.gaussian_posterior": Case(stacked(weighted(bayes.gaussian_posterior), "(),(),(n),(),(n)->(f)"),
+                                     (LOC, SCALE, SET_Z[..., 0], SCALE2, SET_WEIGHT), (0, 1, 2, 3, 4)),
+    "bayes.beta_posterior": Case(stacked(weighted(bayes.beta_posterior), "(),(),(n),(n)->(f)"),
+                                 (SCALE, SCALE2, SET_WEIGHT[::-1], SET_WEIGHT), (0, 1, 2, 3)),
+    "mvn.log_prob": Case(mvn.log_prob, (VECTOR, VECTOR2, TRIL), (0, 1, 2)),
+    "mvn.entropy": Case(mvn.entropy, (TRIL,), (0,)),
+    "mvn.kl_divergence": Case(mvn.kl_divergence, (VECTOR, TRIL, VECTOR2, TRIL2), (0, 1, 2, 3)),
+    "mvn.sample": Case(mvn.sample, (KEY, VECTOR, TRIL), per_example=False),
+    "mvn.fit": Case(jnp.vectorize(fit_mvn, signature="(n,d),(n)->(e,d)"), (SET_Z, SET_WEIGHT), (0, 1)),
+    "mvn.scale_tril, covariance": Case(lambda matrix: mvn.scale_tril(covariance=matrix), (COVARIANCE,), (0,)),
+    "mvn.scale_tril, precision": Case(lambda matrix: mvn.scale_tril(precision=matrix), (COVARIANCE,), (0,)),
+    "mvn.scale_tril, diagonal": Case(lambda log: mvn.scale_tril(diagonal=jnp.exp(log)), (VECTOR,), (0,)),
+    "metrics.confusion_matrix": Case(confusion, (SET_CLASS[0], SET_CLASS[1], SET_WEIGHT[0]), (2,), per_example=False),
+    "metrics.confusion_matrix, sets": Case(jnp.vectorize(confusion, signature="(n),(n),(n)->(k,k)"),
+                                           (SET_CLASS, SET_CLASS[::-1], SET_WEIGHT), (2,)),
     "metrics.accuracy": Case(metrics.accuracy, (MATRIX,), (0,)),
     "metrics.balanced_accuracy": Case(metrics.balanced_accuracy, (MATRIX,), (0,)),
     **{f"metrics.{name}, {average}": Case(partial(getattr(metrics, name), average=average), (MATRIX,), (0,))
-       for name in ("precision", "recall", "f1_score") for average in (None, "macro", "micro", "weighted")},
-    "metrics.perplexity": Case(jnp.vectorize(lambda nll, w: metrics.perplexity(nll, weights=w), signature="(n),(n)->()"),
-                               (SET_Z[..., 0], SET_WEIGHT), (0, 1)),
-    "calibration.reliability": Case(jnp.vectorize(reliability, signature="(n,k),(n),(n)->(f,b)"),
-                                    (SET_Z, SET_CLASS, SET_WEIGHT), (0, 2)),
+       for name, average in [("precision", "macro"), ("recall", "weighted"), ("f1_score", None), ("f1_score", "micro")]
+       },
+    "metrics.perplexity": Case(perplexity, (X, SCALE), (0, 1), per_example=False),
+    "metrics.perplexity, sets": Case(jnp.vectorize(perplexity, signature="(n),(n)->()"),
+                                     (SET_Z[..., 0], SET_WEIGHT), (0, 1)),
+    "calibration.reliability": Case(reliability, (SET_Z[0], SET_CLASS[0], SET_WEIGHT[0]), (0, 2), per_example=False),
+    "calibration.reliability, sets": Case(jnp.vectorize(reliability, signature="(n,k),(n),(n)->(f,b)"),
+                                          (SET_Z, SET_CLASS, SET_WEIGHT), (0, 2)),
     "calibration.expected_calibration_error": Case(of_table(calibration.expected_calibration_error), TABLE, (0, 1, 2)),
     "calibration.maximum_calibration_error": Case(of_table(calibration.maximum_calibration_error), TABLE, (0, 1, 2)),
     "calibration.brier_decomposition": Case(of_table(calibration.brier_decomposition), TABLE, (0, 1, 2, 3)),
-    "calibration.fit_temperature": Case(jnp.vectorize(fit_temperature, signature="(n,k),(n),(n)->()"),
-                                        (SET_Z, SET_CLASS, SET_WEIGHT), (0, 2)),
+    "calibration.fit_temperature": Case(
+        fit_temperature, (SET_Z[0], SET_CLASS[0], SET_WEIGHT[0]), (0, 2), per_example=False),
+    "calibration.fit_temperature, sets": Case(jnp.vectorize(fit_temperature, signature="(n,k),(n),(n)->()"),
+                                              (SET_Z, SET_CLASS, SET_WEIGHT), (0, 2)),
 }  # fmt: skip
 
 
@@ -113,5 +186,8 @@ def public_functions() -> dict[str, Callable]:
         for name, module in modules.items()
         if not name.startswith("_") and module.__name__ == f"jprob.{name}" and not hasattr(module, "__path__")
         for attribute, value in vars(module).items()
-        if not attribute.startswith("_") and callable(value) and not inspect.isclass(value) and inspect.unwrap(value).__module__ == module.__name__
+        if not attribute.startswith("_")
+        and callable(value)
+        and not inspect.isclass(value)
+        and inspect.unwrap(value).__module__ == module.__name__
     }

@@ -63,6 +63,53 @@ def gaussian_log_prob(x: mpf, loc: mpf, scale: mpf) -> mpf:
     return -(((x - loc) / scale) ** 2) / 2 - mpmath.log(scale) - mpmath.log(2 * mpmath.pi) / 2
 
 
+def gaussian_cdf(x: mpf, loc: mpf, scale: mpf) -> mpf:
+    return mpmath.erfc(-(x - loc) / scale / mpmath.sqrt(2)) / 2
+
+
+def gaussian_interval_prob(low: mpf, high: mpf, loc: mpf, scale: mpf) -> mpf:
+    return gaussian_cdf(high, loc, scale) - gaussian_cdf(low, loc, scale)
+
+
+def gaussian_cross_entropy(p_loc: mpf, p_scale: mpf, q_loc: mpf, q_scale: mpf) -> mpf:
+    mean_square = p_scale**2 + (p_loc - q_loc) ** 2
+    return mean_square / (2 * q_scale**2) + mpmath.log(q_scale) + mpmath.log(2 * mpmath.pi) / 2
+
+
+def gaussian_kl_divergence(p_loc: mpf, p_scale: mpf, q_loc: mpf, q_scale: mpf) -> mpf:
+    own = gaussian_cross_entropy(p_loc, p_scale, p_loc, p_scale)
+    return gaussian_cross_entropy(p_loc, p_scale, q_loc, q_scale) - own
+
+
+def mean(values: Row, probs: Row) -> mpf:
+    return mpmath.fsum(v * p for v, p in zip(values, probs, strict=True)) / mpmath.fsum(probs)
+
+
+def variance(values: Row, probs: Row) -> mpf:
+    centre = mean(values, probs)
+    return mean([(v - centre) ** 2 for v in values], probs)
+
+
+def log_evidence(prior: Row, likelihood: Row) -> mpf:
+    return mpmath.log(mpmath.fsum(p * mpmath.exp(x) for p, x in zip(softmax(prior), likelihood, strict=True)))
+
+
+def mvn_log_prob(x: Row, loc: Row, scale_tril: mpmath.matrix) -> mpf:
+    offset = mpmath.matrix([a - b for a, b in zip(x, loc, strict=True)])
+    covariance = scale_tril * scale_tril.T
+    square = (offset.T * covariance**-1 * offset)[0]
+    return -(square + mpmath.log(mpmath.det(covariance)) + len(loc) * mpmath.log(2 * mpmath.pi)) / 2
+
+
+def mvn_kl_divergence(p_loc: Row, p_tril: mpmath.matrix, q_loc: Row, q_tril: mpmath.matrix) -> mpf:
+    p, q = p_tril * p_tril.T, q_tril * q_tril.T
+    inverse, offset = q**-1, mpmath.matrix([a - b for a, b in zip(p_loc, q_loc, strict=True)])
+    product = inverse * p
+    trace = mpmath.fsum(product[i, i] for i in range(len(p_loc)))
+    square = (offset.T * inverse * offset)[0]
+    return (trace - len(p_loc) + square + mpmath.log(mpmath.det(q) / mpmath.det(p))) / 2
+
+
 def gradient(f: Callable[[Row], mpf], z: Row) -> list[mpf]:
     """Partial derivatives of f at z; 0 for a logit of -inf, which no step can move."""
     return [mpf(0) if mpmath.isinf(z[i]) else (f(_moved(z, i, STEP)) - f(_moved(z, i, -STEP))) / (2 * STEP)

@@ -1,0 +1,376 @@
+"""Bayes' rule: what to believe after an observation, from what was believed before and how likely it made it.
+
+posterior_k = prior_k likelihood_k / evidence, with the evidence sum_k prior_k likelihood_k, the probability of the
+observation under the prior. In logarithms it is an addition and a softmax, and nothing underflows: a test with
+sensitivity 99 % and 5 % false positives, for what 1 % of people have, leaves a positive at 16.7 %.
+
+Hypotheses k are the classes of a categorical distribution: a prior is given by logits (unnormalised log-probabilities,
+-inf for what is impossible, so that `jnp.log(probs)` will do), and a posterior comes out as log-probabilities, logits
+for the next update. For a continuous unknown, the conjugate pairs keep a posterior in the family of its prior.
+
+Computed in float32 at least (float64 where an input has it); u is half the spacing at 1 of that dtype. R is the largest
+gap between finite log-priors of a row plus that between its finite log-likelihoods: constants common to all hypotheses
+cost nothing.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from . import _accurate, _checks, gaussian
+
+
+class Beta(NamedTuple):
+    """What a beta distribution of a probability is given by: its mean is alpha / (alpha + beta)."""
+
+    alpha: Array  # 1 + the number of "yes" seen, from a uniform prior
+    beta: Array  # 1 + the number of "no"
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def log_posterior(
+    log_prior: Float[Array, "*#shape"], log_likelihood: Float[Array, "*#shape"], *, axis: int = -1
+) -> Float[Array, "*shape"]:
+    """Log-probabilities of the hypotheses after an observation: log_softmax(log_prior + log_likelihood).
+
+    Args:
+      log_prior: logits of the hypotheses before the observation; -inf marks an impossible one.
+      log_likelihood: log-probability (or log-density) of the observation under each hypothesis, up to one constant for
+        all of them; -inf where a hypothesis excludes it. The shapes broadcast, with the hypotheses on the same axis.
+      axis: the axis of the hypotheses.
+
+    Returns:
+      An array of the shape they broadcast to, in the dtype they promote to, at most 0: -inf where the prior is, or the
+      likelihood; NaN along the row where that leaves none. Relative error at most (16 + R) u and one rounding to the
+      dtype; the most probable hypothesis keeps its digits too.
+
+    Raises:
+      ValueError: an argument is not floating-point, `axis` is out of range, or the shapes do not broadcast.
+
+    Source: MacKay (2003), Information Theory, Inference, and Learning Algorithms, 2.3.
+
+    >>> has_it, positive = jnp.log(jnp.array([0.01, 0.99])), jnp.log(jnp.array([0.99, 0.05]))
+    >>> print(f"{100 * jnp.exp(log_posterior(has_it, positive))[0]:.1f} %")
+    16.7 %
+    """
+    prior, likelihood, axis, dtype = _canonical("log_posterior", log_prior, log_likelihood, axis)
+    return _accurate.log_softmax(_joint(prior, likelihood, axis), axis).astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def log_evidence(
+    log_prior: Float[Array, "*#shape"], log_likelihood: Float[Array, "*#shape"], *, axis: int = -1
+) -> Float[Array, "*rest"]:
+    """Log-probability of the observation under the prior: log sum_k prior_k likelihood_k.
+
+    The prior is normalised first: its logits may have any common offset, and those of the likelihood count as they are.
+    Gradients: the posterior in the log-likelihood, posterior - prior in the log-prior.
+
+    Args:
+      log_prior: logits of the hypotheses; -inf marks an impossible one.
+      log_likelihood: log-probability (or log-density) of the observation under each hypothesis; -inf where a hypothesis
+        excludes it. The shapes broadcast, with the hypotheses on the same axis.
+      axis: the axis of the hypotheses; it is summed away.
+
+    Returns:
+      One value per row in nats, at least float32: -inf (with a NaN gradient) where every possible hypothesis excludes
+      the observation, NaN where no hypothesis is possible. For log-likelihoods at most 0, as of discrete observations,
+      the relative error is at most (16 + 2 R) u, also where the evidence is near 1 and its logarithm near 0; else it is
+      that of |log-likelihood| + |result| for the hypothesis that explains the observation best.
+
+    Raises:
+      ValueError: an argument is not floating-point, `axis` is out of range, or the shapes do not broadcast.
+
+    Source: MacKay (2003), Information Theory, Inference, and Learning Algorithms, 28.
+
+    >>> has_it, positive = jnp.log(jnp.array([0.01, 0.99])), jnp.log(jnp.array([0.99, 0.05]))
+    >>> print(f"{jnp.exp(log_evidence(has_it, positive)):.4f}")
+    0.0594
+    """
+    prior, likelihood, axis, _ = _canonical("log_evidence", log_prior, log_likelihood, axis)
+    prior = _finite_top(prior, axis)
+    # What the prior excludes must not be seen, however likely it makes the observation.
+    likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
+    none = jnp.where(jnp.max(prior, axis=axis) == -jnp.inf, jnp.nan, 0)
+    return jnp.squeeze(_log_evidence(prior, likelihood, axis), axis) + none
+
+
+@jax.jit
+def update(
+    log_prior: Float[Array, "*#shape"], log_likelihoods: Float[Array, "steps *#shape"]
+) -> Float[Array, "steps *shape"]:
+    """Log-probabilities of the hypotheses after each of a sequence of observations, independent given the hypothesis.
+
+    The posterior after one observation is the prior of the next, so that the last is the posterior given all of them,
+    in whatever order they came.
+
+    Args:
+      log_prior: logits of the hypotheses, on the last axis; -inf marks an impossible one.
+      log_likelihoods: as in `log_posterior`, one for each observation, along a first axis of their own.
+
+    Returns:
+      One posterior per observation along the first axis, in the shape that one likelihood and the prior broadcast to,
+      in the dtype they promote to. Rows as in `log_posterior`; NaN from the observation on that leaves no hypothesis.
+      After t observations the relative error is at most (16 + R + S log2 2t) u and one rounding to the dtype, S the
+      sum of the t gaps of their log-likelihoods.
+
+    Raises:
+      ValueError: an argument is not floating-point, has no axis, or the shapes do not broadcast.
+
+    Source: MacKay (2003), Information Theory, Inference, and Learning Algorithms, 3.
+
+    >>> fair_or_biased, heads = jnp.zeros(2), jnp.log(jnp.array([[0.5, 0.75]] * 3))
+    >>> for fair, biased in jnp.exp(update(fair_or_biased, heads)):
+    ...     print(f"{fair:.4f} {biased:.4f}")
+    0.4000 0.6000
+    0.3077 0.6923
+    0.2286 0.7714
+    """
+    _checks.floating("update", log_prior=log_prior, log_likelihoods=log_likelihoods)
+    if log_likelihoods.ndim < 2:
+        expected = "one axis of observations and one of hypotheses"
+        raise ValueError(f"update: log_likelihoods must have {expected}, got {_checks.describe(log_likelihoods)}")
+    # A prior of fewer axes must not meet the axis of observations; one of as many would broadcast along it.
+    if log_prior.ndim >= log_likelihoods.ndim:
+        log_likelihoods = jnp.expand_dims(log_likelihoods, range(1, 2 + log_prior.ndim - log_likelihoods.ndim))
+    prior, likelihoods, axis, dtype = _canonical("update", log_prior, log_likelihoods, -1)
+    prior = _finite_top(prior, axis)
+    total = jnp.cumsum(_gap(jnp.where(prior == -jnp.inf, -jnp.inf, likelihoods), axis), axis=0)
+    return _accurate.log_softmax(_joint(prior, total, axis), axis).astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def gaussian_posterior(
+    prior_loc: float | Float[Array, "*#rest"],
+    prior_scale: float | Float[Array, "*#rest"],
+    x: Float[Array, "*shape"],
+    scale: float | Float[Array, "*#rest"],
+    *,
+    axis: int = -1,
+    weights: Float[Array, "*#shape"] | None = None,
+) -> gaussian.Parameters:
+    """Posterior of the mean of a Gaussian whose standard deviation is known, from a Gaussian prior of that mean.
+
+    With n observations of mean m, a = prior_scale and b = scale / sqrt(n), it is Gaussian again, of the scale
+    1 / sqrt(1 / a^2 + 1 / b^2), and its loc is m + (prior_loc - m) b^2 / (a^2 + b^2).
+
+    Args:
+      prior_loc: mean of the prior.
+      prior_scale: its standard deviation, positive.
+      x: observations, floating-point.
+      scale: the known standard deviation of one observation, positive.
+      axis: the axis of the observations; it is summed away, and the other arguments broadcast with what remains.
+      weights: how often each observation counts, not negative, broadcast to the shape of x; their sum is n.
+
+    Returns:
+      gaussian.Parameters(loc, scale), at least float32: the prior where there is no weight; NaN for a scale that is not
+      positive, or a negative weight. With n observations, error at most (24 + log2 n) u: of loc relative to |loc| and
+      the distance of prior and observations, of scale relative to itself, for any scales the dtype holds.
+
+    Raises:
+      ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.
+
+    Source: Bishop (2006), Pattern Recognition and Machine Learning, 2.3.6.
+
+    >>> loc, scale = gaussian_posterior(0.0, 1.0, jnp.array([1.0, 2.0, 3.0]), 1.0)
+    >>> print(f"{loc:.4f} +- {scale:.4f}")
+    1.5000 +- 0.5000
+    """
+    observed = gaussian.fit(x, axis=axis, weights=weights).loc
+    count = _count(x, axis, weights, observed)
+    given = {"prior_loc": prior_loc, "prior_scale": prior_scale, "x": observed, "scale": scale, "weights": count}
+    arrays = _checks.broadcast_together("gaussian_posterior", _accurate.compute_dtype(*given.values()), **given)
+    prior_loc, prior_scale, observed, scale, count = arrays
+    a = _positive("prior_scale", prior_scale)
+    some = count != 0
+    b = _accurate.divide(_positive("scale", scale), jnp.sqrt(jnp.where(some, count, 1)))
+    observed = jnp.where(some, observed, prior_loc)
+    step = observed - prior_loc
+    # From the nearer of the two, so that what is added is the smaller correction.
+    loc = jnp.where(_share(a, b) < 0.5, observed - _share(a, b) * step, prior_loc + _share(b, a) * step)
+    return gaussian.Parameters(jnp.where(some, loc, prior_loc), jnp.where(some, _parallel(a, b), a))
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def beta_posterior(
+    prior_alpha: float | Float[Array, "*#rest"],
+    prior_beta: float | Float[Array, "*#rest"],
+    labels: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"],
+    *,
+    axis: int = -1,
+    weights: Float[Array, "*#shape"] | None = None,
+) -> Beta:
+    """Posterior of the probability of "yes", from a beta prior: alpha grows by the number of "yes", beta by the "no".
+
+    Args:
+      prior_alpha: alpha of the prior, positive; 1 and 1 are the uniform prior, 1/2 and 1/2 that of Jeffreys.
+      prior_beta: beta of the prior, positive.
+      labels: what was observed, in [0, 1]: integer or bool, or floating-point (a share of "yes").
+      axis: the axis of the observations; it is summed away, and the prior broadcasts with what remains.
+      weights: how often each observation counts, not negative, broadcast to the shape of the labels. One of weight 0
+        does not count, whatever its label.
+
+    Returns:
+      Beta(alpha, beta), at least float32: the prior where there is no weight; NaN for a prior that is not positive, a
+      negative weight, or a label outside [0, 1]. With n observations, relative error at most (4 + log2 n) u.
+
+    Raises:
+      ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.
+
+    Source: Gelman et al. (2013), Bayesian Data Analysis, 2.1.
+
+    >>> posterior = beta_posterior(1.0, 1.0, jnp.array([True, True, False]))
+    >>> print(posterior.alpha, posterior.beta)
+    3.0 2.0
+    """
+    if not hasattr(labels, "dtype") or jnp.issubdtype(labels.dtype, jnp.complexfloating):
+        raise ValueError(f"beta_posterior: labels must be real numbers or bool, got {_checks.describe(labels)}")
+    soft = jnp.issubdtype(labels.dtype, jnp.floating)
+    y = labels if soft else labels.astype(jnp.float32)
+    y, w, axis = gaussian._weighted("beta_posterior", y, axis, weights)
+    inside = (y >= 0) & (y <= 1)
+    _checks.expect(inside | (w == 0), y, "beta_posterior: label {value} is outside [0, 1]")
+    y = jnp.where(inside, y, jnp.nan)
+    yes, no = (jnp.sum(_accurate.weigh(w, share), axis=axis) for share in (y, 1 - y))
+    given = {"prior_alpha": prior_alpha, "prior_beta": prior_beta}
+    dtype = _accurate.compute_dtype(yes if soft or weights is not None else 0.0, *given.values())
+    alpha, beta, yes, no = _checks.broadcast_together("beta_posterior", dtype, **given, labels=yes, others=no)
+    for name, value in (("prior_alpha", alpha), ("prior_beta", beta)):
+        _checks.expect(value > 0, value, f"beta_posterior: {name} {{value}} is not positive")
+    return Beta(jnp.where(alpha > 0, alpha, jnp.nan) + yes, jnp.where(beta > 0, beta, jnp.nan) + no)
+
+
+def _canonical(function, log_prior, log_likelihood, axis):
+    """Both in one shape and in the dtype computed in, the axis from the front, and the dtype they promote to."""
+    _checks.floating(function, log_prior=log_prior, log_likelihood=log_likelihood)
+    given = {"log_prior": log_prior, "log_likelihood": log_likelihood}
+    prior, likelihood = _checks.broadcast_together(function, _accurate.compute_dtype(*given.values()), **given)
+    if not isinstance(axis, int) or not -prior.ndim <= axis < prior.ndim or prior.shape[axis] == 0:
+        shape = list(prior.shape)
+        raise ValueError(f"{function}: axis must be an axis of the hypotheses {shape} that is not empty, got {axis!r}")
+    axis %= prior.ndim
+    _checks.logits_not_probs(function, prior, axis)
+    return prior, likelihood, axis, jnp.promote_types(log_prior.dtype, log_likelihood.dtype)
+
+
+def _finite_top(z, axis):
+    """The same distribution without a logit of +inf: what is certain before stays so, unless it is excluded."""
+    certain = z == jnp.inf
+    limit = jnp.where(certain, 0, -jnp.inf)
+    return jnp.where(jnp.any(certain, axis=axis, keepdims=True), limit, z)
+
+
+def _gap(z, axis):
+    """z - max z. The maximum is held constant under differentiation, where it cancels, but only to rounding."""
+    return _accurate.gap_below(jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True)), z)
+
+
+def _joint(prior, likelihood, axis):
+    """log prior + log likelihood up to a constant; each is taken from its maximum first, which loses no digit."""
+    prior = _finite_top(prior, axis)
+    # -inf + inf is NaN: what the prior excludes stays excluded, however likely it makes the observation.
+    likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
+    return jnp.where(prior == -jnp.inf, -jnp.inf, _gap(prior, axis) + _gap(likelihood, axis))
+
+
+def _ratios(prior, likelihood, axis):
+    """r and c with log evidence = r + c, r the log-likelihood of one hypothesis.
+
+    evidence = e^r (1 + sum_k p_k (e^(l_k - r) - 1)). For log-likelihoods at most 0, r is the largest, so that r and c
+    have one sign. Else r is that of the best explanation, of which the evidence is at least the prior's share.
+    """
+    p, log_p = _accurate.softmax(prior, axis), _accurate.log_softmax(prior, axis)
+    joint = jnp.where(prior == -jnp.inf, -jnp.inf, log_p + likelihood)
+    largest = jnp.max(likelihood, axis=axis, keepdims=True)
+    best = jnp.take_along_axis(likelihood, jnp.argmax(joint, axis=axis, keepdims=True), axis=axis)
+    r = jnp.where(largest <= 0, largest, best)
+    r = jnp.where(jnp.isfinite(r), r, 0)
+    t = likelihood - r
+    # exp(log p + t), not p exp(t): p may be below the smallest number where the product is not.
+    joint = jnp.where(prior == -jnp.inf, -jnp.inf, log_p + t)
+    change = jnp.where(t < 1, _accurate.weigh(p, jnp.expm1(jnp.minimum(t, 1))), jnp.exp(joint) - p)
+    change = jnp.sum(change, axis=axis, keepdims=True)
+    total = jnp.sum(jnp.exp(joint), axis=axis, keepdims=True)
+    # Below -0.25 the sum has cancelled, and between -0.42 and -0.3 XLA's float64 log1p errs by 240 u.
+    return r, jnp.where(change > -0.25, jnp.log1p(jnp.maximum(change, -0.25)), jnp.log(total))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _log_evidence(prior, likelihood, axis):
+    r, c = _ratios(prior, likelihood, axis)
+    return r + c
+
+
+@_log_evidence.defjvp
+def _log_evidence_jvp(axis, primals, tangents):
+    """sum_k posterior_k dl_k + (posterior_k - prior_k) dz_k, the difference by expm1 where they are close."""
+    (prior, likelihood), (d_prior, d_likelihood) = primals, tangents
+    posterior = _accurate.softmax(_joint(prior, likelihood, axis), axis)
+    slope = posterior * d_likelihood + _learned(prior, likelihood, axis) * d_prior
+    return _log_evidence(prior, likelihood, axis), jnp.sum(slope, axis=axis, keepdims=True)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _learned(prior, likelihood, axis):
+    """posterior - prior = prior (likelihood / evidence - 1)."""
+    r, c = _ratios(prior, likelihood, axis)
+    t = (likelihood - r) - c
+    p = _accurate.softmax(prior, axis)
+    near = p * jnp.expm1(jnp.minimum(t, 1))
+    far = _accurate.softmax(_joint(prior, likelihood, axis), axis) - p
+    return jnp.where(prior == -jnp.inf, 0, jnp.where(t < 1, near, far))
+
+
+@_learned.defjvp
+def _learned_jvp(axis, primals, tangents):
+    """d posterior - d prior, each p_i (dz_i - <p, dz>)."""
+    (prior, likelihood), (d_prior, d_likelihood) = primals, tangents
+    joint = _joint(prior, likelihood, axis)
+    after = _accurate.softmax(joint, axis) * _accurate.centred(joint, d_prior + d_likelihood, axis)
+    before = _accurate.softmax(prior, axis) * _accurate.centred(prior, d_prior, axis)
+    return _learned(prior, likelihood, axis), after - before
+
+
+def _positive(name, scale):
+    _checks.expect(scale > 0, scale, f"gaussian_posterior: {name} {{value}} is not positive")
+    return jnp.where(scale > 0, scale, jnp.nan)
+
+
+def _count(x, axis, weights, observed):
+    """The sum of the weights of each row."""
+    if weights is None:
+        return jnp.full_like(observed, x.shape[axis])
+    return jnp.sum(jnp.broadcast_to(weights, x.shape).astype(observed.dtype), axis=axis)
+
+
+@jax.custom_jvp
+def _share(a, b):
+    """b^2 / (a^2 + b^2): the share of a in the precision 1 / a^2 + 1 / b^2."""
+    return 1 / (1 + jnp.square(a / b))
+
+
+@_share.defjvp
+def _share_jvp(primals, tangents):
+    """2 share(a, b) share(b, a) (db / b - da / a), the second share for 1 minus the first."""
+    (a, b), (da, db) = primals, tangents
+    both = 2 * _share(a, b) * _share(b, a)
+    return _share(a, b), both * (_accurate.divide(db, b) - _accurate.divide(da, a))
+
+
+@jax.custom_jvp
+def _parallel(a, b):
+    """1 / sqrt(1 / a^2 + 1 / b^2), by the larger of the two."""
+    small, large = jnp.minimum(a, b), jnp.maximum(a, b)
+    return small / jnp.sqrt(1 + jnp.square(small / large))
+
+
+@_parallel.defjvp
+def _parallel_jvp(primals, tangents):
+    """(s / a)^3 da + (s / b)^3 db."""
+    (a, b), (da, db) = primals, tangents
+    s = _parallel(a, b)
+    return s, _accurate.divide(s, a) ** 3 * da + _accurate.divide(s, b) ** 3 * db

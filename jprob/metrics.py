@@ -1,0 +1,290 @@
+"""Metrics of a classifier: the confusion matrix, what follows from it, and perplexity.
+
+The confusion matrix C counts: C[i, j] is how often class i was predicted as j (rows are labels, as in scikit-learn).
+It is a sum over examples, so that the matrices of batches add, and those of devices too (`jax.lax.psum`). Every metric
+below is a ratio of its sums, taken last: the mean of the precisions of batches is not the precision.
+
+A class has a true-positive count C[k, k], a support (its row's sum) and a number of predictions (its column's sum).
+Recall divides the first by the second, precision by the third, F1 by the mean of both. Where a denominator is 0 the
+ratio is 0, value and gradient. `average` says how classes become one number: `None` leaves one value per class,
+"macro" is the mean over classes that occur as label or prediction, "weighted" the mean by support, "micro" pools the
+counts of all classes first (each error is then one false positive and one false negative, so that precision, recall
+and F1 all equal accuracy). That is scikit-learn's rule, with `zero_division=0`; only, an example of weight 0 does not
+count here as an occurrence of its class.
+
+Counts are whole numbers in float32 at least, exact up to 2**24 = 16,777,216 per entry; a matrix that has reached it no
+longer grows by adding single examples. u is half the spacing at 1 of the dtype (2**-24 for float32).
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from . import _accurate, _checks, _sums
+
+_AVERAGES = (None, "macro", "micro", "weighted")
+
+
+@partial(jax.jit, static_argnames=("num_classes",))
+def confusion_matrix(
+    labels: Int[Array, "*shape"],
+    predictions: Int[Array, "*shape"],
+    *,
+    num_classes: int,
+    weights: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
+) -> Float[Array, "{num_classes} {num_classes}"]:
+    """Counts C[i, j] of examples with label i and prediction j, or the sums of their weights.
+
+    Args:
+      labels: integer classes in [0, K), in any shape: every entry is an example, and all are summed.
+      predictions: integer classes in [0, K) in the same shape, such as `categorical.mode(logits)`.
+      num_classes: K, static.
+      weights: one weight per example, not negative, in the same shape; a mask is one. None counts each example once.
+
+    Returns:
+      C in shape [K, K], at least float32. A class outside [0, K), with any weight but 0, belongs to no entry that could
+      be named, and to leave it out would be a silent error: all of C is NaN then, and so is every sum it enters
+      (`checkify` names the class). To leave an example out, give it weight 0. Without weights the counts of one call
+      are exact up to 2**24, and rounded once (u) beyond; sums of n weights have a relative error of at most
+      2 sqrt(n) u, more for n K^2 > 2**24.
+
+    Raises:
+      ValueError: labels or predictions are not integers, a shape differs, the weights are not real numbers, or
+        `num_classes` is not a positive integer.
+
+    >>> first = confusion_matrix(jnp.array([0, 1, 2]), jnp.array([0, 2, 2]), num_classes=3)
+    >>> second = confusion_matrix(jnp.array([0, 1]), jnp.array([1, 1]), num_classes=3)
+    >>> print(first + second)
+    [[1. 1. 0.]
+     [0. 1. 1.]
+     [0. 0. 1.]]
+    """
+    name = "confusion_matrix"
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"{name}: num_classes must be a positive integer, got {num_classes!r}")
+    for argument, value in (("labels", labels), ("predictions", predictions)):
+        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise ValueError(f"{name}: {argument} must be integer classes, got {_checks.describe(value)}")
+    _checks.same_shape(name, "labels", "predictions", labels.shape, predictions)
+    inside = [(c >= 0) & (c < num_classes) for c in (labels, predictions)]
+    w = None if weights is None else _weights(name, "labels", labels.shape, weights)
+    counted = True if w is None else w != 0
+    for what, ok, value in zip(("label", "prediction"), inside, (labels, predictions), strict=True):
+        _checks.expect(ok | jnp.logical_not(counted), value, f"{name}: {what} {{value}} is outside [0, {num_classes})")
+    valid = (inside[0] & inside[1]).ravel()
+    cell = [jnp.where(valid, c.ravel(), 0).astype(jnp.int32) for c in (labels, predictions)]
+    cell = cell[0] * num_classes + cell[1]
+    if w is None:
+        # Integers, which do not stop growing at 2**24 as float32 would.
+        counts = _sums.sum_by(cell, valid.astype(jnp.int32), num_classes**2).astype(jnp.float32)
+        counts = jnp.where(jnp.all(valid), counts, jnp.nan)
+    else:
+        w = w.ravel()
+        counts = _sums.sum_by(cell, jnp.where(valid, w, 0), num_classes**2)
+        counts += jnp.sum(_accurate.weigh(w, jnp.where(valid, 0, jnp.nan)))
+    return counts.reshape(num_classes, num_classes)
+
+
+@jax.jit
+def accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batch"]:
+    """Accuracy: the share of examples whose prediction is their label, sum_k C[k, k] / sum C.
+
+    Args:
+      matrix: confusion matrix C, rows the labels, or any batch of them.
+
+    Returns:
+      One value in [0, 1] per matrix, at least float32: 0 for a matrix of zeros. Relative error at most (2 + K) u.
+
+    Raises:
+      ValueError: the matrix is not floating-point, or its last two axes are not square.
+
+    >>> print(accuracy(jnp.array([[3.0, 1.0], [0.0, 4.0]])))
+    0.875
+    """
+    counts, row, _ = _counts("accuracy", matrix)
+    return _ratio(jnp.sum(counts, axis=-1), jnp.sum(row, axis=-1))
+
+
+@jax.jit
+def balanced_accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batch"]:
+    """Balanced accuracy: the mean recall of the classes that occur as a label, so that each counts the same.
+
+    Args:
+      matrix: confusion matrix C, rows the labels, or any batch of them.
+
+    Returns:
+      One value in [0, 1] per matrix, at least float32: 0 for a matrix of zeros. Relative error at most (4 + 2 K) u.
+
+    Raises:
+      ValueError: as for `accuracy`.
+
+    Source: Brodersen et al. (2010), The balanced accuracy and its posterior distribution.
+
+    >>> print(balanced_accuracy(jnp.array([[3.0, 1.0], [0.0, 4.0]])))
+    0.875
+    >>> print(balanced_accuracy(jnp.array([[9.0, 0.0], [1.0, 0.0]])))
+    0.5
+    """
+    counts, row, _ = _counts("balanced_accuracy", matrix)
+    return _ratio(jnp.sum(_ratio(counts, row), axis=-1), jnp.sum(row != 0, axis=-1))
+
+
+@partial(jax.jit, static_argnames=("average",))
+def precision(
+    matrix: Float[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
+) -> Float[Array, "*result"]:
+    """Precision: of the examples predicted as class k, the share that are, C[k, k] / sum_i C[i, k].
+
+    Args:
+      matrix: confusion matrix C, rows the labels, or any batch of them.
+      average: None for one value per class; "macro", "micro" or "weighted" for one number. Static.
+
+    Returns:
+      K values in [0, 1] per matrix or the average of them, at least float32: 0 for a class never predicted. Relative
+      error at most (4 + 2 K) u.
+
+    Raises:
+      ValueError: `average` is none of these, or as for `accuracy`.
+
+    >>> print(precision(jnp.array([[3.0, 1.0], [0.0, 4.0]])))
+    [1.  0.8]
+    """
+    counts, row, column = _counts("precision", matrix)
+    return _averaged("precision", counts, column, row, column, average)
+
+
+@partial(jax.jit, static_argnames=("average",))
+def recall(
+    matrix: Float[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
+) -> Float[Array, "*result"]:
+    """Recall: of the examples of class k, the share predicted as such, C[k, k] / sum_j C[k, j].
+
+    Args:
+      matrix: confusion matrix C, rows the labels, or any batch of them.
+      average: None for one value per class; "macro", "micro" or "weighted" for one number. Static.
+
+    Returns:
+      K values in [0, 1] per matrix or the average of them, at least float32: 0 for a class that is no label. Relative
+      error at most (4 + 2 K) u. The weighted average is the accuracy.
+
+    Raises:
+      ValueError: as for `precision`.
+
+    >>> print(recall(jnp.array([[3.0, 1.0], [0.0, 4.0]])))
+    [0.75 1.  ]
+    """
+    counts, row, column = _counts("recall", matrix)
+    return _averaged("recall", counts, row, row, column, average)
+
+
+@partial(jax.jit, static_argnames=("average",))
+def f1_score(
+    matrix: Float[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
+) -> Float[Array, "*result"]:
+    """F1 score: the harmonic mean of precision and recall, 2 C[k, k] / (sum_j C[k, j] + sum_i C[i, k]).
+
+    The macro average is the mean of the classes' scores, not the score of the mean precision and recall.
+
+    Args:
+      matrix: confusion matrix C, rows the labels, or any batch of them.
+      average: None for one value per class; "macro", "micro" or "weighted" for one number. Static.
+
+    Returns:
+      K values in [0, 1] per matrix or the average of them, at least float32: 0 for a class never predicted rightly, or
+      that does not occur. Relative error at most (4 + 2 K) u.
+
+    Raises:
+      ValueError: as for `precision`.
+
+    Source: van Rijsbergen (1979), Information Retrieval, 7; the two macro averages: Opitz and Burst (2019).
+
+    >>> print(f1_score(jnp.array([[3.0, 2.0], [0.0, 4.0]])))
+    [0.75 0.8 ]
+    """
+    counts, row, column = _counts("f1_score", matrix)
+    return _averaged("f1_score", counts, (row + column) / 2, row, column, average)
+
+
+@jax.jit
+def perplexity(
+    nll: Float[Array, "*shape"],
+    *,
+    weights: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
+) -> Float[Array, ""]:
+    """Perplexity exp(sum_i w_i nll_i / sum_i w_i): the number of equally likely classes that would surprise as much.
+
+    The mean comes before the exponential. To join batches, add their sums of w_i nll_i and of w_i.
+
+    Args:
+      nll: negative log-likelihoods in nats, one per example or token in any shape, as from `categorical.cross_entropy`.
+      weights: one weight per value, not negative, in the same shape; a mask is one. None weighs all the same.
+
+    Returns:
+      One number, at least float32, at least 1 where no nll is negative: 1 where the weights are all 0 or nothing came
+      in, inf beyond the largest number of the dtype (a mean above 88.7 in float32). A value of weight 0 does not count,
+      also if it is infinite. Relative error at most (16 + m) u for a mean of m of up to 1000 values, and log2(n) m u
+      more for the sum of n; the gradient is defined where the result is finite.
+
+    Raises:
+      ValueError: the nll is not floating-point, or the weights are no real numbers of its shape.
+
+    Source: Jelinek et al. (1977), Journal of the Acoustical Society of America 62.
+
+    >>> print(f"{perplexity(jnp.log(jnp.array([2.0, 8.0, 1e9])), weights=jnp.array([1.0, 1.0, 0.0])):.3f}")
+    4.000
+    """
+    _checks.floating("perplexity", nll=nll)
+    dtype = _accurate.compute_dtype(nll)
+    if weights is None:
+        w = jnp.ones(nll.shape, dtype)
+    else:
+        w = _weights("perplexity", "nll", nll.shape, weights)
+        dtype = jnp.promote_types(dtype, w.dtype)
+    # Shares of the weight, not a quotient of two sums, which may overflow.
+    w = w.astype(dtype)
+    share = _ratio(w, jnp.sum(w))
+    return jnp.exp(jnp.sum(_accurate.weigh(share, nll.astype(dtype))))
+
+
+def _weights(function, expected, shape, weights):
+    """Weights to compute with: checked, and in the dtype computed in."""
+    if not hasattr(weights, "dtype") or jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        raise ValueError(f"{function}: weights must be an array of real numbers, got {_checks.describe(weights)}")
+    _checks.same_shape(function, expected, "weights", shape, weights)
+    w = weights.astype(_accurate.compute_dtype(weights))
+    _checks.expect(w >= 0, w, f"{function}: weight {{value}} is negative")
+    return w
+
+
+def _counts(function, matrix):
+    """True positives, sums of rows and sums of columns, each of shape [..., K]."""
+    _checks.floating(function, matrix=matrix)
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
+        raise ValueError(f"{function}: matrix must have the shape [..., K, K], got {_checks.describe(matrix)}")
+    c = matrix.astype(_accurate.compute_dtype(matrix))
+    _checks.expect(c >= 0, c, f"{function}: count {{value}} is negative")
+    return jnp.diagonal(c, axis1=-2, axis2=-1), jnp.sum(c, axis=-1), jnp.sum(c, axis=-2)
+
+
+def _averaged(function, hits, total, row, column, average):
+    """hits / total for each class, or the average."""
+    if average not in _AVERAGES:
+        raise ValueError(f"{function}: average must be one of {', '.join(map(repr, _AVERAGES))}, got {average!r}")
+    if average == "micro":
+        return _ratio(jnp.sum(hits, axis=-1), jnp.sum(row, axis=-1))
+    score = _ratio(hits, total)
+    if average == "macro":
+        return _ratio(jnp.sum(score, axis=-1), jnp.sum(row + column != 0, axis=-1))
+    if average == "weighted":
+        return _ratio(jnp.sum(row * score, axis=-1), jnp.sum(row, axis=-1))
+    return score
+
+
+def _ratio(part, total):
+    """part / total, and 0 with a gradient of 0 where there is nothing to divide by."""
+    # The inner select keeps 0 / 0 out of the gradient.
+    return jnp.where(total == 0, 0, part / jnp.where(total == 0, 1, total))

@@ -1,0 +1,217 @@
+"""Bayes' rule against its definition, in units of u."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.experimental import checkify
+
+from jprob import bayes, categorical, gaussian
+
+U = {"float32": 2.0**-24, "float64": 2.0**-53}
+INF = jnp.inf
+
+
+@pytest.fixture(params=U)
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+def test_a_base_rate_of_1_percent_leaves_a_positive_test_at_16_7_percent():
+    prior, positive = jnp.log(jnp.array([0.01, 0.99])), jnp.log(jnp.array([0.99, 0.05]))
+    assert jnp.exp(bayes.log_posterior(prior, positive))[0] == pytest.approx(0.0099 / 0.0594, rel=1e-6)
+    assert jnp.exp(bayes.log_evidence(prior, positive)) == pytest.approx(0.0594, rel=1e-6)
+
+
+def span(x):
+    return float(jnp.max(x) - jnp.min(x))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 20.0])
+def test_the_posterior_is_exact_whatever_constants_are_added(dtype, spread, shift):
+    rng = np.random.default_rng(0)
+    prior, likelihood = (jnp.asarray(shift + spread * rng.normal(size=6), dtype) for _ in range(2))
+    joint = [a + b for a, b in zip(oracles.exactly(prior), oracles.exactly(likelihood), strict=True)]
+    got = bayes.log_posterior(prior, likelihood)
+    assert oracles.error(got, oracles.log_softmax(joint)) <= (16 + span(prior) + span(likelihood)) * U[dtype]
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0, 40.0])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 20.0])
+def test_the_log_evidence_keeps_its_digits_near_0(dtype, size, sign, spread):
+    rng = np.random.default_rng(1)
+    prior = jnp.asarray(spread * rng.normal(size=6), dtype)
+    likelihood = jnp.asarray(sign * size * rng.uniform(0, 1, 6), dtype)
+    z, x = oracles.exactly(prior), oracles.exactly(likelihood)
+    want = oracles.log_evidence(z, x)
+    bound = (16 + 2 * (span(prior) + span(likelihood))) * U[dtype]
+    best = x[int(jnp.argmax(prior + likelihood))]
+    scale = abs(want) if sign < 0 else abs(want) + abs(best)
+    assert abs(oracles.mpf(float(bayes.log_evidence(prior, likelihood))) - want) <= bound * scale
+    slopes = jax.grad(bayes.log_evidence, (0, 1))(prior, likelihood)
+    before, after = oracles.softmax(z), oracles.softmax([a + b for a, b in zip(z, x, strict=True)])
+    assert oracles.error(slopes[1], after) <= bound
+    for got, p, q, t in zip(slopes[0], before, after, x, strict=True):
+        close = p * (abs(t) + abs(want)) if abs(t - want) < 1 else p + q
+        assert abs(oracles.mpf(float(got)) - (q - p)) <= 2 * bound * max(close, abs(q - p))
+
+
+def test_a_sure_observation_has_evidence_1():
+    assert bayes.log_evidence(jnp.array([3.0, -1.0]), jnp.zeros(2)) == 0
+    assert bayes.log_evidence(jnp.array([5.0, 5.0, 4.0]), jnp.full(3, -2.5)) == -2.5
+
+
+def test_what_is_excluded_stays_so():
+    none = bayes.log_posterior(jnp.array([0.0, -INF]), jnp.array([-INF, 0.0]))
+    assert jnp.isnan(none).all()
+    assert bayes.log_evidence(jnp.array([0.0, -INF]), jnp.array([-INF, 0.0])) == -math.inf
+    # The prior excludes the second, however likely it makes the observation; the third excludes the observation.
+    prior, likelihood = jnp.array([0.0, -INF, 0.0]), jnp.array([-1.0, INF, -INF])
+    assert bayes.log_posterior(prior, likelihood).tolist() == [0, -math.inf, -math.inf]
+    assert bayes.log_evidence(prior, likelihood) == pytest.approx(-1 - math.log(2))
+    slopes = jax.grad(bayes.log_evidence, (0, 1))(prior, likelihood)
+    assert jnp.stack(slopes) == pytest.approx(np.array([[0.5, 0, -0.5], [1, 0, 0]]))
+    certain = bayes.log_posterior(jnp.array([INF, 0.0]), jnp.array([-50.0, 0.0]))
+    assert certain.tolist() == [0, -math.inf]
+    assert bayes.log_evidence(jnp.array([INF, 0.0]), jnp.array([-50.0, 0.0])) == -50
+    assert jnp.isnan(bayes.log_evidence(jnp.full(2, -INF), jnp.zeros(2)))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 300])
+def test_updating_one_by_one_is_updating_at_once(dtype, steps):
+    rng = np.random.default_rng(2)
+    prior = jnp.asarray(rng.normal(size=4), dtype)
+    likelihoods = jnp.asarray(rng.normal(size=(steps, 4)), dtype)
+    got = bayes.update(prior, likelihoods)
+    assert got.shape == (steps, 4)
+    sums, gaps = oracles.exactly(prior), span(prior)
+    step = prior
+    for t in range(steps):
+        sums = [a + b for a, b in zip(sums, oracles.exactly(likelihoods[t]), strict=True)]
+        gaps += span(likelihoods[t])
+        if t in (0, 5, steps - 1):
+            bound = (16 + gaps * (1 + math.log2(2 * (t + 1)))) * U[dtype]
+            assert oracles.error(got[t], oracles.log_softmax(sums)) <= bound
+        step = bayes.log_posterior(step, likelihoods[t]) if steps < 10 else got[t]
+    # The loop rounds its posterior at each step.
+    np.testing.assert_allclose(got[-1], step, rtol=64 * steps * U[dtype])
+    batch = bayes.log_posterior(prior, jnp.sum(likelihoods, axis=0))
+    np.testing.assert_allclose(got[-1], batch, rtol=64 * steps * U[dtype])
+
+
+def test_batches_of_sequences_and_priors_broadcast():
+    prior, likelihoods = jnp.arange(6.0).reshape(2, 3), jnp.arange(12.0).reshape(4, 1, 3) ** 0.5
+    got = bayes.update(prior, likelihoods)
+    assert got.shape == (4, 2, 3)
+    np.testing.assert_array_equal(got[:, 1], bayes.update(prior[1], likelihoods[:, 0]))
+    np.testing.assert_array_equal(bayes.update(prior, likelihoods[:, 0]), got)
+    assert bayes.update(prior, likelihoods[:0]).shape == (0, 2, 3)
+
+
+def test_an_impossible_observation_ends_a_sequence_from_there_on():
+    likelihoods = jnp.array([[0.0, 0.0], [-INF, 0.0], [-INF, -INF], [0.0, 0.0]])
+    got = bayes.update(jnp.zeros(2), likelihoods)
+    assert got[1].tolist() == [-math.inf, 0]
+    assert jnp.isnan(got).any(axis=1).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("a", [1.0, 1e-3, 1e-30, 1e30])
+@pytest.mark.parametrize("b", [1.0, 1e-30, 1e30])
+def test_the_gaussian_posterior_is_exact_for_any_scales(dtype, a, b):
+    x = jnp.asarray([1.0, 2.5, -0.5], dtype) * a
+    w = jnp.asarray([1.0, 0.5, 2.0], dtype)
+    args = [jnp.asarray(v, dtype) for v in (0.75 * a, a)]
+    got = bayes.gaussian_posterior(*args, x, jnp.asarray(b, dtype), weights=w)
+    loc, scale = (oracles.exactly(v)[0] for v in args)
+    noise, values, weights = oracles.exactly(jnp.asarray(b, dtype))[0], oracles.exactly(x), oracles.exactly(w)
+    n, m = oracles.mpmath.fsum(weights), oracles.mean(values, weights)
+    precision = 1 / scale**2 + n / noise**2
+    assert oracles.error(got.scale, 1 / oracles.mpmath.sqrt(precision)) <= 24 * U[dtype]
+    want = (loc / scale**2 + m * n / noise**2) / precision
+    assert abs(oracles.mpf(float(got.loc)) - want) <= 26 * U[dtype] * (abs(want) + abs(m - loc) + abs(m))
+
+
+def test_observations_one_by_one_are_observations_at_once():
+    x = jnp.array([0.3, -1.2, 2.2, 0.9])
+    at_once = bayes.gaussian_posterior(1.0, 2.0, x, 0.7)
+    one = gaussian.Parameters(jnp.float32(1.0), jnp.float32(2.0))
+    for value in x:
+        one = bayes.gaussian_posterior(*one, value[None], 0.7)
+    np.testing.assert_allclose(jnp.stack(one), jnp.stack(at_once), rtol=64 * U["float32"])
+    beta, labels = bayes.Beta(jnp.float32(1), jnp.float32(1)), jnp.array([1, 0, 1, 1])
+    for label in labels:
+        beta = bayes.beta_posterior(*beta, label[None])
+    assert beta == bayes.beta_posterior(1.0, 1.0, labels) == (4, 2)
+
+
+def test_without_weight_the_prior_stays():
+    x, w = jnp.array([1.0, jnp.nan]), jnp.zeros(2)
+    total = lambda *args: sum(bayes.gaussian_posterior(*args, weights=w))  # noqa: E731
+    assert bayes.gaussian_posterior(0.5, 2.0, x, 1.0, weights=w) == (0.5, 2)
+    slopes = jax.grad(total, (0, 1, 2, 3))(0.5, 2.0, x, 1.0)
+    assert [jnp.asarray(s).tolist() for s in slopes] == [1, 1, [0, 0], 0]
+    assert bayes.beta_posterior(0.5, 2.0, x, weights=w) == (0.5, 2)
+
+
+def test_the_posterior_of_a_grid_is_that_of_the_conjugate_pair():
+    grid = jnp.linspace(-6, 6, 4001)
+    x = jnp.array([0.4, 1.7])
+    likelihoods = gaussian.log_prob(x[:, None], grid, 0.8)
+    p = categorical.softmax(bayes.update(gaussian.log_prob(grid, -0.5, 1.5), likelihoods)[-1])
+    loc, scale = bayes.gaussian_posterior(-0.5, 1.5, x, 0.8)
+    assert jnp.sum(p * grid) == pytest.approx(float(loc), abs=1e-5)
+    assert jnp.sum(p * (grid - loc) ** 2) ** 0.5 == pytest.approx(float(scale), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: bayes.log_posterior(jnp.zeros(2), jnp.zeros(3)),
+            "expected shapes that broadcast together, got log_prior",
+        ),
+        (
+            lambda: bayes.log_evidence(jnp.zeros(2), jnp.zeros(2), axis=1),
+            "log_evidence: axis must be an axis of the hyp",
+        ),
+        (
+            lambda: bayes.log_posterior(jnp.arange(2), jnp.zeros(2)),
+            "log_prior must be a floating-point array, got int32[2]",
+        ),
+        (
+            lambda: bayes.update(jnp.zeros(2), jnp.zeros(2)),
+            "update: log_likelihoods must have one axis of observations",
+        ),
+        (lambda: bayes.beta_posterior(1.0, 1.0, [1]), "beta_posterior: labels must be real numbers or bool, got list"),
+    ],
+)
+def test_a_static_fault_says_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bayes.log_posterior(jnp.full((2, 2), 0.5), jnp.zeros(2)), "log_posterior: logits are probabilities"),
+        (lambda: bayes.gaussian_posterior(0.0, 0.0, jnp.ones(1), 1.0), "prior_scale 0.0 is not positive"),
+        (
+            lambda: bayes.gaussian_posterior(0.0, 1.0, jnp.ones(1), -1.0),
+            "gaussian_posterior: scale -1.0 is not positive",
+        ),
+        (lambda: bayes.beta_posterior(1.0, 1.0, jnp.array([2])), "beta_posterior: label 2.0 is outside [0, 1]"),
+        (lambda: bayes.beta_posterior(0.0, 1.0, jnp.array([1])), "beta_posterior: prior_alpha 0.0 is not positive"),
+    ],
+)
+def test_a_fault_of_the_data_is_named(call, message):
+    error, value = checkify.checkify(call)()
+    assert message in error.get()
+    assert "log_posterior" in message or jnp.isnan(jax.tree.leaves(value)[0])

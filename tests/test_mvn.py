@@ -1,0 +1,174 @@
+"""The multivariate normal against its definition, in units of u."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.experimental import checkify
+
+from jprob import gaussian, mvn
+
+U = {"float32": 2.0**-24, "float64": 2.0**-53}
+
+
+@pytest.fixture(params=U)
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+def factor(size, rng, scale=1.0):
+    return scale * (np.tril(0.5 * rng.normal(size=(size, size)), -1) + np.diag(rng.uniform(0.5, 2, size)))
+
+
+def condition(lower):
+    lower = np.asarray(lower, np.float64)
+    return float(np.max(np.abs(np.linalg.inv(lower)) @ np.abs(lower) @ np.ones(len(lower))))
+
+
+def matrix(lower):
+    return oracles.mpmath.matrix([oracles.exactly(row) for row in np.tril(lower)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_log_prob_is_that_of_the_covariance(dtype, size, scale):
+    rng = np.random.default_rng(size)
+    lower = jnp.asarray(factor(size, rng, scale), dtype)
+    x, loc = (jnp.asarray(scale * rng.normal(size=size), dtype) for _ in range(2))
+    want = oracles.mvn_log_prob(oracles.exactly(x), oracles.exactly(loc), matrix(lower))
+    logs = sum(abs(np.log(np.asarray(jnp.diagonal(lower), np.float64))))
+    square = float(abs(want)) + logs + size
+    bound = (8 + 4 * size * condition(lower)) * U[dtype]
+    assert abs(oracles.mpf(float(mvn.log_prob(x, loc, lower))) - want) <= bound * (square + logs + size)
+
+
+def test_independent_dimensions_are_a_sum_of_gaussians():
+    rng = np.random.default_rng(0)
+    x, loc, scale = (jnp.asarray(np.exp(rng.normal(size=4)), jnp.float32) for _ in range(3))
+    lower = mvn.scale_tril(diagonal=scale)
+    want = jnp.sum(gaussian.log_prob(x, loc, scale))
+    assert mvn.log_prob(x, loc, lower) == pytest.approx(float(want), rel=32 * U["float32"])
+    assert mvn.entropy(lower) == pytest.approx(float(jnp.sum(gaussian.entropy(scale))), rel=16 * U["float32"])
+    args = (x, scale, loc, scale[::-1])
+    want = jnp.sum(gaussian.kl_divergence(*args))
+    got = mvn.kl_divergence(x, lower, loc, mvn.scale_tril(diagonal=scale[::-1]))
+    assert got == pytest.approx(float(want), rel=64 * U["float32"])
+
+
+def test_what_stands_above_the_diagonal_is_not_read():
+    rng = np.random.default_rng(1)
+    lower = jnp.asarray(factor(3, rng), jnp.float32)
+    full = lower + jnp.triu(jnp.full((3, 3), jnp.nan), 1)
+    x = jnp.ones(3)
+    assert mvn.log_prob(x, jnp.zeros(3), full) == mvn.log_prob(x, jnp.zeros(3), lower)
+    assert mvn.kl_divergence(x, full, jnp.zeros(3), lower) == mvn.kl_divergence(x, lower, jnp.zeros(3), full)
+    slope = jax.grad(mvn.log_prob, 2)(x, jnp.zeros(3), lower)
+    assert not jnp.triu(slope, 1).any()
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-6, 1e-3, 0.1, 1.0])
+def test_kl_is_never_negative_and_keeps_its_digits_near_equality(dtype, gap):
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(factor(4, rng), dtype)
+    p = jnp.asarray(q * np.exp(gap * rng.normal(size=(4, 4))), dtype)
+    p_loc = jnp.asarray(gap * rng.normal(size=4), dtype)
+    got = mvn.kl_divergence(p_loc, p, jnp.zeros(4, dtype), q)
+    want = oracles.mvn_kl_divergence(oracles.exactly(p_loc), matrix(p), [oracles.mpf(0)] * 4, matrix(q))
+    assert got >= 0
+    assert (got == 0) == (gap == 0)
+    # |Lq^-1| times the differences: what the substitution may cancel.
+    inverse = np.abs(np.linalg.inv(np.asarray(q, np.float64)))
+    moved = inverse @ np.abs(np.asarray(p - q, np.float64)), inverse @ np.abs(np.asarray(p_loc, np.float64))
+    size = float(abs(want)) + sum(float(np.sum(m**2)) for m in moved)
+    assert abs(oracles.mpf(float(got)) - want) <= (32 + 8 * 4 * condition(q)) * U[dtype] * size
+
+
+def test_samples_have_the_mean_and_covariance_asked_for():
+    rng = np.random.default_rng(4)
+    lower, loc = jnp.asarray(factor(3, rng), jnp.float32), jnp.arange(3.0)
+    x = mvn.sample(jax.random.key(0), loc, lower, shape=(100_000,))
+    assert x.shape == (100_000, 3)
+    got = mvn.fit(x)
+    # Five standard errors; of an entry of the factor at most that of a standard deviation, times sqrt 2.
+    scale = float(jnp.max(jnp.sum(jnp.square(lower), axis=1))) ** 0.5
+    assert jnp.abs(got.loc - loc).max() < 5 * scale / 100_000**0.5
+    assert jnp.abs(got.scale_tril - lower).max() < 5 * scale / 100_000**0.5
+    assert mvn.sample(jax.random.key(0), jnp.zeros((2, 1, 3)), lower[None]).shape == (2, 1, 3)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("scale", [1.0, 1e-30])
+def test_fit_is_the_weighted_mean_and_covariance(dtype, offset, scale):
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(scale * (offset + rng.normal(size=(50, 3)) @ factor(3, rng).T), dtype)
+    w = jnp.asarray(rng.uniform(0, 2, 50), dtype)
+    got = mvn.fit(x, weights=w)
+    columns, probs = [oracles.exactly(x[:, i]) for i in range(3)], oracles.exactly(w)
+    means = [oracles.mean(c, probs) for c in columns]
+    assert oracles.error(got.loc, means) <= 32 * U[dtype] * (1 if offset else 50)
+    centred = [[v - m for v in c] for c, m in zip(columns, means, strict=True)]
+    pairs = [[oracles.mean([s * t for s, t in zip(a, b, strict=True)], probs) for b in centred] for a in centred]
+    want = oracles.mpmath.cholesky(oracles.mpmath.matrix(pairs))
+    for i in range(3):
+        size = max(abs(want[i, j]) for j in range(3))
+        for j in range(3):
+            assert abs(oracles.mpf(float(got.scale_tril[i, j])) - want[i, j]) <= 44 * 8 * U[dtype] * size
+
+
+def test_fit_of_few_or_no_observations():
+    line = mvn.fit(jnp.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
+    assert line.scale_tril @ line.scale_tril.T == pytest.approx(np.outer([1, 0, -1], [1, 0, -1]), abs=1e-6)
+    none = mvn.fit(jnp.ones((4, 2)), weights=jnp.zeros(4))
+    assert jnp.isnan(none.loc).all()
+    assert jnp.isnan(none.scale_tril).all()
+    first = mvn.fit(jnp.ones((4, 2, 3)).at[0].set(2), axis=0)
+    assert first.loc.shape == (2, 3)
+    assert first.scale_tril.shape == (2, 3, 3)
+
+
+def test_a_factor_comes_from_a_covariance_or_a_precision(dtype):
+    rng = np.random.default_rng(6)
+    lower = jnp.asarray(factor(4, rng), dtype)
+    covariance = lower @ lower.T
+    bound = 64 * condition(lower) ** 2 * U[dtype]
+    np.testing.assert_allclose(mvn.scale_tril(covariance=covariance), lower, rtol=0, atol=bound)
+    precision = jnp.linalg.inv(covariance)
+    got = mvn.scale_tril(precision=(precision + precision.T) / 2)
+    np.testing.assert_allclose(got, lower, rtol=0, atol=4 * bound)
+    assert not jnp.triu(got, 1).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: mvn.scale_tril(), "expected exactly one of covariance, precision and diagonal, got none"),
+        (lambda x: mvn.scale_tril(covariance=x, diagonal=x), "got covariance, diagonal"),
+        (lambda x: mvn.scale_tril(precision=x[:2]), "scale_tril: precision must be square, got float32[2, 3]"),
+        (lambda x: mvn.log_prob(x[0, :2], x[0], x), "log_prob: x must have 3 dimensions, got float32[2]"),
+        (lambda x: mvn.log_prob(x, jnp.ones((2, 3)), x), "log_prob: expected batches that broadcast together, got x"),
+        (lambda x: mvn.fit(x, axis=-1), "fit: axis must be one of float32[3, 3] before the last, got -1"),
+    ],
+)
+def test_a_static_fault_says_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        call(jnp.eye(3))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: mvn.log_prob(x[0], x[0], -x), "log_prob: scale_tril has -1.0 on its diagonal, not positive"),
+        (lambda x: mvn.entropy(x.at[1, 1].set(0)), "entropy: scale_tril has 0.0 on its diagonal, not positive"),
+        (lambda x: mvn.scale_tril(covariance=x - 2), "scale_tril: covariance is not positive definite"),
+        (lambda x: mvn.scale_tril(diagonal=x[0]), "scale_tril: standard deviation 0.0 is not positive"),
+    ],
+)
+def test_a_fault_of_the_data_is_named_and_nan(call, message):
+    error, value = checkify.checkify(call)(jnp.eye(3))
+    assert message in error.get()
+    assert jnp.isnan(value).any()
