@@ -14,7 +14,7 @@ test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.venv/jax-cache
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 test: .venv/ready  ## run the tests and the examples in the docstrings
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8
 
 lint: .venv/ready  ## check style, format and types
 	@.venv/bin/python -m ruff check
