@@ -476,8 +476,9 @@ def _canonical(function, logits, axis, where, temperature: float | Array = 1.0, 
 
 def _canonical_pair(function, p_logits, q_logits, axis, where, names=("p_logits", "q_logits")):
     """Two rows of logits over the same classes, in one dtype, and the axis from the front."""
-    _checks.floating(function, **dict(zip(names, (p_logits, q_logits), strict=True)))
-    _checks.same_shape(function, *names, p_logits.shape, q_logits)
+    p_name, q_name = names
+    _checks.floating(function, **{p_name: p_logits, q_name: q_logits})
+    _checks.same_shape(function, p_name, q_name, p_logits.shape, q_logits)
     dtype = jnp.promote_types(p_logits.dtype, q_logits.dtype)
     p, front = _canonical(function, p_logits.astype(dtype), axis, where)
     q, _ = _canonical(function, q_logits.astype(dtype), axis, where)
