@@ -199,7 +199,7 @@ def brier_score(
         return jnp.squeeze(_squared_error(z, targets, axis), axis)
     labels = jnp.expand_dims(labels, axis)
     valid = (labels >= 0) & (labels < z.shape[axis])
-    targets = jnp.where(valid, 1 - _other_classes(z, labels, axis), jnp.nan)
+    targets = jnp.where(valid, jnp.maximum(1 - _distance(z, labels, axis), 0), jnp.nan)
     return jnp.squeeze(_squared_error(z, targets, axis), axis)
 
 
@@ -532,28 +532,34 @@ def _uniform(z, where, axis):
     return exists / jnp.maximum(1, jnp.sum(exists, axis=axis, keepdims=True)).astype(z.dtype)
 
 
-def _other_classes(z, labels, axis):
-    """0 at the label, 1 elsewhere, by arithmetic (see `_accurate`); all 1 where the label is out of range."""
-    classes = jax.lax.broadcasted_iota(z.dtype, z.shape, axis)
-    return jnp.minimum(1, jnp.abs(classes - labels.astype(z.dtype)))
+def _distance(z, labels, axis):
+    """|class - label|: 0 at the label and at least 1 elsewhere, by arithmetic (see `_accurate`)."""
+    return jnp.abs(jax.lax.broadcasted_iota(z.dtype, z.shape, axis) - labels.astype(z.dtype))
 
 
 def _label_terms(z, labels, axis):
-    """exp(gap), factor of the other classes, their sum of exponentials, the label's gap (NaN if out of range)."""
+    """exp(gap), the distance, sum of the exponentials of the other classes, the label's gap (NaN if out of range).
+
+    exp(gap) is at most 1, so that min(distance, exp(gap)) leaves the label out and changes no other class.
+    """
     top = jnp.max(z, axis=axis, keepdims=True)
-    exponentials, other = jnp.exp(_accurate.gap_below(top, z)), _other_classes(z, labels, axis)
-    others = jnp.sum(other * exponentials, axis=axis, keepdims=True)
+    exponentials = jnp.exp(jnp.minimum(z - jnp.minimum(top, jnp.finfo(z.dtype).max), 0))
+    distance = _distance(z, labels, axis)
+    others = jnp.sum(jnp.minimum(distance, exponentials), axis=axis, keepdims=True)
     # Negative indices would wrap to the last classes.
     valid = (labels >= 0) & (labels < z.shape[axis])
-    label_logit = jnp.take_along_axis(z, jnp.where(valid, labels, 0), axis=axis)
-    return exponentials, other, others, jnp.where(valid, _accurate.gap_below(top, label_logit), jnp.nan)
+    label_logit = jnp.take_along_axis(z, jnp.where(valid, labels, 0), axis=axis, mode="promise_in_bounds")
+    return exponentials, distance, others, jnp.where(valid, _accurate.gap_below(top, label_logit), jnp.nan)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _class_loss(z, labels, axis):
-    """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum so that it can be near 1 or near 0."""
+    """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum where it is at the maximum.
+
+    Where it is not, p_y <= 1/2, and the loss is at least ln 2: there is no small number to keep.
+    """
     _, _, others, label_gap = _label_terms(z, labels, axis)
-    return jnp.log1p(others + jnp.expm1(label_gap)) - label_gap
+    return jnp.where(label_gap == 0, jnp.log1p(others), jnp.log(others + jnp.exp(label_gap)) - label_gap)
 
 
 @_class_loss.defjvp
@@ -566,9 +572,9 @@ def _class_loss_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _class_residual(z, labels, axis):
     """p - y for a class y: p_j for the others, and minus their sum for y, never p_y - 1."""
-    exponentials, other, others, label_gap = _label_terms(z, labels, axis)
-    total = others + jnp.exp(label_gap)
-    return (other * exponentials - (1 - other) * others) / total
+    exponentials, distance, others, label_gap = _label_terms(z, labels, axis)
+    at_label = jnp.maximum(1 - distance, 0)
+    return (jnp.minimum(distance, exponentials) - at_label * others) / (others + jnp.exp(label_gap))
 
 
 @_class_residual.defjvp
