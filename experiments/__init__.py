@@ -2,6 +2,7 @@
 
     python -m experiments run configs/study.toml
 
-A study is one module in `experiments/studies`. What surrounds it knows none by name: `config` reads settings; `runner`
-runs; `manifest`, `folders` and `results` store; `report`, `plots` and `export` show. `data` and `stats` serve studies.
+A study is one module in `experiments/studies`. What surrounds it knows none by name: `commands` is the command line;
+`config` reads settings; `runner` runs; `manifest`, `folders` and `results` store; `report`, `plots` and `export` show.
+`data` and `stats` serve studies.
 """

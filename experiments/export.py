@@ -49,6 +49,8 @@ def answer(folder: Path, query: str) -> tuple[list[str], list[Sequence]]:
             cursor = run.store.database.execute(query)
             rows = cursor.fetchall()
         except (sqlite3.Error, sqlite3.Warning) as error:
+            if getattr(error, "sqlite_errorcode", None) in folders.TORN:
+                raise  # no query's fault
             raise InputError(f"--query: expected one SELECT, got {query!r}: {error}") from None
     if cursor.description is None:
         raise InputError(f"--query: expected one SELECT, got {query!r}")

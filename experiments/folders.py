@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from experiments.errors import InputError
 from experiments.results import SCHEMA, Store
 
 DATABASE, MANIFEST = "results.sqlite", "manifest.json"
+TORN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)  # the codes of a file that is no database, or part of one
 
 
 class Run:
@@ -28,7 +31,8 @@ class Run:
 
     def update_manifest(self, **entries: Any) -> None:
         self.manifest |= entries
-        replace(self.folder / MANIFEST, _json(self.manifest))
+        with writing(self.folder):
+            replace(self.folder / MANIFEST, _json(self.manifest))
 
 
 @contextlib.contextmanager
@@ -53,9 +57,7 @@ def create(folder: Path, manifest: dict[str, Any]) -> Iterator[Run]:
             stack.enter_context(_locked(folder))
             if stored is None:
                 replace(folder / MANIFEST, _json(manifest))  # before the database: it makes the folder a run's
-            database = stack.enter_context(contextlib.closing(sqlite3.connect(folder / DATABASE)))
-            database.executescript(SCHEMA)
-        yield Run(folder, stored or manifest, Store(database))
+        yield Run(folder, stored or manifest, Store(stack.enter_context(_database(folder / DATABASE, SCHEMA))))
 
 
 @contextlib.contextmanager
@@ -63,44 +65,61 @@ def existing(folder: Path) -> Iterator[Run]:
     """Opens the folder of a run that is there, finished or not.
 
     Raises:
-      InputError: there is no run in it.
+      InputError: there is no run in it, or it cannot be read.
     """
     manifest, path = _stored_manifest(folder), folder / DATABASE
     if manifest is None or not path.is_file():  # sqlite3 would make an empty one
         missing = MANIFEST if manifest is None else DATABASE
         raise InputError(f"{folder}: expected the folder of a run, got one without {missing}")
     # Not opened read-only: after a kill the first to come must roll the unfinished transaction back.
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        try:
-            database.execute("SELECT run FROM runs LIMIT 1")
-        except sqlite3.Error as error:
-            raise InputError(f"{path}: expected the database of a run: {error}") from None
+    with _database(path, "SELECT run FROM runs LIMIT 1") as database:
         yield Run(folder, manifest, Store(database))
 
 
 @contextlib.contextmanager
+def _database(path: Path, first: str) -> Iterator[sqlite3.Connection]:
+    """Opens a database and executes `first`. Whatever SQLite reports from then on (a full disk, a torn file) is told in
+    one line: nobody else within has a database.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript(first)
+            yield database
+    except sqlite3.ProgrammingError:
+        raise  # a mistake of ours
+    except sqlite3.Error as error:
+        foreign = getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_ERROR, *TORN)
+        problem = "expected the database of a run" if foreign else "cannot be used"  # no space, no permission
+        raise InputError(f"{path}: {problem}: {error}") from error
+
+
+@contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Where writing fails for a reason outside the program, says so in one line."""
+    """Where writing a file fails for a reason outside the program, says so in one line."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
-    except sqlite3.Error as error:
-        raise InputError(f"{folder / DATABASE}: cannot be written: {error}") from error
+        place = error.filename2 or error.filename or folder
+        raise InputError(f"{place}: cannot be written: {error.strerror}") from error
+
+
+class _Manifest(msgspec.Struct):
+    identity: str
 
 
 def _stored_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder, got a file")
-    if not path.is_file():
-        return None
     try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: expected a folder, got a file")
+        if not path.is_file():
+            return None
         manifest = json.loads(path.read_bytes())
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict) or "identity" not in manifest:
-        raise InputError(f"{path}: expected the manifest of a run, got another file")
+        msgspec.convert(manifest, _Manifest)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # of json, or msgspec's
+        raise InputError(f"{path}: expected the manifest of a run, got another file: {error}") from None
     return manifest
 
 
@@ -112,8 +131,13 @@ def _is_occupied(folder: Path) -> bool:
 def replace(path: Path, text: str) -> None:
     """Writes a file as a whole: whoever reads it meanwhile, or after a crash, finds the old text or the new one."""
     unfinished = _unfinished(path)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a full disk wants the half back
+            unfinished.unlink()
+        raise
 
 
 def _unfinished(path: Path) -> Path:

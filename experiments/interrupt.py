@@ -8,7 +8,6 @@ at the other end and ends the process. That is safe at any moment because result
 import contextlib
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 
@@ -17,7 +16,7 @@ _SHOW_CURSOR = "\x1b[?25h\n"  # a progress bar hides it
 
 
 class Farewell:
-    """The line to leave behind; the run rewords it as it comes to have something to lose."""
+    """The line to leave behind; a command rewords it as it comes to have something to lose."""
 
     line = "interrupted: nothing was written"
 
@@ -26,27 +25,28 @@ class Farewell:
 def ending_at_once() -> Iterator[Farewell]:
     """Within, SIGINT ends the process with status 130 and SIGTERM with 143, after the line in the `Farewell`."""
     farewell = Farewell()
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    thread = threading.Thread(target=_wait, args=(reader, farewell), daemon=True)
-    thread.start()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # A handler in Python has to be there, or the number is not written; to do anything it would come too late.
     handlers = {number: signal.signal(number, lambda number, frame: None) for number in _SIGNALS}
-    descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_wait, args=(reader, farewell), daemon=True)
+    thread.start()
     try:
         yield farewell
     finally:
-        signal.set_wakeup_fd(descriptor)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        writer.close()  # the thread reads the end of the stream, and returns
+        signal.set_wakeup_fd(descriptor)
+        os.close(writer)  # the thread reads the end of the stream, and returns
         thread.join()
-        reader.close()
+        os.close(reader)
 
 
-def _wait(reader: socket.socket, farewell: Farewell) -> None:
-    while data := reader.recv(1):
+def _wait(reader: int, farewell: Farewell) -> None:
+    while data := os.read(reader, 1):
         if data[0] in _SIGNALS:
             line = (_SHOW_CURSOR if os.isatty(2) else "") + farewell.line + "\n"
-            os.write(2, line.encode())  # not print: the main thread may hold the lock of sys.stderr
+            with contextlib.suppress(OSError):  # nobody reads stderr any more
+                os.write(2, line.encode())  # not print: the main thread may hold the lock of sys.stderr
             os._exit(128 + data[0])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import rich.progress
 from rich.console import Console
+from rich.table import Column
 from rich.text import Text
 
 from experiments.results import Progress
@@ -41,19 +42,21 @@ class _TimeLeft(rich.progress.ProgressColumn):
     """rich's own column forgets a study's speed after 30 seconds without news; a compilation takes longer."""
 
     def render(self, task: rich.progress.Task) -> Text:
-        return Text("" if task.finished else time_left(task.elapsed or 0.0, task.completed))
+        return Text("" if task.finished else time_left(task.elapsed or 0.0, float(task.completed)))
 
 
 @contextlib.contextmanager
 def _bars(console: Console, studies: Sequence[str]) -> Iterator[Update]:
+    # What is told is kept whole; the bar and the note share what room is left, and the note ends in an ellipsis.
+    kept, bar, note = Column(no_wrap=True), Column(ratio=1), Column(ratio=2, no_wrap=True, overflow="ellipsis")
     columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TaskProgressColumn(),
-        _TimeLeft(),
-        rich.progress.TextColumn("{task.fields[note]}", markup=False),
+        rich.progress.TextColumn("{task.description}", table_column=kept.copy()),
+        rich.progress.TaskProgressColumn(table_column=kept.copy()),
+        _TimeLeft(table_column=kept.copy()),
+        rich.progress.BarColumn(bar_width=None, table_column=bar),
+        rich.progress.TextColumn("{task.fields[note]}", markup=False, table_column=note),
     )
-    with rich.progress.Progress(*columns, console=console) as bars:
+    with rich.progress.Progress(*columns, console=console, expand=True) as bars:
         tasks = {study: bars.add_task(study, start=False, total=1.0, note="") for study in studies}
 
         def update(study: str, progress: Progress) -> None:

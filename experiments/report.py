@@ -64,6 +64,7 @@ def build(run: Run) -> dict[str, Section]:
     Raises:
       InputError: the folder was written by other code, or cannot be written.
     """
+    _check_manifest(run)
     configured, finished = run.manifest["config"]["studies"], run.store.finished()
     sections = {name: _section(run, name, settings) for name, settings in configured.items() if name in finished}
     unfinished = [name for name in configured if name not in finished]
@@ -77,6 +78,31 @@ def build(run: Run) -> dict[str, Section]:
         run.store.write_hypotheses([(name, *hypothesis) for name, hypothesis in _hypotheses(sections)])
         folders.replace(run.folder / PAGE, text)
     return sections
+
+
+class _Config(msgspec.Struct):
+    file: str
+    studies: dict[str, dict[str, Any]]
+
+
+class _Device(msgspec.Struct):
+    kind: str
+    backend: str
+
+
+class _Manifest(msgspec.Struct):
+    started: str
+    config: _Config
+    device: _Device
+    versions: dict[str, str | None]
+
+
+def _check_manifest(run: Run) -> None:
+    """Whether it has what the page relies on; the identity has been looked at as the folder was opened."""
+    try:
+        msgspec.convert(run.manifest, _Manifest)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{run.folder / folders.MANIFEST}: expected the manifest of a run: {error}") from None
 
 
 def _section(run: Run, name: str, settings: Any) -> Section:

@@ -38,11 +38,15 @@ CREATE VIEW IF NOT EXISTS summary AS          -- one row a value or curve
 """
 
 
+Setting = str | int | float | np.number
+Value = int | float | np.number | np.ndarray  # a number, or a curve: one value a step
+
+
 class Record(NamedTuple):
     """A finished piece of a study: what identifies it within the study, and what was measured."""
 
-    settings: dict[str, str | int | float]  # {"arm": "B", "num_classes": 10}
-    values: dict[str, float | np.ndarray]  # a number, or a curve: one value a step
+    settings: dict[str, Setting]  # {"arm": "B", "num_classes": 10}
+    values: dict[str, Value]
 
 
 class Progress(NamedTuple):
@@ -76,9 +80,9 @@ class Store:
         runs = self.database.execute("SELECT run, settings FROM runs WHERE study = ? ORDER BY rowid", [study])
         return [Record(json.loads(settings), self._values(run)) for run, settings in runs.fetchall()]
 
-    def _values(self, run: str) -> dict[str, float | np.ndarray]:
+    def _values(self, run: str) -> dict[str, Value]:
         rows = self.database.execute("SELECT name, step, value FROM measurements WHERE run = ? ORDER BY step", [run])
-        values: dict[str, float | np.ndarray] = {}
+        values: dict[str, Value] = {}
         curves: dict[str, list[float]] = {}
         for name, step, stored in rows:
             value = float("nan") if stored is None else stored
@@ -105,7 +109,7 @@ class Store:
             database.executemany("INSERT INTO hypotheses VALUES (?, ?, ?, ?, ?)", rows)
 
 
-def run_key(study: str, settings: dict[str, str | int | float]) -> str:
+def run_key(study: str, settings: dict[str, Setting]) -> str:
     """The legible primary key of a record; different settings have different keys.
 
     >>> run_key("gradient_law", {"num_classes": 10, "arm": "B", "start": "far off"})
@@ -115,7 +119,7 @@ def run_key(study: str, settings: dict[str, str | int | float]) -> str:
     return f"{study}/{','.join(parts)}"
 
 
-def _key_part(value: str | int | float) -> str:
+def _key_part(value: Setting) -> str:
     # Bare words read best. Whatever could be taken for a number or for the next setting stands in quotes.
     is_word = isinstance(value, str) and re.fullmatch(r"[^\W\d][\w'+-]*", value)
     return str(value) if is_word else json.dumps(value, default=_plain, allow_nan=False)
@@ -128,7 +132,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a setting is a string or a number, got {value!r}")
 
 
-def _rows(values: dict[str, float | np.ndarray]) -> Iterator[tuple[int, str, float]]:
+def _rows(values: dict[str, Value]) -> Iterator[tuple[int, str, float]]:
     for name, value in values.items():
         array = np.asarray(value, dtype=np.float64)
         if array.ndim > 1 or array.size == 0:

@@ -1,5 +1,6 @@
 """Runs the studies of a config, in order, into a results folder."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def _platform() -> str:
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError):
-        return "none"
+        return f"none (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})"
 
 
 def _run_studies(config: Config, run: Run) -> None:
@@ -64,8 +65,7 @@ def _run_study(name: str, settings: Any, run: Run, update: progress.Update) -> N
             # The end is announced below, when everything is stored.
             update(name, item._replace(done=min(item.done, 0.999)))
         else:
-            with folders.writing(run.folder):
-                run.store.write(name, item)
+            run.store.write(name, item)
             count += 1
     seconds = time.perf_counter() - start
     run.update_manifest(seconds=run.manifest["seconds"] | {name: seconds}, data=run.manifest["data"] | data.digests())

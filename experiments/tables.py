@@ -11,11 +11,18 @@ _UNLIMITED = 100_000
 _STYLES = {"holds": "green", "falsified": "bold red", "undecided": "yellow"}
 
 
+class _Console(Console):
+    """rich ends the process with status 1 when `| head` has read enough; what that means is for the caller to say."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, wrapped: bool) -> None:
     """Prints to stdout. Off a terminal it has 100 columns if `wrapped`; if not, a row is a line, for grep and cut."""
-    console = Console()
+    console = _Console()
     if not console.is_terminal:
-        console = Console(width=100 if wrapped else _UNLIMITED)
+        console = _Console(width=100 if wrapped else _UNLIMITED)
     table = Table(
         *header,
         box=box.SIMPLE_HEAD if console.is_terminal else None,

@@ -1,14 +1,17 @@
 """What the command line answers: one clear line to every mistake, and nothing written."""
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import pytest
 import tiny_studies
 
+from experiments import studies
 from experiments.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -228,7 +231,118 @@ def test_list_names_studies_and_configs(capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'"""Doc."""\nif\n', "line 2: expected Python, got invalid syntax"),
+        (b'"""\xff"""\n', "expected UTF-8, got the byte 0xff"),
+        (b'"""Doc."""\n\0', "expected Python, got source code string cannot contain null bytes"),
+    ],
+)
+def test_a_broken_study_does_not_hide_the_others(capsys, monkeypatch, content, problem):
+    Path("mine").mkdir()
+    Path("mine/broken.py").write_bytes(content)
+    Path("mine/raising.py").write_text('"""Raising: as it is imported."""\nraise RuntimeError', encoding="utf-8")
+    monkeypatch.setattr(studies, "__path__", [*studies.__path__, str(Path("mine").absolute())])
+    Path("configs/folder.toml").mkdir()
+    assert main(["list"]) == 2
+    printed = capsys.readouterr()
+    for listed in ("coin: The coin", "raising: Raising: as it is imported.", COIN):
+        assert listed in printed.out
+    broken = re.escape(str(Path("mine/broken.py").absolute()))
+    assert re.match(f"{broken}: {problem}; ", printed.err)
+    assert printed.err.endswith("; configs/folder.toml: cannot be read: Is a directory\n")
+    assert printed.err.count("\n") == 1
+
+
 # ---- Processes
+
+UNPRIVILEGED = """
+import encodings.unicode_escape, os, sys  # what is loaded late would lie where only root may read
+from experiments import commands, export, report, runner, studies
+from experiments.__main__ import main
+studies.__path__[:] = [FOLDER]
+studies.load("coin")
+if os.geteuid() == 0:
+    os.setuid(65534)
+sys.exit(main())
+"""
+
+
+def ended(*arguments, program=None, **options):
+    """A process, as (status, stdout, stderr)."""
+    command = tiny_studies.COMMAND if program is None else [sys.executable, "-c", program]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    done = subprocess.run([*command, *arguments], env=tiny_studies.environment(), **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def open_folder(monkeypatch):
+    """A working directory that others may enter; pytest's own lie in one that they may not."""
+    with tempfile.TemporaryDirectory() as name:
+        monkeypatch.chdir(name)
+        Path("configs").mkdir()
+        Path(COIN).write_text(tiny_studies.COIN, encoding="utf-8")
+        yield Path(name)
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "command", "line"),
+    [
+        ("run", 0, "run", "run/manifest.json: cannot be read"),
+        ("run", 0, "report", "run/manifest.json: cannot be read"),
+        ("run", 0, "results", "run/manifest.json: cannot be read"),
+        ("run/manifest.json", 0, "run", "run/manifest.json: cannot be read"),
+        ("run/manifest.json", 0, "results", "run/manifest.json: cannot be read"),
+        ("run/results.sqlite", 0, "run", "run/results.sqlite: cannot be used"),
+        ("run/results.sqlite", 0, "report", "run/results.sqlite: cannot be used"),
+        ("run/results.sqlite", 0, "results", "run/results.sqlite: cannot be used"),
+        ("run", 0o555, "report", "run/figures/coin-1.svg.tmp: cannot be written"),
+    ],
+)
+def test_a_folder_without_permission_is_one_line(open_folder, path, mode, command, line):
+    assert main(["run", COIN, "--out", "run"]) == 0
+    for each in (open_folder, Path("run"), *Path("run").rglob("*")):
+        each.chmod(0o755)
+    before = tiny_studies.tree()
+    Path(path).chmod(mode)
+    arguments = ["run", COIN, "--out", "run"] if command == "run" else [command, "run"]
+    program = UNPRIVILEGED.replace("FOLDER", repr(str(tiny_studies.FOLDER)))
+    status, _, errors = ended(*arguments, program=program)
+    Path(path).chmod(0o755)
+    assert status == 2
+    assert re.fullmatch(f"{line}: .*\n", errors)
+    assert tiny_studies.tree() == before
+
+
+@pytest.mark.parametrize(("backend", "platforms"), [("auto", "cuda"), ("auto", "coin"), ("cpu", "cuda")])
+def test_a_platform_without_its_plugin_is_one_line(monkeypatch, backend, platforms):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    line = f'--set: backend: "{backend}" is not available here: jax finds none (JAX_PLATFORMS={platforms})\n'
+    assert ended("run", COIN, "--set", f"backend={backend}") == (2, "", line)
+    assert not Path("results").exists()
+
+
+OUTPUTS = [["list"], ["results", "run"], ["results", "run", "--format", "csv"], ["results", "run", "--format", "sql"]]
+
+
+@pytest.mark.parametrize("arguments", [*OUTPUTS, ["report", "run"]])
+def test_output_that_does_not_fit_is_one_line(arguments):
+    assert main(["run", COIN, "--out", "run"]) == 0
+    with open("/dev/full", "w") as full:
+        status, _, errors = ended(*arguments, stdout=full)
+    assert (status, errors) == (2, "stdout: cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [*OUTPUTS, ["report", "run"]])
+def test_a_reader_that_has_enough_is_no_mistake(arguments):
+    assert main(["run", COIN, "--out", "run"]) == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    status, _, errors = ended(*arguments, stdout=writer)
+    os.close(writer)
+    assert (status, errors) == (0, "")
 
 
 def test_python_m_experiments_lists_what_there_is():

@@ -1,8 +1,10 @@
 """A results folder belongs to one run and one process, and survives whatever ends the process."""
 
+import errno
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -102,3 +104,21 @@ def test_a_folder_whose_process_was_killed_at_once_is_taken(tmp_path):
 def test_an_error_of_the_study_is_not_taken_for_one_of_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="mistake"), folders.create(tmp_path, MANIFEST):
         raise FileNotFoundError("a mistake of the study")
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_no_half(run, monkeypatch):
+    def full(path, text, encoding):
+        path.write_bytes(text.encode()[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run.folder), "write_text", full)
+        with pytest.raises(InputError, match="run: cannot be written: No space left on device"):
+            run.update_manifest(seconds={"study": 1.0})
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+def test_a_mistake_in_our_own_sql_is_not_taken_for_one_of_the_database(tmp_path):
+    with pytest.raises(sqlite3.ProgrammingError), folders.create(tmp_path / "run", MANIFEST) as run:
+        run.store.database.execute("SELECT ?")

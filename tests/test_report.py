@@ -1,6 +1,7 @@
 """The page is made from the folder alone, is the same for the same results, and asks nothing of the network."""
 
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -13,7 +14,6 @@ import tiny_studies
 
 from experiments import folders, report, studies
 from experiments.__main__ import main
-from experiments.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +153,22 @@ def corrupt(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def torn(database: Path) -> None:
+    """Keeps the pages that opening it reads, and none of the measurements."""
+    content = database.read_bytes()
+    database.write_bytes(content[: 12 * 4096] + b"x" * (len(content) - 12 * 4096))
+
+
+def replaced_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replaced_by_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
 def edit_settings(folder: Path, change) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest["config"]["studies"])
@@ -164,6 +180,9 @@ def edit_settings(folder: Path, change) -> None:
 
 NO_RUN = "run: expected the folder of a run, got one without"
 NO_MANIFEST = "run/manifest.json: expected the manifest of a run, got another file"
+MALFORMED = "run/results.sqlite: expected the database of a run: database disk image is malformed"
+NO_KEY = "Expecting property name enclosed in double quotes"
+TOO_DEEP = "maximum recursion depth exceeded while decoding a JSON array from a unicode string"
 
 
 @pytest.mark.parametrize(
@@ -172,8 +191,23 @@ NO_MANIFEST = "run/manifest.json: expected the manifest of a run, got another fi
         (shutil.rmtree, f"{NO_RUN} manifest.json"),
         (lambda run: (run / "manifest.json").unlink(), f"{NO_RUN} manifest.json"),
         (lambda run: (run / "results.sqlite").unlink(), f"{NO_RUN} results.sqlite"),
-        (lambda run: corrupt(run / "manifest.json", "{"), NO_MANIFEST),
-        (lambda run: corrupt(run / "manifest.json", "[]"), NO_MANIFEST),
+        (lambda run: corrupt(run / "manifest.json", "{"), f"{NO_MANIFEST}: {NO_KEY}: line 1 column 2 (char 1)"),
+        (lambda run: corrupt(run / "manifest.json", "[]"), f"{NO_MANIFEST}: Expected `object`, got `array`"),
+        (lambda run: corrupt(run / "manifest.json", "[" * 9999), f"{NO_MANIFEST}: {TOO_DEEP}"),
+        (
+            lambda run: corrupt(run / "manifest.json", '{"identity": 5}'),
+            f"{NO_MANIFEST}: Expected `str`, got `int` - at `$.identity`",
+        ),
+        (
+            lambda run: corrupt(run / "manifest.json", '{"identity": "k", "started": "today"}'),
+            "run/manifest.json: expected the manifest of a run: Object missing required field `config`",
+        ),
+        (lambda run: replaced_by_folder(run / "manifest.json"), f"{NO_RUN} manifest.json"),
+        (lambda run: replaced_by_folder(run / "results.sqlite"), f"{NO_RUN} results.sqlite"),
+        (lambda run: replaced_by_folder(run / "report.html"), "run/report.html: cannot be written: Is a directory"),
+        (lambda run: replaced_by_file(run / "figures"), "run/figures: cannot be written: File exists"),
+        (lambda run: os.truncate(run / "results.sqlite", 2 * 4096), MALFORMED),
+        (lambda run: torn(run / "results.sqlite"), MALFORMED),
         (
             lambda run: corrupt(run / "results.sqlite", "text" * 999),
             "run/results.sqlite: expected the database of a run: file is not a database",
@@ -194,8 +228,5 @@ def test_a_folder_that_is_not_this_codes_run_is_one_line(folder, capsys, spoil, 
     assert capsys.readouterr().err == message + "\n"
 
 
-def test_a_page_that_cannot_be_written_is_one_line(folder):
-    (folder / report.PAGE).unlink()
-    (folder / report.PAGE).mkdir()
-    with pytest.raises(InputError, match="run: cannot be written: Is a directory"), folders.existing(folder) as run:
-        report.build(run)
+def test_a_wide_manifest_wraps_on_a_phone(folder):
+    assert re.search(r"#manifest th, #manifest td \{ display: block; \}", page(folder))

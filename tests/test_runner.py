@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -127,6 +128,23 @@ def test_a_signal_ends_a_run_at_once_though_xla_does_not_return(inside, number, 
         assert run.store.finished().keys() == {"coin"}
         assert len(run.store.records("coin")) == 2
         assert len(run.store.records("endless")) == last_piece
+
+
+@pytest.mark.parametrize("size", [500, 20_000, 60_000, 100_000])  # too small for the manifest, tables, record, next
+def test_a_full_disk_is_one_line_and_the_same_command_continues(capsys, size):
+    """The system refuses files beyond `size`, which takes the path of a full disk without a disk of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert main(["run", COIN, "--out", "run"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    errors = capsys.readouterr().err
+    assert re.fullmatch(r"(coin: 0%, starting\n)?run\S*: cannot be (written|used): .*\n", errors)
+    assert len(stored_runs(Path("run"))) == (size > 60_000)
+    assert not list(Path("run").glob("*.tmp"))
+    assert main(["run", COIN, "--out", "run"]) == 0
+    assert len(stored_runs(Path("run"))) == 2
 
 
 def stored_runs(folder):

@@ -10,7 +10,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # listing the studies must not load matplotlib
     from experiments.results import Progress, Record
 
 
+@runtime_checkable
 class Study(Protocol):
     """What the harness expects of a module in this folder."""
 

@@ -1,0 +1,163 @@
+"""What the command line asks for: its options, and what each command does."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from experiments import config, folders, studies
+from experiments.errors import InputError
+from experiments.interrupt import Farewell
+
+# What loads jax or matplotlib is imported where it is needed: a mistyped config should be answered at once.
+
+
+def obey(arguments: Sequence[str] | None, farewell: Farewell) -> int:
+    """Does what the command line says; returns the exit status."""
+    try:
+        options = _parser().parse_args(arguments)
+        options.command(options, farewell)
+    except InputError as error:
+        print(" ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)  # half an option may be the wrong one
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}; --help shows how")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m experiments", description="Runs studies and shows what they measured.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run the studies of a config",
+        description="Runs the studies of a config, shows the verdicts and writes report.html. The same command on the "
+        "same code continues an interrupted run: finished studies are kept, the unfinished one starts anew.",
+    )
+    run.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file: backend, and one table per study")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=v",
+        dest="overrides",
+        help="replace a value of the config; v is TOML, or a string without quotes; may be given several times",
+    )
+    run.add_argument(
+        "--out", type=Path, metavar="DIR", help="results folder: new, empty, or of the same run (results/<config>-<id>)"
+    )
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="make report.html anew", description="Makes report.html from a folder.")
+    report.add_argument("folder", type=Path, metavar="DIR", help="the results folder of a run")
+    report.set_defaults(command=_report)
+
+    show = commands.add_parser(
+        "results",
+        help="show or export measurements",
+        description="Shows the measurements of a run. The tables are studies, runs, measurements, hypotheses and the "
+        "view summary.",
+        epilog='example: results DIR --query "SELECT study, verdict, claim FROM hypotheses"',
+    )
+    show.add_argument("folder", type=Path, metavar="DIR", help="the results folder of a run")
+    show.add_argument(
+        "--format",
+        choices=("table", "csv", "sql"),
+        default="table",
+        help="table: one row per value or curve; csv: one row per step; sql: statements that make the database anew",
+    )
+    show.add_argument("--query", metavar="SQL", help="show the answer to one SELECT instead")
+    show.set_defaults(command=_results)
+
+    listing = commands.add_parser("list", help="list studies and configs", description="Lists studies and configs.")
+    listing.set_defaults(command=_list)
+    return parser
+
+
+def _run(options: argparse.Namespace, farewell: Farewell) -> None:
+    settings = config.load(options.config, options.overrides)
+    from experiments import runner
+
+    _build_report(runner.run(settings, options.out, farewell), farewell)
+
+
+def _report(options: argparse.Namespace, farewell: Farewell) -> None:
+    _build_report(options.folder, farewell)
+
+
+def _build_report(folder: Path, farewell: Farewell) -> None:
+    from experiments import report
+
+    farewell.line = f"interrupted: what is measured is in {folder}; the same command makes the report"
+    with folders.existing(folder) as run:
+        sections = report.build(run)
+    with _printing():
+        report.print_hypotheses(sections)
+        print(f"report: {folder / report.PAGE}")
+
+
+def _results(options: argparse.Namespace, farewell: Farewell) -> None:
+    from experiments import export
+
+    with _printing():
+        export.show(options.folder, options.format, options.query)
+
+
+def _list(options: argparse.Namespace, farewell: Farewell) -> None:
+    """One unreadable file does not hide the others; what is wrong with it comes last, and is the exit status."""
+    problems: list[str] = []
+    with _printing():
+        print("studies")
+        for name in studies.names():
+            with _noting(studies.path(name), problems):
+                print(f"  {name}: {studies.title(name)}")
+        print("configs")
+        for path in sorted(Path("configs").glob("*.toml")):
+            with _noting(path, problems):
+                print(f"  {path}: {_headline(path)}")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+@contextlib.contextmanager
+def _noting(path: Path, problems: list[str]) -> Iterator[None]:
+    """Notes where a file cannot be read, and why."""
+    try:
+        yield
+    except SyntaxError as error:
+        line = f"line {error.lineno}: " if error.lineno else ""
+        problems.append(f"{path}: {line}expected Python, got {error.msg}")
+    except UnicodeDecodeError as error:
+        problems.append(f"{path}: expected UTF-8, got the byte 0x{error.object[error.start]:02x}")
+    except OSError as error:
+        if error.filename is None:  # no file's: that of stdout
+            raise
+        problems.append(f"{path}: cannot be read: {error.strerror}")
+
+
+def _headline(path: Path) -> str:
+    """The first line of a config's header comment."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    """Around what goes to stdout: that `head` has read enough is no error, and a full disk is one line."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it flushes at exit
+        if not isinstance(error, BrokenPipeError):
+            raise InputError(f"stdout: cannot be written: {error.strerror}") from None
