@@ -21,6 +21,15 @@ def compute_dtype(*arrays: Array | float) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
+def nan_unless(ok: Array, x: Array) -> Array:
+    """x where `ok`, NaN elsewhere, in the gradient too.
+
+    The NaN is computed, not a constant: XLA on CPU (jax 0.10.2) makes a number of exp(where(ok, x, nan)), since LLVM
+    may take whatever it likes for the integer part of a NaN that it knows of.
+    """
+    return x * (1 + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype)))
+
+
 def gap(z: Array, axis: int) -> Array:
     """z - max z."""
     return gap_below(jnp.max(z, axis=axis, keepdims=True), z)
@@ -33,24 +42,35 @@ def gap_below(top: Array, z: Array) -> Array:
     return (jnp.minimum(z, largest) - jnp.minimum(top, largest)) * jax.lax.stop_gradient(scale)
 
 
+def exp_gap(z: Array, axis: int) -> Array:
+    """exp(gap), in [0, 1]: 1 for a maximum. Cheaper than gap, whose value below a logit of +inf it does not need."""
+    top = jnp.max(z, axis=axis, keepdims=True)
+    return jnp.exp(jnp.minimum(z - jnp.minimum(top, jnp.finfo(z.dtype).max), 0))
+
+
 def below_top(gap: Array) -> Array:
     """1 for each class below the maximum, 0 for the maximum itself and for all that tie with it."""
-    # The largest finite number lifts even the smallest normal gap above 1.
-    return jax.lax.stop_gradient(jnp.minimum(1, -gap * jnp.finfo(gap.dtype).max))
+    return jax.lax.stop_gradient(jnp.minimum(1, _lifted(gap)))
+
+
+def _lifted(gap: Array) -> Array:
+    """0 at the maximum, above 1 elsewhere: the largest finite number lifts even the smallest normal gap that far."""
+    return -gap * jnp.finfo(gap.dtype).max
 
 
 def rest(gap: Array, axis: int) -> Array:
     """Sum of exp(gap) over all classes but one maximum."""
-    below = below_top(gap)
-    ties = jnp.sum(1 - below, axis=axis, keepdims=True)
-    return jnp.sum(below * jnp.exp(gap), axis=axis, keepdims=True) + (ties - 1)
+    # exp(gap) is at most 1, so that the minimum leaves every maximum out and changes no other class.
+    below = jnp.sum(jnp.minimum(jax.lax.stop_gradient(_lifted(gap)), jnp.exp(gap)), axis=axis, keepdims=True)
+    ties = jnp.sum(1 - below_top(gap), axis=axis, keepdims=True)
+    return below + (ties - 1)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def softmax(z: Array, axis: int) -> Array:
-    """p_i = exp(gap_i) / (1 + rest). d p_i = p_i (dz_i - <p, dz>)."""
-    d = gap(z, axis)
-    return jnp.exp(d) / (1 + rest(d, axis))
+    """p_i = exp(gap_i) / sum_j exp(gap_j). d p_i = p_i (dz_i - <p, dz>)."""
+    e = exp_gap(z, axis)
+    return e / jnp.sum(e, axis=axis, keepdims=True)
 
 
 @softmax.defjvp
@@ -58,7 +78,7 @@ def _softmax_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
     p = softmax(z, axis)
     # Selected, so that in reverse mode an infinite cotangent of an impossible class (its log, say) stops here.
-    return p, jnp.where(p == 0, 0, p * centred(z, dz, axis))
+    return p, jnp.where(p == 0, 0, p * centred(p, dz, axis))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -71,7 +91,7 @@ def log_softmax(z: Array, axis: int) -> Array:
 @log_softmax.defjvp
 def _log_softmax_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
-    return log_softmax(z, axis), centred(z, dz, axis)
+    return log_softmax(z, axis), centred(softmax(z, axis), dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -84,7 +104,8 @@ def top_complement(z: Array, axis: int) -> Array:
 @top_complement.defjvp
 def _top_complement_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
-    dp = softmax(z, axis) * centred(z, dz, axis)
+    p = softmax(z, axis)
+    dp = p * centred(p, dz, axis)
     return top_complement(z, axis), -jnp.sum(unique_top(z, axis) * dp, axis=axis, keepdims=True)
 
 
@@ -94,19 +115,16 @@ def unique_top(z: Array, axis: int) -> Array:
     return top * (jnp.sum(top, axis=axis, keepdims=True) == 1)
 
 
-def centred(z: Array, v: Array, axis: int) -> Array:
+def centred(p: Array, v: Array, axis: int) -> Array:
     """v_i - <p, v>, linear in v, each entry of its matrix (delta_ij - p_j) accurate.
 
-    Only 1 - p of a class with p > 1/2 could cancel. That class, `a`, is taken out of the plain form: with v_a the rest
-    is v_i - sum_{j != a} p_j v_j - p_a v_a for i != a, and (1 - p_a) v_a - sum_{j != a} p_j v_j for i = a. The
-    transpose, which reverse mode uses, inherits the same entries.
+    Only 1 - p of a class with p > 1/2 could cancel. With v measured from that class, `a`, its own entry is 0: what is
+    left is w_i - sum_{j != a} p_j w_j. The transpose, which reverse mode uses, leaves the class out of its sums alike.
     """
-    p, a = softmax(z, axis), unique_top(z, axis)
-    other = 1 - a
-    v_a = jnp.sum(a * v, axis=axis, keepdims=True)
-    p_a = jnp.sum(a * p, axis=axis, keepdims=True)
-    others = jnp.sum(other * p * v, axis=axis, keepdims=True)
-    return other * v + (a * top_complement(z, axis) - other * p_a) * v_a - others
+    large = jnp.finfo(p.dtype).max
+    a = jax.lax.stop_gradient(jnp.clip((p - 0.5) * large, 0, 1))
+    w = (1 - a) * (v - jnp.sum(a * v, axis=axis, keepdims=True))
+    return w - jnp.sum(p * w, axis=axis, keepdims=True)
 
 
 @jax.custom_jvp

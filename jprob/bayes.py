@@ -330,8 +330,8 @@ def _learned_jvp(axis, primals, tangents):
     """d posterior - d prior, each p_i (dz_i - <p, dz>)."""
     (prior, likelihood), (d_prior, d_likelihood) = primals, tangents
     joint = _joint(prior, likelihood, axis)
-    after = _accurate.softmax(joint, axis) * _accurate.centred(joint, d_prior + d_likelihood, axis)
-    before = _accurate.softmax(prior, axis) * _accurate.centred(prior, d_prior, axis)
+    p, q = _accurate.softmax(joint, axis), _accurate.softmax(prior, axis)
+    after, before = p * _accurate.centred(p, d_prior + d_likelihood, axis), q * _accurate.centred(q, d_prior, axis)
     return _learned(prior, likelihood, axis), after - before
 
 

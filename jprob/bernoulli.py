@@ -194,7 +194,7 @@ def _canonical(function, logits, labels):
     y = labels.astype(dtype)
     inside = (y >= 0) & (y <= 1)
     _checks.expect(inside, y, f"{function}: label {{value}} is outside [0, 1]")
-    return logits.astype(dtype), jnp.where(inside, y, jnp.nan)
+    return logits.astype(dtype), _accurate.nan_unless(inside, y)
 
 
 @jax.custom_jvp

@@ -67,7 +67,7 @@ def softmax(
     [0.  0.5 0.5]
     """
     z, axis = _canonical("softmax", logits, axis, where, temperature)
-    return _accurate.softmax(z, axis).astype(logits.dtype)
+    return _for_temperature(temperature, _accurate.softmax(z, axis).astype(logits.dtype))
 
 
 @partial(jax.jit, static_argnames=("axis",))
@@ -97,7 +97,7 @@ def log_softmax(
     [-2.0611537e-09 -2.0000000e+01]
     """
     z, axis = _canonical("log_softmax", logits, axis, where, temperature)
-    return _accurate.log_softmax(z, axis).astype(logits.dtype)
+    return _for_temperature(temperature, _accurate.log_softmax(z, axis).astype(logits.dtype))
 
 
 @partial(jax.jit, static_argnames=("axis", "label_smoothing"))
@@ -147,14 +147,13 @@ def cross_entropy(
         targets = labels
         if label_smoothing:
             targets = (1 - label_smoothing) * targets + label_smoothing * _uniform(z, where, axis)
-        loss = jnp.sum(_accurate.weigh(targets, -_accurate.log_softmax(z, axis)), axis=axis)
-        return loss * jnp.squeeze(_one_where_defined(z, axis), axis)
+        return jnp.squeeze(_target_loss(z, targets, axis), axis)
     loss = jnp.squeeze(_class_loss(z, jnp.expand_dims(labels, axis), axis), axis)
     if label_smoothing:
-        uniform = _accurate.weigh(_uniform(z, where, axis), -_accurate.log_softmax(z, axis))
+        uniform = jnp.squeeze(_target_loss(z, _uniform(z, where, axis), axis), axis)
         # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
         kept = jnp.where(jnp.isinf(loss) & (label_smoothing == 1), 0, (1 - label_smoothing) * loss)
-        loss = kept + label_smoothing * jnp.sum(uniform, axis=axis)
+        loss = kept + label_smoothing * uniform
     return loss
 
 
@@ -199,7 +198,7 @@ def brier_score(
         return jnp.squeeze(_squared_error(z, targets, axis), axis)
     labels = jnp.expand_dims(labels, axis)
     valid = (labels >= 0) & (labels < z.shape[axis])
-    targets = jnp.where(valid, jnp.maximum(1 - _distance(z, labels, axis), 0), jnp.nan)
+    targets = _accurate.nan_unless(valid, jnp.maximum(1 - _distance(z, labels, axis), 0))
     return jnp.squeeze(_squared_error(z, targets, axis), axis)
 
 
@@ -495,8 +494,14 @@ def _temper(function, z, axis, temperature):
     d = _accurate.gap(_finite(z, axis), axis)
     moving = (d < 0) & (d > -jnp.inf)
     # The two selects keep 0 / 0 and inf / inf out of the value, and for 0 < T < inf out of the gradient.
-    tempered = jnp.where(moving, jnp.where(moving, d, -1) / temperature, d)
-    return jnp.where(temperature >= 0, tempered, jnp.nan)
+    return jnp.where(moving, jnp.where(moving, d, -1) / temperature, d)
+
+
+def _for_temperature(temperature: float | Array, out):
+    """`out`, or NaN for a temperature that is negative or no number."""
+    if isinstance(temperature, float) and temperature == 1:
+        return out
+    return _accurate.nan_unless(jnp.asarray(temperature) >= 0, out)
 
 
 def _canonical_labelled(function, logits, labels, axis, where):
@@ -521,7 +526,7 @@ def _canonical_labelled(function, logits, labels, axis, where):
 
 def _one_where_defined(z, axis):
     """1 for a row that is a distribution, NaN for one that is not: no possible class, or a NaN."""
-    return jnp.where(jnp.isnan(_accurate.rest(_accurate.gap(z, axis), axis)), jnp.nan, 1)
+    return _accurate.nan_unless(jnp.max(z, axis=axis, keepdims=True) > -jnp.inf, jnp.ones((), z.dtype))
 
 
 def _uniform(z, where, axis):
@@ -549,7 +554,7 @@ def _label_terms(z, labels, axis):
     # Negative indices would wrap to the last classes.
     valid = (labels >= 0) & (labels < z.shape[axis])
     label_logit = jnp.take_along_axis(z, jnp.where(valid, labels, 0), axis=axis, mode="promise_in_bounds")
-    return exponentials, distance, others, jnp.where(valid, _accurate.gap_below(top, label_logit), jnp.nan)
+    return exponentials, distance, others, _accurate.nan_unless(valid, _accurate.gap_below(top, label_logit))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -580,8 +585,30 @@ def _class_residual(z, labels, axis):
 @_class_residual.defjvp
 def _class_residual_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
-    dp = _accurate.softmax(z, axis) * _accurate.centred(z, dz, axis)
+    p = _accurate.softmax(z, axis)
+    dp = p * _accurate.centred(p, dz, axis)
     return _class_residual(z, labels, axis), dp
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _target_loss(z, targets, axis):
+    """-sum_i t_i log p_i = sum t log1p(rest) + sum_i t_i (m - z_i): no term is negative."""
+    d = _accurate.gap(z, axis)
+    log_total = jnp.log1p(_accurate.rest(d, axis))
+    total = jnp.sum(targets, axis=axis, keepdims=True)
+    return total * log_total - jnp.sum(_accurate.weigh(targets, d), axis=axis, keepdims=True)
+
+
+@partial(_target_loss.defjvp, symbolic_zeros=True)
+def _target_loss_jvp(axis, primals, tangents):
+    """-sum_i t_i (dz_i - <p, dz>) - sum_i log p_i dt_i."""
+    (z, targets), (dz, dt) = primals, tangents
+    slope = jnp.zeros_like(out := _target_loss(z, targets, axis))
+    if type(dz) is not SymbolicZero:
+        slope -= jnp.sum(targets * _accurate.centred(_accurate.softmax(z, axis), dz, axis), axis=axis, keepdims=True)
+    if type(dt) is not SymbolicZero:  # a target that stays must not meet the infinite surprise of an impossible class
+        slope -= jnp.sum(_accurate.log_softmax(z, axis) * dt, axis=axis, keepdims=True)
+    return out, slope
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -608,7 +635,8 @@ def _probability_error(z, targets, axis):
 @_probability_error.defjvp
 def _probability_error_jvp(axis, primals, tangents):
     (z, targets), (dz, dt) = primals, tangents
-    dp = _accurate.softmax(z, axis) * _accurate.centred(z, dz, axis)
+    p = _accurate.softmax(z, axis)
+    dp = p * _accurate.centred(p, dz, axis)
     return _probability_error(z, targets, axis), dp - dt
 
 
@@ -639,7 +667,7 @@ def _brier_slope_jvp(axis, primals, tangents):
     """d(p_i c_i) = dp_i c_i + p_i (de_i - <dp, e> - <p, de>), dp_i c_i = (p_i c_i) (dz_i - <p, dz>)."""
     (z, targets), (dz, dt) = primals, tangents
     p, e = _accurate.softmax(z, axis), _probability_error(z, targets, axis)
-    slope, centred = _brier_slope(z, targets, axis), _accurate.centred(z, dz, axis)
+    slope, centred = _brier_slope(z, targets, axis), _accurate.centred(p, dz, axis)
     dp = p * centred
     de = dp - dt
     return slope, slope * centred + p * (de - jnp.sum(dp * e + p * de, axis=axis, keepdims=True))
@@ -834,4 +862,4 @@ def _js_slope(p_logits, q_logits, axis):
     near = -jnp.maximum(t, 0) - jnp.log1p(jnp.expm1(-jnp.abs(t)) / 2)
     below = -jnp.maximum(t, 0) - jnp.log1p(jnp.exp(-jnp.abs(t)))
     far = jnp.sum(p * t, axis=axis, keepdims=True) < -1
-    return p * _accurate.centred(p_logits, jnp.where(far, below, near), axis) / 2
+    return p * _accurate.centred(p, jnp.where(far, below, near), axis) / 2

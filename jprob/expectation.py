@@ -198,7 +198,7 @@ def _spread_jvp(axis, primals, tangents):
     """d (v_i - mean) = dv_i - sum_j p_j dv_j - sum_j p_j (v_j - mean) dz_j."""
     (v, z), (dv, dz) = primals, tangents
     p, spread = _accurate.softmax(z, axis), _spread(v, z, axis)
-    return spread, _accurate.centred(z, dv, axis) - _total(_accurate.weigh(p, spread) * dz, axis)
+    return spread, _accurate.centred(p, dv, axis) - _total(_accurate.weigh(p, spread) * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

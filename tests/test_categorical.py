@@ -1,5 +1,6 @@
 """Exactness of the categorical functions: value and gradient against mpmath, in units of u."""
 
+import functools
 import math
 import re
 
@@ -63,6 +64,12 @@ def dtype(request):
 @pytest.fixture(params=rows().items(), ids=list(rows()))
 def logits(request, dtype):
     return as_dtype(request.param[1], dtype)
+
+
+@functools.cache
+def value_and_slopes(function, argnums=0):
+    """Compiled once for each shape and dtype."""
+    return jax.jit(jax.value_and_grad(function, argnums))
 
 
 def one_hot(k: int, label: int) -> list:
@@ -142,7 +149,7 @@ def targets() -> dict[str, list[float]]:
 def test_soft_targets_are_exact(row, target, dtype):
     logits, t = as_dtype(row, dtype), as_dtype(target, dtype)
     z, y = oracles.exactly(logits), oracles.exactly(t)
-    value, (dz, dt) = jax.value_and_grad(categorical.cross_entropy, argnums=(0, 1))(logits, t)
+    value, (dz, dt) = value_and_slopes(categorical.cross_entropy, (0, 1))(logits, t)
     assert oracles.error(value, oracles.cross_entropy(z, y), tiny(value.dtype)) <= tolerance(
         dtype, str(value.dtype), logits
     )
@@ -178,7 +185,7 @@ def test_smoothing_gives_no_mass_to_a_class_that_does_not_exist():
 
 
 def test_entropy_is_exact(logits, dtype):
-    got, gradient = jax.value_and_grad(categorical.entropy)(logits)
+    got, gradient = value_and_slopes(categorical.entropy)(logits)
     z = oracles.exactly(logits)
     bound = tolerance(dtype, str(got.dtype), logits)
     assert oracles.error(got, oracles.entropy(z), tiny(got.dtype)) <= bound
@@ -219,7 +226,7 @@ def pair(case, dtype):
 @pytest.mark.parametrize("case", pairs().values(), ids=pairs())
 def test_kl_has_the_digits_its_inputs_determine(case, dtype):
     p, q = pair(case, dtype)
-    value, (dp, dq) = jax.value_and_grad(categorical.kl_divergence, argnums=(0, 1))(p, q)
+    value, (dp, dq) = value_and_slopes(categorical.kl_divergence, (0, 1))(p, q)
     zp, zq = oracles.exactly(p), oracles.exactly(q)
     want = oracles.kl_divergence(zp, zq)
     assert value >= 0
@@ -239,7 +246,7 @@ def test_kl_has_the_digits_its_inputs_determine(case, dtype):
 @pytest.mark.parametrize("case", pairs().values(), ids=pairs())
 def test_js_has_the_digits_its_inputs_determine(case, dtype):
     p, q = pair(case, dtype)
-    value, slopes = jax.value_and_grad(categorical.js_divergence, argnums=(0, 1))(p, q)
+    value, slopes = value_and_slopes(categorical.js_divergence, (0, 1))(p, q)
     zp, zq = oracles.exactly(p), oracles.exactly(q)
     bound = tolerance(dtype, str(value.dtype), p, q)
     assert 0 <= value <= math.log(2)
@@ -523,6 +530,17 @@ def test_temperature_has_its_limits():
 def test_a_temperature_below_0_is_nan():
     assert jnp.isnan(categorical.softmax(jnp.array([1.0, 2.0]), temperature=-1.0)).all()
     assert jnp.isnan(categorical.softmax(jnp.array([1.0, 1.0]), temperature=jnp.nan)).all()
+
+
+def test_a_nan_is_none_that_the_compiler_may_replace():
+    """XLA on CPU makes a number of exp(where(ok, x, nan)), also where the exp and the where come from two functions."""
+    z, tempered = jnp.array([1.0, 2.0]), jax.jit(lambda z, t: categorical.softmax(z, temperature=t))
+    assert jnp.isnan(jax.jit(lambda z: categorical.softmax(z, temperature=-1.0))(z)).all()
+    assert jnp.isnan(tempered(z, -1.0)).all()
+    for loss in (categorical.cross_entropy, categorical.brier_score):
+        of_exp = jax.jit(lambda z, y, loss=loss: jnp.exp(-loss(z, y)))
+        assert jnp.isnan(of_exp(z, jnp.array(2)))
+        assert jnp.isnan(jax.vmap(of_exp, (None, 0))(z, jnp.array([-1, 7, 100]))).all()
 
 
 def test_brier_with_many_near_equal_classes_keeps_its_bound():

@@ -1,5 +1,6 @@
 """What every public function promises, whatever it computes."""
 
+import functools
 import inspect
 import itertools
 import re
@@ -22,27 +23,19 @@ def takes_axis(case):
     return case.per_example and "axis" in parameters
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=CASES, scope="module")
 def case(request):
+    """The scope groups the tests by case, so that each finds what the others have compiled."""
     return CASES[request.param]
 
 
-@pytest.fixture(params=[name for name, case in CASES.items() if case.per_example])
-def batched(request):
-    """A case whose leading axes are all the batch."""
-    return CASES[request.param]
+def where(condition):
+    """The cases of which this holds."""
+    return pytest.mark.parametrize("case", [name for name, case in CASES.items() if condition(case)], indirect=True)
 
 
-@pytest.fixture(params=[name for name, case in CASES.items() if case.differentiable])
-def smooth(request):
-    """A case with something to differentiate."""
-    return CASES[request.param]
-
-
-@pytest.fixture(params=[name for name, case in CASES.items() if takes_axis(case)])
-def with_axis(request):
-    """A case of a function with a class axis."""
-    return CASES[request.param]
+batched = where(lambda case: case.per_example)  # the leading axes are all the batch
+smooth = where(lambda case: case.differentiable)  # there is something to differentiate
 
 
 def close(got, want, u=64 * U):
@@ -52,23 +45,36 @@ def close(got, want, u=64 * U):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=u, atol=u * float(np.abs(w).max()))
 
 
-def gradient(case):
-    """Gradient of the sum of squares of the result: its cotangents are not 1. Nothing where nothing is smooth."""
-    if not case.differentiable:
-        return lambda *args: ()
-    return jax.grad(lambda *args: jnp.sum(jnp.square(case.function(*args))), argnums=case.differentiable)
+@functools.cache
+def both(function, differentiable):
+    """Value, and gradient of the sum of its squares: its cotangents are not 1. Nothing where nothing is smooth."""
+    slope = jax.grad(lambda *args: jnp.sum(jnp.square(function(*args))), argnums=differentiable)
+    return jax.jit(lambda *args: (function(*args), slope(*args) if differentiable else ()))
+
+
+def value_and_gradient(case):
+    """Compiled once for each shape and dtype, whichever test asks first."""
+    return both(case.function, case.differentiable)
+
+
+def moved(case, values):
+    """The arguments, with these in the place of the differentiable ones."""
+    return [dict(zip(case.differentiable, values, strict=True)).get(i, a) for i, a in enumerate(case.args)]
 
 
 def varied(case):
     """The function of its differentiable arguments alone, and these arguments."""
+    return lambda *values: case.function(*moved(case, values)), tuple(case.args[i] for i in case.differentiable)
 
-    def function(*moved):
-        args = list(case.args)
-        for position, value in zip(case.differentiable, moved, strict=True):
-            args[position] = value.astype(args[position].dtype) if value.dtype != args[position].dtype else value
-        return case.function(*args)
 
-    return function, tuple(case.args[i] for i in case.differentiable)
+def cast(case, dtype):
+    """The case with arguments of this dtype, where they are floating-point."""
+    return case._replace(args=tuple(a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in case.args))
+
+
+def normal(seed, likes):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in likes)
 
 
 def test_every_public_function_has_a_case():
@@ -90,51 +96,50 @@ def test_the_docstring_is_complete(name):
 
 
 def test_jit_equals_eager(case):
-    want = case.function(*case.args), gradient(case)(*case.args)
+    want = value_and_gradient(case)(*case.args)
     with jax.disable_jit():
-        got = case.function(*case.args), gradient(case)(*case.args)
+        got = value_and_gradient(case)(*case.args)
     close(got, want)
 
 
-def test_vmap_equals_a_loop(batched):
-    case = batched
-    loop = [case.function(*(a[i] for a in case.args)) for i in range(BATCH)]
-    close(jax.vmap(case.function)(*case.args), jnp.stack(loop))
-    loop = [gradient(case)(*(a[i] for a in case.args)) for i in range(BATCH)]
-    close(jax.vmap(gradient(case))(*case.args), jax.tree.map(lambda *x: jnp.stack(x), *loop))
+@batched
+def test_vmap_equals_a_loop(case):
+    loop = [value_and_gradient(case)(*(a[i] for a in case.args)) for i in range(BATCH)]
+    want = jax.tree.map(lambda *x: np.stack(x), *loop)
+    close(jax.jit(jax.vmap(value_and_gradient(case)))(*case.args), want)
 
 
-def test_any_axis_may_hold_the_classes(with_axis):
-    want = with_axis.function(*with_axis.args)
-    moved = [a.T if a.ndim == 2 else a for a in with_axis.args]
-    close(with_axis.function(*moved, axis=0), want.T)
+@where(takes_axis)
+def test_any_axis_may_hold_the_classes(case):
+    want = case.function(*case.args)
+    turned = [a.T if a.ndim == 2 else a for a in case.args]
+    close(case.function(*turned, axis=0), want.T)
 
 
-def test_forward_and_reverse_mode_agree(smooth):
-    function, args = varied(smooth)
-    rng = np.random.default_rng(0)
-    tangents = tuple(jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in args)
-    out, pushed = jax.jvp(function, args, tangents)
-    cotangent = jnp.asarray(rng.normal(size=out.shape), out.dtype)
-    _, pull = jax.vjp(function, *args)
-    forward = jnp.sum(cotangent * pushed)
-    reverse = sum(jnp.sum(t * g) for t, g in zip(tangents, pull(cotangent), strict=True))
-    scale = sum(float(jnp.sum(jnp.abs(t * g))) for t, g in zip(tangents, pull(cotangent), strict=True))
-    assert abs(float(forward - reverse)) <= 64 * U * scale
+@smooth
+def test_forward_and_reverse_mode_agree(case):
+    function, args = varied(case)
+
+    tangents, cotangents = normal(0, args), normal(1, [jax.eval_shape(function, *args)])
+    pushed, pulled = jax.jit(lambda: (jax.jvp(function, args, tangents)[1], jax.vjp(function, *args)[1](*cotangents)))()
+    terms = [np.asarray(t) * np.asarray(g) for t, g in zip(tangents, pulled, strict=True)]
+    forward, reverse = float(np.sum(np.asarray(cotangents[0]) * pushed)), float(sum(map(np.sum, terms)))
+    assert abs(forward - reverse) <= 64 * U * sum(float(np.abs(term).sum()) for term in terms)
 
 
-def test_second_derivatives_are_those_of_the_function(smooth):
+@smooth
+def test_second_derivatives_are_those_of_the_function(case):
     """Hessian-vector products in both orders of differentiation, against differences of the gradient in float64."""
-    function, args = varied(smooth)
-    rng = np.random.default_rng(1)
-    direction = tuple(jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in args)
-    slope = jax.grad(lambda *moved: jnp.sum(jnp.square(function(*moved))), tuple(range(len(args))))
-    push = lambda *moved: jax.jvp(lambda *m: jnp.sum(jnp.square(function(*m))), moved, direction)[1]  # noqa: E731
+    function, args = varied(case)
+    direction = normal(1, args)
+    squares = lambda *values: jnp.sum(jnp.square(function(*values)))  # noqa: E731
+    slope = lambda f: jax.grad(f, tuple(range(len(args))))  # noqa: E731
+    push = lambda *values: jax.jvp(squares, values, direction)[1]  # noqa: E731
     products = {
-        "forward over reverse": jax.jit(lambda: jax.jvp(slope, args, direction)[1]),
-        "reverse over forward": jax.jit(lambda: jax.grad(push, tuple(range(len(args))))(*args)),
+        "forward over reverse": jax.jit(lambda: jax.jvp(slope(squares), args, direction)[1]),
+        "reverse over forward": jax.jit(lambda: slope(push)(*args)),
     }
-    want = _difference_of_gradients(smooth, direction)
+    want = _difference_of_gradients(case, direction)
     for order, product in products.items():
         for got, truth in zip(product(), want, strict=True):
             scale = max(1, float(np.abs(truth).max()))
@@ -143,37 +148,36 @@ def test_second_derivatives_are_those_of_the_function(smooth):
 
 def _difference_of_gradients(case, direction):
     """The central difference has an error of step^2 = 1e-10 of the next derivatives, and of u / step = 1e-11."""
+    step = 1e-5
     with jax.enable_x64(True):
-        wide = [a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in case.args]
-        function, args = varied(case._replace(args=tuple(wide)))
-        slope = jax.jit(jax.grad(lambda *moved: jnp.sum(jnp.square(function(*moved))), tuple(range(len(args)))))
-        step = 1e-5
+        wide = cast(case, jnp.float64)
+        args = varied(wide)[1]
         up, down = (
-            slope(*(a + sign * step * d.astype(jnp.float64) for a, d in zip(args, direction, strict=True)))
-            for sign in (1, -1)
+            value_and_gradient(case)(
+                *moved(wide, [a + h * np.float64(d) for a, d in zip(args, direction, strict=True)])
+            )[1]
+            for h in (step, -step)
         )
-        return [np.asarray((a - b) / (2 * step)) for a, b in zip(up, down, strict=True)]
+    return [(np.asarray(a) - np.asarray(b)) / (2 * step) for a, b in zip(up, down, strict=True)]
 
 
 def test_dtypes_of_value_and_gradient(case):
     """From shapes alone, which compiles nothing: with x64 and without, the same."""
     for dtype, x64 in itertools.product((jnp.float16, jnp.bfloat16, jnp.float32), (False, True)):
-        args = tuple(a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in case.args)
         with jax.enable_x64(x64):
-            value, slopes = jax.eval_shape(lambda *args: (case.function(*args), gradient(case)(*args)), *args)
+            value, slopes = jax.eval_shape(value_and_gradient(case), *cast(case, dtype).args)
         expected = dtype if case.is_map else jnp.float32
         assert value.dtype in ((jnp.int32, jnp.bool_) if case.is_integer else (expected,))
         assert all(slope.dtype == dtype for slope in slopes)
 
 
-def test_float64_is_computed_in_float64(smooth):
-    case = smooth
+@smooth
+def test_float64_is_computed_in_float64(case):
     with jax.enable_x64(True):
-        args = tuple(a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in case.args)
-        value = case.function(*args)
-        assert value.dtype == jnp.float64
-        assert not np.array_equal(value, value.astype(jnp.float32))
-        assert all(g.dtype == jnp.float64 for g in gradient(case)(*args))
+        value, slopes = value_and_gradient(case)(*cast(case, jnp.float64).args)
+    assert value.dtype == jnp.float64
+    assert not np.array_equal(value, np.float32(value))
+    assert all(slope.dtype == jnp.float64 for slope in slopes)
 
 
 @pytest.mark.parametrize("name", public_functions())
@@ -188,30 +192,32 @@ def test_one_trace_per_shape(name):
     assert function._cache_size() == 1
 
 
-def test_scan_checkpoint_and_shard_map_change_nothing(batched):
+@batched
+def test_scan_checkpoint_and_shard_map_change_nothing(case):
     """One inside the other: each of eight devices scans over its examples, and rematerialises them."""
 
     def nested(*args):
-        return jax.lax.scan(lambda c, args: (c, jax.checkpoint(batched.function)(*args)), 0, args)[1]
+        return jax.lax.scan(lambda c, args: (c, jax.checkpoint(case.function)(*args)), 0, args)[1]
 
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.jit(jax.shard_map(nested, mesh=mesh, in_specs=P("batch"), out_specs=P("batch")))
-    close(sharded(*batched.args), batched.function(*batched.args))
-    close(jax.jit(gradient(batched._replace(function=sharded)))(*batched.args), gradient(batched)(*batched.args))
+    sharded = jax.shard_map(nested, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
+    got = value_and_gradient(case._replace(function=sharded))(*case.args)
+    close(got, value_and_gradient(case)(*case.args))
 
 
 def test_value_and_gradient_lower_for_every_platform(case):
-    both = jax.jit(lambda *args: (case.function(*args), gradient(case)(*args)))
     for platform in ("cpu", "cuda", "tpu"):
-        exported = jax.export.export(both, platforms=[platform])(*case.args)
+        exported = jax.export.export(value_and_gradient(case), platforms=[platform])(*case.args)
         assert exported.platforms == (platform,)
+
+
+traced_apart = jax.make_user_context()  # a part of the key of every cache of jax
 
 
 def test_debug_checks_cost_nothing(case, monkeypatch):
     """The compiled program is the same with the checks taken out, up to the numbers of its instructions."""
 
     def compiled():
-        jax.clear_caches()
         text = jax.jit(case.function).lower(*case.args).compile().as_text()
         text = re.sub(r", metadata={[^}]*}", "", text[re.search(r"^(%|ENTRY)", text, re.MULTILINE).start() :])
         order = {}
@@ -219,7 +225,8 @@ def test_debug_checks_cost_nothing(case, monkeypatch):
 
     checked = compiled()
     monkeypatch.setattr(_checks.checkify, "debug_check", lambda *args, **kwargs: None)
-    assert compiled() == checked
+    with traced_apart("without checks"):
+        assert compiled() == checked
 
 
 def test_valid_arguments_pass_the_debug_checks(case):
