@@ -38,14 +38,24 @@ def gap(z: Array, axis: int) -> Array:
 def gap_below(top: Array, z: Array) -> Array:
     """z - top, where no z is above `top`. Below a logit of +inf, whose own gap is 0, every finite one is impossible."""
     largest = jnp.finfo(z.dtype).max
-    scale = jnp.where(top == jnp.inf, largest, 1)
-    return (jnp.minimum(z, largest) - jnp.minimum(top, largest)) * jax.lax.stop_gradient(scale)
+    return _below(top, z) * jax.lax.stop_gradient(jnp.where(top == jnp.inf, largest, 1))
+
+
+def _below(top: Array, z: Array) -> Array:
+    """The gap of which exp is right: below a logit of +inf it is large, though not infinite."""
+    return jnp.minimum(z - jnp.minimum(top, jnp.finfo(z.dtype).max), 0)
+
+
+def finite_top(z: Array, axis: int) -> Array:
+    """The same distribution without a logit of +inf: what is certain stays so, and everything else is impossible."""
+    certain = z == jnp.inf
+    limit = jnp.where(certain, 0, -jnp.inf)
+    return jnp.where(jnp.any(certain, axis=axis, keepdims=True), limit, z)
 
 
 def exp_gap(z: Array, axis: int) -> Array:
-    """exp(gap), in [0, 1]: 1 for a maximum. Cheaper than gap, whose value below a logit of +inf it does not need."""
-    top = jnp.max(z, axis=axis, keepdims=True)
-    return jnp.exp(jnp.minimum(z - jnp.minimum(top, jnp.finfo(z.dtype).max), 0))
+    """exp(gap), in [0, 1]: 1 for a maximum."""
+    return jnp.exp(_below(jnp.max(z, axis=axis, keepdims=True), z))
 
 
 def below_top(gap: Array) -> Array:
@@ -58,11 +68,12 @@ def _lifted(gap: Array) -> Array:
     return -gap * jnp.finfo(gap.dtype).max
 
 
-def rest(gap: Array, axis: int) -> Array:
+def rest(z: Array, axis: int) -> Array:
     """Sum of exp(gap) over all classes but one maximum."""
+    d = _below(jnp.max(z, axis=axis, keepdims=True), z)
     # exp(gap) is at most 1, so that the minimum leaves every maximum out and changes no other class.
-    below = jnp.sum(jnp.minimum(jax.lax.stop_gradient(_lifted(gap)), jnp.exp(gap)), axis=axis, keepdims=True)
-    ties = jnp.sum(1 - below_top(gap), axis=axis, keepdims=True)
+    below = jnp.sum(jnp.minimum(jax.lax.stop_gradient(_lifted(d)), jnp.exp(d)), axis=axis, keepdims=True)
+    ties = jnp.sum(1 - below_top(d), axis=axis, keepdims=True)
     return below + (ties - 1)
 
 
@@ -84,8 +95,7 @@ def _softmax_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax(z: Array, axis: int) -> Array:
     """log p_i = gap_i - log1p(rest), both of one sign. d log p_i = dz_i - <p, dz>."""
-    d = gap(z, axis)
-    return d - jnp.log1p(rest(d, axis))
+    return gap(z, axis) - jnp.log1p(rest(z, axis))
 
 
 @log_softmax.defjvp
@@ -97,7 +107,7 @@ def _log_softmax_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_complement(z: Array, axis: int) -> Array:
     """1 - max p = rest / (1 + rest), which 1 - p would round to 0 once p is within u of 1."""
-    others = rest(gap(z, axis), axis)
+    others = rest(z, axis)
     return others / (1 + others)
 
 
@@ -142,6 +152,13 @@ def _weigh_jvp(primals, tangents):
     return out, sum(terms, jnp.zeros_like(out))
 
 
+def weighed_gaps(weights: Array, gap: Array, axis: int) -> Array:
+    """sum_i weight_i gap_i over classes with a positive weight, by arithmetic: `weigh` for a sum of many classes."""
+    largest = jnp.finfo(gap.dtype).max
+    floor = -jnp.minimum(jnp.abs(weights) * largest, 4) * largest  # 0 where the weight is, else -inf
+    return jnp.sum(weights * jnp.maximum(gap, floor), axis=axis, keepdims=True)
+
+
 def exp_remainder(t: Array) -> Array:
     """e^t - 1 - t >= 0, with relative accuracy also where t is small."""
     small = jnp.abs(t) < 0.5
@@ -151,6 +168,13 @@ def exp_remainder(t: Array) -> Array:
     for n in range(16 if t.dtype == jnp.float64 else 10, 2, -1):
         series = 1 + s / n * series
     return jnp.where(small, s * s / 2 * series, jnp.expm1(t) - t)
+
+
+def difference(a: Array, b: Array) -> tuple[Array, Array]:
+    """a - b as the rounded difference and its rounding error (Knuth's two-sum)."""
+    high = a - b
+    b_seen = high - a
+    return high, (a - (high - b_seen)) - (b + b_seen)
 
 
 @jax.custom_jvp

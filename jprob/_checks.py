@@ -90,6 +90,15 @@ def targets_are_probs(function: str, targets: jax.Array, axis: int) -> None:
     expect(jnp.abs(total - 1) <= 2**-8, total, f"{function}: a row of targets sums to {{value}}, not 1")
 
 
+def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array) -> jax.Array:
+    """The weights: real numbers or bool, one for each example of the argument called `expected`, and not negative."""
+    if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise ValueError(f"{function}: weights must be an array of real numbers, got {describe(value)}")
+    same_shape(function, expected, "weights", shape, value)
+    expect(value >= 0, value, f"{function}: weight {{value}} is negative")
+    return value
+
+
 def broadcast_together(function: str, dtype: jnp.dtype, **arguments: Any) -> list[jax.Array]:
     """Real arguments (arrays or numbers), broadcast to one shape and cast to `dtype`."""
     arrays = {name: jnp.asarray(value) for name, value in arguments.items()}

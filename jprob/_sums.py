@@ -1,4 +1,4 @@
-"""Sums of examples by an index, as for counts per class or per bin."""
+"""Sums of examples by an index, as for counts per class or per bin, and ratios of such sums."""
 
 import math
 
@@ -22,3 +22,9 @@ def sum_by(index: Array, values: Array, size: int) -> Array:
     place = index + size * (jnp.arange(n) % blocks)
     partial = jnp.zeros((blocks * size, *values.shape[1:]), values.dtype).at[place].add(values)
     return jnp.sum(partial.reshape(blocks, size, *values.shape[1:]), axis=0)
+
+
+def ratio(part: Array, total: Array) -> Array:
+    """part / total, and 0 with a gradient of 0 where there is nothing to divide by."""
+    # The inner select keeps 0 / 0 out of the gradient.
+    return jnp.where(total == 0, 0, part / jnp.where(total == 0, 1, total))

@@ -92,7 +92,7 @@ def log_evidence(
     0.0594
     """
     prior, likelihood, axis, _ = _canonical("log_evidence", log_prior, log_likelihood, axis)
-    prior = _finite_top(prior, axis)
+    prior = _accurate.finite_top(prior, axis)
     # What the prior excludes must not be seen, however likely it makes the observation.
     likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
     none = jnp.where(jnp.max(prior, axis=axis) == -jnp.inf, jnp.nan, 0)
@@ -138,7 +138,7 @@ def update(
     if log_prior.ndim >= log_likelihoods.ndim:
         log_likelihoods = jnp.expand_dims(log_likelihoods, range(1, 2 + log_prior.ndim - log_likelihoods.ndim))
     prior, likelihoods, axis, dtype = _canonical("update", log_prior, log_likelihoods, -1)
-    prior = _finite_top(prior, axis)
+    prior = _accurate.finite_top(prior, axis)
     total = jnp.cumsum(_gap(jnp.where(prior == -jnp.inf, -jnp.inf, likelihoods), axis), axis=0)
     return _accurate.log_softmax(_joint(prior, total, axis), axis).astype(dtype)
 
@@ -257,13 +257,6 @@ def _canonical(function, log_prior, log_likelihood, axis):
     return prior, likelihood, axis, jnp.promote_types(log_prior.dtype, log_likelihood.dtype)
 
 
-def _finite_top(z, axis):
-    """The same distribution without a logit of +inf: what is certain before stays so, unless it is excluded."""
-    certain = z == jnp.inf
-    limit = jnp.where(certain, 0, -jnp.inf)
-    return jnp.where(jnp.any(certain, axis=axis, keepdims=True), limit, z)
-
-
 def _gap(z, axis):
     """z - max z. The maximum is held constant under differentiation, where it cancels, but only to rounding."""
     return _accurate.gap_below(jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True)), z)
@@ -271,7 +264,7 @@ def _gap(z, axis):
 
 def _joint(prior, likelihood, axis):
     """log prior + log likelihood up to a constant; each is taken from its maximum first, which loses no digit."""
-    prior = _finite_top(prior, axis)
+    prior = _accurate.finite_top(prior, axis)
     # -inf + inf is NaN: what the prior excludes stays excluded, however likely it makes the observation.
     likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
     return jnp.where(prior == -jnp.inf, -jnp.inf, _gap(prior, axis) + _gap(likelihood, axis))

@@ -133,7 +133,7 @@ def expected_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     """
     table = _checked("expected_calibration_error", table)
     gap = jnp.sum(jnp.abs(table.correct - table.confidence), axis=-1)
-    return _ratio(gap, jnp.sum(table.weight, axis=-1))
+    return _sums.ratio(gap, jnp.sum(table.weight, axis=-1))
 
 
 @jax.jit
@@ -158,7 +158,7 @@ def maximum_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     0.6000
     """
     table = _checked("maximum_calibration_error", table)
-    return jnp.max(_ratio(jnp.abs(table.correct - table.confidence), table.weight), axis=-1)
+    return jnp.max(_sums.ratio(jnp.abs(table.correct - table.confidence), table.weight), axis=-1)
 
 
 @jax.jit
@@ -193,12 +193,12 @@ def brier_decomposition(table: Reliability) -> BrierDecomposition:
     table = _checked("brier_decomposition", table)
     weight, confidence, correct, squared_error = table
     total = jnp.sum(weight, axis=-1, keepdims=True)
-    share = _ratio(weight, total)
-    accuracy = _ratio(correct, weight)
-    overall = _ratio(jnp.sum(correct, axis=-1, keepdims=True), total)
-    miss = _ratio(jnp.sum(weight - correct, axis=-1, keepdims=True), total)
-    score = jnp.sum(_ratio(squared_error, total), axis=-1)
-    gap = _ratio(confidence - correct, weight)
+    share = _sums.ratio(weight, total)
+    accuracy = _sums.ratio(correct, weight)
+    overall = _sums.ratio(jnp.sum(correct, axis=-1, keepdims=True), total)
+    miss = _sums.ratio(jnp.sum(weight - correct, axis=-1, keepdims=True), total)
+    score = jnp.sum(_sums.ratio(squared_error, total), axis=-1)
+    gap = _sums.ratio(confidence - correct, weight)
     parts = (
         jnp.sum(share * jnp.square(gap), axis=-1),
         jnp.sum(share * jnp.square(accuracy - overall), axis=-1),
@@ -345,17 +345,13 @@ def _examples(function, logits, labels, weights):
         raise ValueError(f"{function}: labels must be integer classes, got {_checks.describe(labels)}")
     shape, classes = logits.shape[:-1], logits.shape[-1]
     _checks.same_shape(function, "logits without the last axis", "labels", shape, labels)
-    if weights is None:
-        w = jnp.ones(shape, _accurate.compute_dtype(logits))
-    else:
-        if not hasattr(weights, "dtype") or jnp.issubdtype(weights.dtype, jnp.complexfloating):
-            raise ValueError(f"{function}: weights must be an array of real numbers, got {_checks.describe(weights)}")
-        _checks.same_shape(function, "logits without the last axis", "weights", shape, weights)
-        w = weights.astype(_accurate.compute_dtype(logits, weights))
-        _checks.expect(w >= 0, w, f"{function}: weight {{value}} is negative")
+    w = jnp.ones(shape, logits.dtype)
+    if weights is not None:
+        w = _checks.weights(function, "logits without the last axis", shape, weights)
+    dtype = _accurate.compute_dtype(logits, w)
     inside = (labels >= 0) & (labels < classes)
     _checks.expect(inside | (w == 0), labels, f"{function}: label {{value}} is outside [0, {classes})")
-    return logits.astype(w.dtype).reshape(-1, classes), labels.ravel(), w.ravel()
+    return logits.astype(dtype).reshape(-1, classes), labels.ravel(), w.ravel().astype(dtype)
 
 
 def _checked(function, table):
@@ -368,9 +364,3 @@ def _checked(function, table):
     _checks.expect(table.weight >= 0, table.weight, f"{function}: weight {{value}} is negative")
     dtype = _accurate.compute_dtype(*table)
     return Reliability(*(value.astype(dtype) for value in table))
-
-
-def _ratio(part, total):
-    """part / total, and 0 with a gradient of 0 where there is nothing to divide by."""
-    # The inner select keeps 0 / 0 out of the gradient.
-    return jnp.where(total == 0, 0, part / jnp.where(total == 0, 1, total))

@@ -548,7 +548,7 @@ def _label_terms(z, labels, axis):
     exp(gap) is at most 1, so that min(distance, exp(gap)) leaves the label out and changes no other class.
     """
     top = jnp.max(z, axis=axis, keepdims=True)
-    exponentials = jnp.exp(jnp.minimum(z - jnp.minimum(top, jnp.finfo(z.dtype).max), 0))
+    exponentials = _accurate.exp_gap(z, axis)
     distance = _distance(z, labels, axis)
     others = jnp.sum(jnp.minimum(distance, exponentials), axis=axis, keepdims=True)
     # Negative indices would wrap to the last classes.
@@ -593,10 +593,10 @@ def _class_residual_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _target_loss(z, targets, axis):
     """-sum_i t_i log p_i = sum t log1p(rest) + sum_i t_i (m - z_i): no term is negative."""
-    d = _accurate.gap(z, axis)
-    log_total = jnp.log1p(_accurate.rest(d, axis))
-    total = jnp.sum(targets, axis=axis, keepdims=True)
-    return total * log_total - jnp.sum(_accurate.weigh(targets, d), axis=axis, keepdims=True)
+    log_total = jnp.log1p(_accurate.rest(z, axis))
+    return jnp.sum(targets, axis=axis, keepdims=True) * log_total - _accurate.weighed_gaps(
+        targets, _accurate.gap(z, axis), axis
+    )
 
 
 @partial(_target_loss.defjvp, symbolic_zeros=True)
@@ -683,7 +683,7 @@ def _finite_gap(z, axis):
 def _entropy(z, axis):
     """H = log1p(rest) + sum p_i (m - z_i): no term is negative."""
     p, d = _accurate.softmax(z, axis), _finite_gap(z, axis)
-    log_total = jnp.log1p(_accurate.rest(_accurate.gap(z, axis), axis))
+    log_total = jnp.log1p(_accurate.rest(z, axis))
     return log_total - jnp.sum(p * d, axis=axis, keepdims=True)
 
 
@@ -702,18 +702,9 @@ _FAR = 60.0
 
 def _finite(z, axis):
     """The same distribution without a logit of +inf, and none so large that a difference would overflow."""
-    certain, room = z == jnp.inf, jnp.finfo(z.dtype).max / 8
-    limit = jnp.where(certain, 0, -jnp.inf)
-    z = jnp.where(jnp.any(certain, axis=axis, keepdims=True), limit, z)
+    z, room = _accurate.finite_top(z, axis), jnp.finfo(z.dtype).max / 8
     huge = jnp.any((jnp.abs(z) > room) & (z > -jnp.inf), axis=axis, keepdims=True)
     return jnp.where(huge & (z > -jnp.inf), jnp.maximum(_accurate.gap(z, axis), -room), z)
-
-
-def _difference(a, b):
-    """a - b as the rounded difference and its rounding error (Knuth's two-sum)."""
-    high = a - b
-    b_seen = high - a
-    return high, (a - (high - b_seen)) - (b + b_seen)
 
 
 def _centred_difference(p_logits, q_logits, axis):
@@ -723,7 +714,7 @@ def _centred_difference(p_logits, q_logits, axis):
     """
     both = (p_logits > -jnp.inf) & (q_logits > -jnp.inf)
     p = jnp.where(both, _accurate.softmax(p_logits, axis), 0)
-    high, low = _difference(jnp.where(both, q_logits, 0), jnp.where(both, p_logits, 0))
+    high, low = _accurate.difference(jnp.where(both, q_logits, 0), jnp.where(both, p_logits, 0))
     # First relative to one class: a shift common to all logits goes without a trace, however large.
     reference = jnp.argmax(p, axis=axis, keepdims=True)
     high, low = (x - jnp.take_along_axis(x, reference, axis=axis) for x in (high, low))

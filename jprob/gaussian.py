@@ -5,12 +5,17 @@ deviations. Its negative log-likelihood is squared error divided by 2 scale^2, p
 maximum likelihood is least squares.
 
 A scale is a standard deviation, never a variance: the square of 1e-30 is 0 in float32, and every formula here
-standardises before it squares, so that any positive scale of the dtype works. Arguments broadcast against each other.
-Computed in float32 at least (float64 where an input has it); u is half the spacing at 1 of that dtype.
+standardises before it squares, so that every normal number of the dtype is a scale that works, from the smallest
+(1.2e-38 in float32) to the largest (3.4e38). One below may be flushed to 0 by the device, and is then not positive. A
+value or gradient is right wherever it is a normal number, up to half the largest. What is undefined is NaN: an infinite
+scale, and x - loc where both are the same infinity.
+
+Arguments broadcast against each other. Computed in float32 at least (float64 where an input has it); u is half the
+spacing at 1 of that dtype.
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -26,7 +31,7 @@ from . import _accurate, _checks
 def log_prob(
     x: Float[Array, "*#shape"],
     loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
+    scale: float | Float[Array, "*#shape"] | None = None,
     *,
     log_scale: float | Float[Array, "*#shape"] | None = None,
 ) -> Float[Array, "*shape"]:
@@ -37,14 +42,15 @@ def log_prob(
     Args:
       x: where to evaluate, floating-point.
       loc: mean, in the unit of x.
-      scale: standard deviation, positive, in the unit of x. Leave it out where `log_scale` is given.
+      scale: standard deviation, positive and finite, in the unit of x; 1 where neither it nor `log_scale` is given.
       log_scale: its logarithm, of at most 170 either way: the form for a network that predicts the scale.
 
     Returns:
       The log-density (in nats, per unit of x) in the shape all arguments broadcast to, at least float32; -inf at
-      x = +-inf; NaN for a scale that is not positive. Error at most 8 u of |r^2 / 2| + |log scale| + log(2 pi) / 2:
-      a log-density may pass through 0. With `log_scale`, (8 + |log_scale|) u. Gradient entries likewise, r^2 - 1 taken
-      as a product of a sum and a difference so that it keeps its digits near one standard deviation.
+      x = +-inf; NaN for a scale that is not positive and finite. Error at most 8 u of |r^2 / 2| + |log scale| +
+      log(2 pi) / 2, since a log-density may pass through 0; of each gradient entry 8 u of itself, also that of r^2 - 1
+      near one standard deviation, where the digits that x - loc rounds off come back. With `log_scale`, both
+      (8 + |log_scale|) u, but for r^2 - 1: relative to r^2 + 1.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, or both scale and log_scale are given.
@@ -57,26 +63,29 @@ def log_prob(
     67.6586
     """
     x, loc, spread = _given("log_prob", x, loc, scale, log_scale)
-    return _log_prob(x - loc, spread) if log_scale is None else _log_prob_log_scale(x - loc, spread)
+    return _log_prob(x, loc, spread) if log_scale is None else _log_prob_log_scale(x - loc, spread)
 
 
 _HALF_LOG_2PI = math.log(2 * math.pi) / 2
 
 
 @jax.custom_jvp
-def _log_prob(offset, scale):
-    """-r^2 / 2 - log scale - log(2 pi) / 2, r = offset / scale."""
-    return -jnp.square(offset / scale) / 2 - jnp.log(scale) - _HALF_LOG_2PI
+def _log_prob(x, loc, scale):
+    """-r^2 / 2 - log scale - log(2 pi) / 2, r = (x - loc) / scale."""
+    _, unit_scale, a, b = _in_units(scale, x, loc)
+    return -jnp.square((a - b) / unit_scale) / 2 - jnp.log(scale) - _HALF_LOG_2PI
 
 
 @_log_prob.defjvp
 def _log_prob_jvp(primals, tangents):
-    """-(r / scale) d offset + ((r^2 - 1) / scale) d scale."""
-    (offset, scale), (d_offset, d_scale) = primals, tangents
+    """-(r / scale) (d x - d loc) + ((r^2 - 1) / scale) d scale."""
+    (x, loc, scale), (d_x, d_loc, d_scale) = primals, tangents
+    unit, scale, x, loc = _in_units(scale, x, loc)
     # Times the inverse: XLA turns a division of a quotient into one by scale * scale, which leaves the dtype's range.
     inverse = 1 / scale
-    slope = -(offset / scale * inverse) * d_offset + _excess(offset, scale) * inverse * d_scale
-    return _log_prob(offset, scale), slope
+    below, above = _distances(x, loc, scale)
+    slope = -((x - loc) / scale * inverse) * (d_x - d_loc) + below * (above * inverse) * d_scale
+    return _log_prob(*primals), slope * unit
 
 
 @jax.custom_jvp
@@ -110,7 +119,7 @@ class Parameters(NamedTuple):
 def prob(
     x: Float[Array, "*#shape"],
     loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
+    scale: float | Float[Array, "*#shape"] | None = None,
     *,
     log_scale: float | Float[Array, "*#shape"] | None = None,
 ) -> Float[Array, "*shape"]:
@@ -119,14 +128,16 @@ def prob(
     Args:
       x: where to evaluate, floating-point.
       loc: mean, in the unit of x.
-      scale: standard deviation, positive, in the unit of x. Leave it out where `log_scale` is given.
-      log_scale: its logarithm, any real number.
+      scale: standard deviation, positive and finite, in the unit of x; 1 where neither it nor `log_scale` is given.
+      log_scale: its logarithm, of at most 170 either way.
 
     Returns:
       The density (per unit of x; it may exceed 1) in the shape all arguments broadcast to, at least float32; 0, with
-      gradient 0, at x = +-inf (in float32 from r = 18.6 on at any scale); NaN for a scale that is not positive.
-      Relative error at most (16 + 3 r^2) u, and with `log_scale` (16 + (3 + |log_scale|) (1 + r^2)) u: the exponential
-      turns the rounding of r into one of that size.
+      gradient 0, at x = +-inf (with `scale`, in float32 from r = 18.6 on); NaN for a scale that is not positive and
+      finite. Relative error at most (16 + 3 r^2) u, and with `log_scale` (16 + 4 |log_scale|) (1 + r^2) u: the
+      exponential turns the rounding of r into one of that size. So for each gradient entry; with `log_scale` that of
+      log_scale is relative to (r^2 + 1) times the density. Where the density overflows it is inf, and its gradient
+      inf, of either sign, or 0.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, or both scale and log_scale are given.
@@ -137,7 +148,10 @@ def prob(
     0.3989
     """
     x, loc, spread = _given("prob", x, loc, scale, log_scale)
-    return _prob(x - loc, spread) if log_scale is None else _prob_log_scale(x - loc, spread)
+    if log_scale is not None:
+        return _prob_log_scale(x - loc, spread)
+    unit, spread, x, loc = _in_units(spread, x, loc)
+    return _prob(x, loc, spread) * unit
 
 
 @jax.jit
@@ -153,11 +167,11 @@ def cdf(
     Args:
       x: where to evaluate, floating-point.
       loc: mean, in the unit of x.
-      scale: standard deviation, positive, in the unit of x.
+      scale: standard deviation, positive and finite, in the unit of x.
 
     Returns:
-      A probability in the shape all arguments broadcast to, at least float32: 0 at -inf, 1 at inf, NaN for a scale that
-      is not positive. Relative error at most (16 + 3 r^2) u on the lower side, 16 u on the upper; so for the gradient,
+      A probability in the shape all arguments broadcast to, at least float32: 0 at -inf, 1 at inf, NaN for an invalid
+      scale. Relative error at most (16 + 3 r^2) u on the lower side, 16 u on the upper; so for the gradient,
       the density, on both sides. Below 1e-38 (r = -12.9) float32 has no normal number: use `log_cdf`.
 
     Raises:
@@ -169,6 +183,7 @@ def cdf(
     [0.  0.5 1. ]
     """
     x, loc, scale = _given("cdf", x, loc, scale)
+    _, scale, x, loc = _in_units(scale, x, loc)
     return _cdf(x - loc, scale)
 
 
@@ -186,11 +201,11 @@ def log_cdf(
     Args:
       x: where to evaluate, floating-point.
       loc: mean, in the unit of x.
-      scale: standard deviation, positive, in the unit of x.
+      scale: standard deviation, positive and finite, in the unit of x.
 
     Returns:
       A log-probability in nats, never positive, in the shape all arguments broadcast to, at least float32: -inf at
-      -inf, 0 at inf, NaN for a scale that is not positive. Relative error at most 16 u on the lower side (also 1e18
+      -inf, 0 at inf, NaN for an invalid scale. Relative error at most 16 u on the lower side (also 1e18
       standard deviations below the mean), (16 + 3 r^2) u on the upper; the gradient likewise, with 48 u on the lower.
 
     Raises:
@@ -202,6 +217,7 @@ def log_cdf(
     -454.3213
     """
     x, loc, scale = _given("log_cdf", x, loc, scale)
+    _, scale, x, loc = _in_units(scale, x, loc)
     return _log_cdf(x - loc, scale)
 
 
@@ -219,11 +235,11 @@ def quantile(
     Args:
       q: probability in [0, 1], floating-point.
       loc: mean.
-      scale: standard deviation, positive, in the unit of loc.
+      scale: standard deviation, positive and finite, in the unit of loc.
 
     Returns:
       A value in the unit of loc, in the shape all arguments broadcast to, at least float32: -inf at q = 0, inf at
-      q = 1; NaN for q outside [0, 1] or a scale that is not positive. Error at most 16 u of |loc| + |value - loc|.
+      q = 1; NaN for q outside [0, 1] or an invalid scale. Error at most 16 u of |loc| + |value - loc|.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -255,11 +271,11 @@ def interval_prob(
       low: lower end, floating-point; -inf for none.
       high: upper end, floating-point, at least `low`; inf for none.
       loc: mean, in the unit of low and high.
-      scale: standard deviation, positive, in the same unit.
+      scale: standard deviation, positive and finite, in the same unit.
 
     Returns:
       A probability in the shape all arguments broadcast to, at least float32, never negative: 0 where low = high; NaN
-      where low > high, or for a scale that is not positive. Relative error at most (24 + 3 r^2) u, r the distance from
+      where low > high, or for an invalid scale. Relative error at most (24 + 3 r^2) u, r the distance from
       the mean to the nearest point of the interval in standard deviations, however narrow. Gradient: the density at
       high, minus that at low; their difference in loc keeps its digits too.
 
@@ -274,7 +290,8 @@ def interval_prob(
     low, high, loc, scale = _given("interval_prob", low, loc, scale, name="low", high=high)
     ordered = ~(low > high)
     _checks.expect(ordered, low, "interval_prob: low {value} is above high")
-    return _interval_prob(low, jnp.where(ordered, high, jnp.nan), loc, scale)
+    _, scale, low, high, loc = _in_units(scale, low, jnp.where(ordered, high, jnp.nan), loc)
+    return _interval_prob(low, high, loc, scale)
 
 
 @jax.jit
@@ -282,11 +299,11 @@ def entropy(scale: float | Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Differential entropy log scale + (1 + log(2 pi)) / 2, in nats.
 
     Args:
-      scale: standard deviation, positive.
+      scale: standard deviation, positive and finite.
 
     Returns:
       One value per scale, at least float32, of either sign (it depends on the unit of x); NaN for a scale that is not
-      positive. Error at most 4 u of |log scale| + 1.42.
+      positive and finite. Error at most 4 u of |log scale| + 1.42.
 
     Raises:
       ValueError: the scale is complex.
@@ -311,13 +328,13 @@ def kl_divergence(
 
     Args:
       p_loc: mean of p, the distribution that holds.
-      p_scale: its standard deviation, positive.
+      p_scale: its standard deviation, positive and finite.
       q_loc: mean of q, the distribution that is believed.
-      q_scale: its standard deviation, positive.
+      q_scale: its standard deviation, positive and finite.
 
     Returns:
       One value per pair, in the shape all arguments broadcast to, at least float32, never negative: 0 where p = q; NaN
-      for a scale that is not positive. Relative error at most 16 u, also where p and q nearly agree: both terms are
+      for an invalid scale. Relative error at most 16 u, also where p and q nearly agree: both terms are
       positive, and neither is a difference of close numbers. So for the gradient in loc and p_scale; in q_scale it is
       a sum of two terms, with that error relative to the sum of their magnitudes.
 
@@ -332,7 +349,9 @@ def kl_divergence(
     5.0000e-09
     """
     p_loc, p_scale, q_loc, q_scale = _pair("kl_divergence", p_loc, p_scale, q_loc, q_scale)
-    return _scale_divergence(p_scale, q_scale) + jnp.square(_accurate.divide(p_loc - q_loc, q_scale)) / 2
+    _, scale, p_loc, q_loc = _in_units(q_scale, p_loc, q_loc)
+    _, _, p_scale, q_scale = _in_units(jnp.minimum(p_scale, q_scale), p_scale, q_scale)
+    return _scale_divergence(p_scale, q_scale) + _half_square(p_loc - q_loc, scale)
 
 
 @jax.jit
@@ -350,12 +369,12 @@ def cross_entropy(
       p_loc: mean of p, the distribution that holds.
       p_scale: its standard deviation; 0 is a single observation, for which this is `nll`.
       q_loc: mean of q, the distribution that is believed.
-      q_scale: its standard deviation, positive.
+      q_scale: its standard deviation, positive and finite.
 
     Returns:
       One value per pair, in the shape all arguments broadcast to, at least float32, of either sign; NaN for a p_scale
-      that is negative or a q_scale that is not positive. Error at most 8 u of the sum of the magnitudes of its terms;
-      of the gradient too, which is 0 exactly where q = p.
+      that is negative or a q_scale that is not positive and finite. Error at most 8 u of the sum of the magnitudes of
+      its terms; of the gradient, 16 u likewise, and in q it is 0 exactly where q = p.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -365,15 +384,16 @@ def cross_entropy(
     >>> print(f"{cross_entropy(0.0, 1.0, 0.0, 1.0):.4f} {entropy(1.0):.4f}")
     1.4189 1.4189
     """
-    arrays = _pair("cross_entropy", p_loc, p_scale, q_loc, q_scale, p_may_be_0=True)
-    return _cross_entropy(arrays[0] - arrays[2], arrays[1], arrays[3])
+    p_loc, p_scale, q_loc, q_scale = _pair("cross_entropy", p_loc, p_scale, q_loc, q_scale, p_may_be_0=True)
+    unit, q_scale, p_loc, p_scale, q_loc = _in_units(q_scale, p_loc, p_scale, q_loc)
+    return _cross_entropy(p_loc - q_loc, p_scale, q_scale) - jnp.log(unit)
 
 
 @partial(jax.jit, static_argnames=("beta",))
 def nll(
     x: Float[Array, "*#shape"],
     loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
+    scale: float | Float[Array, "*#shape"] | None = None,
     *,
     log_scale: float | Float[Array, "*#shape"] | None = None,
     beta: float = 0.0,
@@ -387,15 +407,16 @@ def nll(
     Args:
       x: observation, floating-point.
       loc: predicted mean, in the unit of x.
-      scale: predicted standard deviation, positive. Leave it out where `log_scale` is given.
-      log_scale: its logarithm, any real number.
+      scale: predicted standard deviation, positive and finite; 1 where neither it nor `log_scale` is given.
+      log_scale: its logarithm, of at most 170 either way.
       beta: exponent of the weight, static, in [0, 1].
 
     Returns:
       One value per observation in nats (times unit^(2 beta)), at least float32, of either sign; inf at x = +-inf; NaN
-      for a scale that is not positive. Error at most 8 u of the sum of the magnitudes of the terms of `log_prob`, with
-      `log_scale` (8 + |log_scale|) u; for beta other than 0, 1/2 and 1 it grows by 4 + 2 |log scale|. A gradient entry
-      is computed as scale^(2 beta - 1) r, and lives where the weight scale^(2 beta) itself is too small for the dtype.
+      for a scale that is not positive and finite. Error at most 8 u of the sum of the magnitudes of the terms of
+      `log_prob` (times the weight), and of each gradient entry 8 u of itself; with `log_scale` (8 + |log_scale|) u,
+      and that of log_scale relative to r^2 + 1 times the weight. For beta other than 0, 1/2 and 1 it grows by
+      8 + 2 |log scale|. Both live where the weight itself is beyond the dtype.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, both scale and log_scale are given, or beta is
@@ -411,7 +432,7 @@ def nll(
     if not isinstance(beta, int | float) or not 0 <= beta <= 1:
         raise ValueError(f"nll: beta must be in [0, 1], got {beta}")
     x, loc, spread = _given("nll", x, loc, scale, log_scale)
-    return _nll(x - loc, spread, beta) if log_scale is None else _nll_log_scale(x - loc, spread, beta)
+    return _nll(x, loc, spread, beta) if log_scale is None else _nll_log_scale(x - loc, spread, beta)
 
 
 @partial(jax.jit, static_argnames=("axis",))
@@ -479,19 +500,37 @@ def sample(
 
 
 def _positive(function, name, scale):
-    _checks.expect(scale > 0, scale, f"{function}: {name} {{value}} is not positive")
-    return jnp.where(scale > 0, scale, jnp.nan)
+    valid = (scale > 0) & (scale < jnp.inf)
+    _checks.expect(valid, scale, f"{function}: {name} {{value}} is not positive and finite")
+    return jnp.where(valid, scale, jnp.nan)
 
 
 def _given(function, x, loc, scale, log_scale=None, *, name="x", **others):
-    """Arguments as arrays of one shape, in the dtype computed in; NaN for a scale that is not positive."""
-    if log_scale is not None and not isinstance(scale, float):
+    """Arguments as arrays of one shape, in the dtype computed in; NaN for a scale that is not positive and finite."""
+    if log_scale is not None and scale is not None:
         raise ValueError(f"{function}: expected scale or log_scale, got both")
     _checks.floating(function, **{name: x}, **others)
-    given = {**others, "loc": loc} | ({"scale": scale} if log_scale is None else {"log_scale": log_scale})
+    spread = {"scale": 1.0 if scale is None else scale} if log_scale is None else {"log_scale": log_scale}
+    given = {**others, "loc": loc} | spread
     dtype = _accurate.compute_dtype(x, *given.values())
     *arrays, spread = _checks.broadcast_together(function, dtype, **{name: x}, **given)
     return *arrays, _positive(function, "scale", spread) if log_scale is None else spread
+
+
+def _in_units(scale, *points):
+    """A unit, and the scale and the points times it: nearer to 1 where sums and inverses would leave the range."""
+    sizes = [jnp.where(jnp.isinf(point), 0, jnp.abs(point)) for point in points]
+    largest = reduce(jnp.maximum, sizes, scale)
+    # Points of 2^128 may be as far apart as 2^129; at the other end, so may a difference of two be too small.
+    unit = jnp.where(scale > 2.0**64, 2.0**-8, jnp.where(largest < 2.0**-64, 2.0**60, 1)).astype(scale.dtype)
+    return unit, scale * unit, *(point * unit for point in points)
+
+
+def _distances(x, loc, scale):
+    """r - 1 and r + 1 with r = (x - loc) / scale, each with all its digits: also with those that x - loc rounds off."""
+    offset, lost = _accurate.difference(x, loc)
+    lost = jax.lax.stop_gradient(jnp.where(jnp.isfinite(lost), lost, 0))
+    return ((offset - scale) + lost) / scale, ((offset + scale) + lost) / scale
 
 
 def _pair(function, p_loc, p_scale, q_loc, q_scale, p_may_be_0=False):
@@ -528,12 +567,6 @@ def _weighted(function, x, axis, weights):
     return jnp.where((w == 0) & ~jnp.isfinite(x), 0, x), w, axis
 
 
-def _excess(p, q):
-    """(p / q)^2 - 1 as a product: near p = q the difference is exact."""
-    inverse = 1 / q
-    return ((p - q) * inverse) * ((p + q) * inverse)
-
-
 def _densities(offset, scale):
     """p and p r for the density p at r = offset / scale."""
     # Where r is infinite the density is 0 with slope 0, and 0 * inf is NaN.
@@ -546,37 +579,42 @@ def _densities(offset, scale):
 
 
 @jax.custom_jvp
-def _prob(offset, scale):
-    """exp(-r^2 / 2) / (scale sqrt(2 pi)), r = offset / scale."""
-    return _densities(offset, scale)[0]
+def _prob(x, loc, scale):
+    """exp(-r^2 / 2) / (scale sqrt(2 pi)), r = (x - loc) / scale."""
+    return _densities(x - loc, scale)[0]
 
 
 @_prob.defjvp
 def _prob_jvp(primals, tangents):
-    """p ((r^2 - 1) d scale - r d offset) / scale."""
-    (offset, scale), (d_offset, d_scale) = primals, tangents
-    half = jnp.exp(-jnp.square(_accurate.divide(offset, scale)) / 4)
-    offset = jnp.where(half == 0, 0, offset)
+    """p ((r^2 - 1) d scale - r (d x - d loc)) / scale."""
+    (x, loc, scale), (d_x, d_loc, d_scale) = primals, tangents
+    half = jnp.exp(-jnp.square(_accurate.divide(x - loc, scale)) / 4)
+    x = jnp.where(half == 0, loc, x)
     inverse = 1 / scale
     rest = half * inverse * math.exp(-_HALF_LOG_2PI)
-    toward = half * (offset * inverse) * inverse * rest
-    away = half * _excess(offset, scale) * inverse * rest
-    return _prob(*primals), away * d_scale - toward * d_offset
+    below, above = _distances(x, loc, scale)
+    toward = half * ((x - loc) * inverse) * inverse * rest
+    away = half * (below * above) * inverse * rest
+    return _prob(*primals), away * d_scale - toward * (d_x - d_loc)
 
 
 @jax.custom_jvp
 def _prob_log_scale(offset, log_scale):
-    return jnp.exp(-jnp.square(offset * jnp.exp(-log_scale)) / 2 - log_scale - _HALF_LOG_2PI)
+    return jnp.exp(-jnp.square(_over_scale(offset, log_scale)) / 2 - log_scale - _HALF_LOG_2PI)
 
 
 @_prob_log_scale.defjvp
 def _prob_log_scale_jvp(primals, tangents):
     """p ((r^2 - 1) d log_scale - (r / scale) d offset)."""
     (offset, log_scale), (d_offset, d_log_scale) = primals, tangents
-    p, inverse = _prob_log_scale(offset, log_scale), jnp.exp(-log_scale)
-    r = jnp.where(p == 0, 0, offset) * inverse
-    slope = p * (r - 1) * (r + 1) * d_log_scale - p * r * inverse * d_offset
-    return p, jnp.where(p == 0, 0, slope)
+    r = _over_scale(offset, log_scale)
+    # The square root of p and the fourth of p / scale: beside them a factor of 0 stays 0 where p itself is inf.
+    root = jnp.exp((-jnp.square(r) / 2 - log_scale - _HALF_LOG_2PI) / 2)
+    steep = jnp.exp((-jnp.square(r) / 2 - 2 * log_scale - _HALF_LOG_2PI) / 4)
+    r = jnp.where(steep + root == 0, 0, r)
+    toward = r * steep * steep * steep * steep
+    slope = (root * (r - 1)) * (root * (r + 1)) * d_log_scale - toward * d_offset
+    return _prob_log_scale(offset, log_scale), slope
 
 
 @jax.custom_jvp
@@ -708,7 +746,7 @@ def _interval_prob_jvp(primals, tangents):
     p_high - p_low = p_low expm1(-(b^2 - a^2) / 2), from the higher of the two, where they are close.
     """
     (low, high, loc, scale), (d_low, d_high, d_loc, d_scale) = primals, tangents
-    p_low, p_high = _prob(low - loc, scale), _prob(high - loc, scale)
+    p_low, p_high = _prob(low, loc, scale), _prob(high, loc, scale)
     low, high = jnp.where(p_low == 0, loc, low), jnp.where(p_high == 0, loc, high)
     a, b = _accurate.divide(low - loc, scale), _accurate.divide(high - loc, scale)
     width = _accurate.divide(high - low, scale)
@@ -723,23 +761,38 @@ def _interval_prob_jvp(primals, tangents):
 
 
 @jax.custom_jvp
+def _half_square(offset, scale):
+    return jnp.square(offset / scale) / 2
+
+
+@_half_square.defjvp
+def _half_square_jvp(primals, tangents):
+    """r (d offset - r d scale) / scale, r = offset / scale."""
+    (offset, scale), (d_offset, d_scale) = primals, tangents
+    # The inverse, since XLA would make offset / scale / scale the quotient by a square, which leaves the range.
+    inverse = 1 / scale
+    r = offset * inverse
+    return _half_square(offset, scale), r * inverse * d_offset - r * (r * inverse) * d_scale
+
+
+@jax.custom_jvp
 def _scale_divergence(p, q):
     """(e^(2 d) - 1 - 2 d) / 2 with d = log(p / q)."""
-    ratio, near = p / q, jnp.abs(p - q) < 0.2 * q
-    d = jnp.log1p(jnp.where(near, (p - q) / q, 0))
+    ratio, (below, above) = p / q, _distances(p, 0, q)
+    near = jnp.abs(below) < 0.2
+    d = jnp.log1p(jnp.where(near, below, 0))
     usable = (ratio > jnp.finfo(p.dtype).tiny) & (ratio < jnp.finfo(p.dtype).max)
     far = jnp.where(usable, jnp.log(ratio), jnp.log(p) - jnp.log(q))
-    return jnp.where(near, _accurate.exp_remainder(2 * d) / 2, _excess(p, q) / 2 - far)
+    return jnp.where(near, _accurate.exp_remainder(2 * d) / 2, below * above / 2 - far)
 
 
 @_scale_divergence.defjvp
 def _scale_divergence_jvp(primals, tangents):
     """((p / q)^2 - 1) (d p / p - d q / q)."""
     (p, q), (dp, dq) = primals, tangents
-    inverse = 1 / q
-    sum_ = (p + q) * inverse
+    below, above = _distances(p, 0, q)
     # ((p / q)^2 - 1) / p without the square: it overflows for a narrow q where the quotient does not.
-    slope = ((p - q) * inverse) * (sum_ * (1 / p)) * dp - _excess(p, q) * inverse * dq
+    slope = below * (above * (1 / p)) * dp - below * (above * (1 / q)) * dq
     return _scale_divergence(p, q), slope
 
 
@@ -753,38 +806,47 @@ def _cross_entropy(offset, p_scale, q_scale):
 def _cross_entropy_jvp(primals, tangents):
     """(offset d offset + p d p) / q^2 - ((p / q)^2 - 1 + (offset / q)^2) d q / q."""
     (offset, p, q), (d_offset, dp, dq) = primals, tangents
-    inverse = 1 / q
+    inverse, (below, above) = 1 / q, _distances(p, 0, q)
     r = offset * inverse
-    slope = (r * inverse) * d_offset + (p * inverse * inverse) * dp - (_excess(p, q) + r * r) * inverse * dq
+    slope = (r * inverse) * d_offset + (p * inverse * inverse) * dp - (below * above + r * r) * inverse * dq
     return _cross_entropy(offset, p, q), slope
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _nll(offset, scale, beta):
-    return -_log_prob(offset, scale) * scale ** (2 * beta)
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _nll(x, loc, scale, beta):
+    """(r scale^beta)^2 / 2 + scale^(2 beta) (log scale + log(2 pi) / 2): r^2 may be infinite where the first is not."""
+    _, unit_scale, a, b = _in_units(scale, x, loc)
+    r = (a - b) / unit_scale
+    return jnp.square(r * scale**beta) / 2 + scale ** (2 * beta) * (jnp.log(scale) + _HALF_LOG_2PI)
 
 
 @_nll.defjvp
 def _nll_jvp(beta, primals, tangents):
-    """scale^(2 beta - 1) (r d offset - (r^2 - 1) d scale), the power constant but for the -1."""
-    (offset, scale), (d_offset, d_scale) = primals, tangents
+    """scale^(2 beta - 1) (r (d x - d loc) - (r^2 - 1) d scale), the power constant but for the -1."""
+    (x, loc, scale), (d_x, d_loc, d_scale) = primals, tangents
+    unit, scale, x, loc = _in_units(scale, x, loc)
     fixed = jax.lax.stop_gradient(scale)
     weight = fixed ** (2 * beta - 1) * _accurate.divide(fixed, scale)
-    slope = _accurate.divide(offset, scale) * d_offset - _excess(offset, scale) * d_scale
-    return _nll(offset, scale, beta), weight * slope
+    below, above = _distances(x, loc, scale)
+    slope = weight * _accurate.divide(x - loc, scale) * (d_x - d_loc) - (weight * below) * above * d_scale
+    slope *= unit ** (1 - 2 * beta)
+    return _nll(*primals, beta), slope
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _nll_log_scale(offset, log_scale, beta):
-    return -_log_prob_log_scale(offset, log_scale) * jnp.exp(2 * beta * log_scale)
+    r, weight = _over_scale(offset, (1 - beta) * log_scale), -2 * beta * log_scale
+    return jnp.square(r) / 2 + _over_scale(log_scale + _HALF_LOG_2PI, weight)
 
 
 @_nll_log_scale.defjvp
 def _nll_log_scale_jvp(beta, primals, tangents):
+    """scale^(2 beta) ((r / scale) d offset - (r^2 - 1) d log_scale), the power constant."""
     (offset, log_scale), (d_offset, d_log_scale) = primals, tangents
-    fixed = 2 * beta * jax.lax.stop_gradient(log_scale)
-    r = offset * jnp.exp(-log_scale)
-    slope = r * jnp.exp(fixed - log_scale) * d_offset - jnp.exp(fixed) * (r - 1) * (r + 1) * d_log_scale
+    fixed = beta * jax.lax.stop_gradient(log_scale)
+    # r and 1 times scale^beta.
+    r, one = _over_scale(offset, log_scale - fixed), jnp.exp(fixed)
+    slope = _over_scale(r, log_scale - fixed) * d_offset - (r - one) * (r + one) * d_log_scale
     return _nll_log_scale(offset, log_scale, beta), slope
 
 

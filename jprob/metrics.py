@@ -71,7 +71,7 @@ def confusion_matrix(
             raise ValueError(f"{name}: {argument} must be integer classes, got {_checks.describe(value)}")
     _checks.same_shape(name, "labels", "predictions", labels.shape, predictions)
     inside = [(c >= 0) & (c < num_classes) for c in (labels, predictions)]
-    w = None if weights is None else _weights(name, "labels", labels.shape, weights)
+    w = None if weights is None else _checks.weights(name, "labels", labels.shape, weights)
     counted = True if w is None else w != 0
     for what, ok, value in zip(("label", "prediction"), inside, (labels, predictions), strict=True):
         _checks.expect(ok | jnp.logical_not(counted), value, f"{name}: {what} {{value}} is outside [0, {num_classes})")
@@ -83,7 +83,7 @@ def confusion_matrix(
         counts = _sums.sum_by(cell, valid.astype(jnp.int32), num_classes**2).astype(jnp.float32)
         counts = jnp.where(jnp.all(valid), counts, jnp.nan)
     else:
-        w = w.ravel()
+        w = w.ravel().astype(_accurate.compute_dtype(w))
         counts = _sums.sum_by(cell, jnp.where(valid, w, 0), num_classes**2)
         counts += jnp.sum(_accurate.weigh(w, jnp.where(valid, 0, jnp.nan)))
     return counts.reshape(num_classes, num_classes)
@@ -106,7 +106,7 @@ def accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batch"]:
     0.875
     """
     counts, row, _ = _counts("accuracy", matrix)
-    return _ratio(jnp.sum(counts, axis=-1), jnp.sum(row, axis=-1))
+    return _sums.ratio(jnp.sum(counts, axis=-1), jnp.sum(row, axis=-1))
 
 
 @jax.jit
@@ -130,7 +130,7 @@ def balanced_accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batc
     0.5
     """
     counts, row, _ = _counts("balanced_accuracy", matrix)
-    return _ratio(jnp.sum(_ratio(counts, row), axis=-1), jnp.sum(row != 0, axis=-1))
+    return _sums.ratio(jnp.sum(_sums.ratio(counts, row), axis=-1), jnp.sum(row != 0, axis=-1))
 
 
 @partial(jax.jit, static_argnames=("average",))
@@ -238,26 +238,14 @@ def perplexity(
     4.000
     """
     _checks.floating("perplexity", nll=nll)
-    dtype = _accurate.compute_dtype(nll)
-    if weights is None:
-        w = jnp.ones(nll.shape, dtype)
-    else:
-        w = _weights("perplexity", "nll", nll.shape, weights)
-        dtype = jnp.promote_types(dtype, w.dtype)
+    w = jnp.ones(nll.shape, nll.dtype)
+    if weights is not None:
+        w = _checks.weights("perplexity", "nll", nll.shape, weights)
+    dtype = _accurate.compute_dtype(nll, w)
     # Shares of the weight, not a quotient of two sums, which may overflow.
     w = w.astype(dtype)
-    share = _ratio(w, jnp.sum(w))
+    share = _sums.ratio(w, jnp.sum(w))
     return jnp.exp(jnp.sum(_accurate.weigh(share, nll.astype(dtype))))
-
-
-def _weights(function, expected, shape, weights):
-    """Weights to compute with: checked, and in the dtype computed in."""
-    if not hasattr(weights, "dtype") or jnp.issubdtype(weights.dtype, jnp.complexfloating):
-        raise ValueError(f"{function}: weights must be an array of real numbers, got {_checks.describe(weights)}")
-    _checks.same_shape(function, expected, "weights", shape, weights)
-    w = weights.astype(_accurate.compute_dtype(weights))
-    _checks.expect(w >= 0, w, f"{function}: weight {{value}} is negative")
-    return w
 
 
 def _counts(function, matrix):
@@ -275,16 +263,10 @@ def _averaged(function, hits, total, row, column, average):
     if average not in _AVERAGES:
         raise ValueError(f"{function}: average must be one of {', '.join(map(repr, _AVERAGES))}, got {average!r}")
     if average == "micro":
-        return _ratio(jnp.sum(hits, axis=-1), jnp.sum(row, axis=-1))
-    score = _ratio(hits, total)
+        return _sums.ratio(jnp.sum(hits, axis=-1), jnp.sum(row, axis=-1))
+    score = _sums.ratio(hits, total)
     if average == "macro":
-        return _ratio(jnp.sum(score, axis=-1), jnp.sum(row + column != 0, axis=-1))
+        return _sums.ratio(jnp.sum(score, axis=-1), jnp.sum(row + column != 0, axis=-1))
     if average == "weighted":
-        return _ratio(jnp.sum(row * score, axis=-1), jnp.sum(row, axis=-1))
+        return _sums.ratio(jnp.sum(row * score, axis=-1), jnp.sum(row, axis=-1))
     return score
-
-
-def _ratio(part, total):
-    """part / total, and 0 with a gradient of 0 where there is nothing to divide by."""
-    # The inner select keeps 0 / 0 out of the gradient.
-    return jnp.where(total == 0, 0, part / jnp.where(total == 0, 1, total))

@@ -173,8 +173,9 @@ def fit(x: Float[Array, "*shape D"], *, axis: int = -2, weights: Float[Array, "*
     Returns:
       Parameters(loc, scale_tril), at least float32. Where the observations lie in a subspace (fewer than D + 1 of them
       do) the diagonal of the factor has a 0, up to rounding, and no gradient; without any weight all is NaN. With n
-      observations and D of one scale, the error is at most (16 + log2 n) u of |loc| + scale, and (32 + 4 D) k u of the
-      largest entry of a row of the factor.
+      observations, the error is at most (16 + log2 n) u of |loc| + scale. That of the factor is (8 + log2 n + 4 D) k u
+      of the largest entry of its row, for D dimensions of one scale: 8 of a deviation and the root of its share, log2 n
+      of the sums, 4 of each reflection of the QR decomposition; k is what its substitution may make of them.
 
     Raises:
       ValueError: x is not floating-point, `axis` is that of the dimensions, out of range or empty, or the weights do

@@ -14,10 +14,13 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
 # The least of each study, for all its parts to run.
 SMOKE = {
+    "accuracy": ["dtypes=['float32']", "functions=['entropy']", "libraries=['jprob', 'torch']", "examples=1",
+                 "num_classes=[3]"],
     "gradient_law": ["num_classes=[2, 3]", "margin_step=0.5"],
     "escape_time": ["max_margin=3.0", "learning_rates=[0.01, 0.1]", "adam_eps=[0.1]", "max_steps=10000"],
     "one_neuron": ["num_steps=5"],
-    "wrong_start": ["models=['linear']", "optimizers=['sgd']", "other_stds=[]", "epochs=1", "batch_size=512",
+    "speed": ["shapes=[[8, 3]]", "dtypes=['float32']", "rounds=2", "seconds_a_sample=0.0"],
+    "wrong_start": ["models=['linear']", "optimizers=['sgd']", "other_stds=[]", "epochs=1", "batch_size=256",
                     "sgd_decades=[0.0, 0.5]", "widen_at_most=0", "selection_seeds=1", "report_seeds=2",
                     "trained_together=4"],
 }  # fmt: skip

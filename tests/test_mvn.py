@@ -109,14 +109,16 @@ def test_fit_is_the_weighted_mean_and_covariance(dtype, offset, scale):
     got = mvn.fit(x, weights=w)
     columns, probs = [oracles.exactly(x[:, i]) for i in range(3)], oracles.exactly(w)
     means = [oracles.mean(c, probs) for c in columns]
-    assert oracles.error(got.loc, means) <= 32 * U[dtype] * (1 if offset else 50)
     centred = [[v - m for v in c] for c, m in zip(columns, means, strict=True)]
     pairs = [[oracles.mean([s * t for s, t in zip(a, b, strict=True)], probs) for b in centred] for a in centred]
     want = oracles.mpmath.cholesky(oracles.mpmath.matrix(pairs))
+    bound = (8 + np.log2(50) + 4 * 3) * condition([[float(want[i, j] / scale) for j in range(3)] for i in range(3)])
     for i in range(3):
-        size = max(abs(want[i, j]) for j in range(3))
+        row = [abs(want[i, j]) for j in range(3)]
+        size = abs(means[i]) + oracles.mpmath.norm(row)
+        assert abs(oracles.mpf(float(got.loc[i])) - means[i]) <= (16 + np.log2(50)) * U[dtype] * size
         for j in range(3):
-            assert abs(oracles.mpf(float(got.scale_tril[i, j])) - want[i, j]) <= 44 * 8 * U[dtype] * size
+            assert abs(oracles.mpf(float(got.scale_tril[i, j])) - want[i, j]) <= bound * U[dtype] * max(row)
 
 
 def test_fit_of_few_or_no_observations():

@@ -1,0 +1,78 @@
+"""The benchmark: everyone computes the same, the race is fair, and verdicts can fail."""
+
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.results import Record
+from experiments.studies import speed
+
+FUNCTIONS = list(speed.PEERS)
+CONFIG = speed.Config(functions=FUNCTIONS, shapes=[[4, 3]], dtypes=["float32"], rounds=4, seconds_a_sample=0.0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_contestants_compute_the_same(function):
+    """In the usual regime, where the peers keep their digits too: logits of spread 3."""
+    x = speed.inputs([4, 3], "float32")
+    ours, peers = speed.ours(function)(x), speed.peer(function)(x)
+    np.testing.assert_allclose(ours, peers, rtol=1e-5)  # 16 + R of about 12 units of 6e-8 each, and as much of the peer
+    for mode in speed.MODES:
+        run, temporaries = speed.program(speed.ours(function), mode, x)
+        got = run()
+        assert temporaries >= 0
+        value = got[0] if mode == speed.MODES[1] else got
+        want = ours if ours.ndim > 1 else jnp.mean(ours)
+        if ours.ndim > 1 and mode == speed.MODES[1]:
+            want = jnp.vdot(ours, x.others)
+            assert got[1].shape == x.logits.shape
+        np.testing.assert_allclose(value, want, rtol=1e-5)
+
+
+def test_everyone_runs_once_a_round_and_nobody_always_first():
+    order = []
+    taken = speed.race([lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")], 3, 0.0)
+    assert taken.shape == (3, 3)
+    assert (taken > 0).all()
+    rounds = [order[i : i + 3] for i in range(6, 15, 3)]
+    assert [sorted(r) for r in rounds] == [["a", "b", "c"]] * 3
+    assert sorted(r[0] for r in rounds) == ["a", "b", "c"]
+
+
+def test_a_time_is_that_of_one_call():
+    (sleeper,) = speed.race([lambda: time.sleep(0.002)], 2, 0.02)
+    assert (sleeper >= 0.002).all()
+
+
+def test_torch_runs_only_where_it_is(monkeypatch):
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    assert speed.torch_program("cross_entropy", speed.MODES[0], speed.inputs([4, 3], "float32")) is None
+
+
+def records(ratio_of):
+    rng = np.random.default_rng(0)
+    for function, mode in itertools.product(FUNCTIONS, speed.MODES):
+        peer = 1 + 0.01 * rng.normal(size=15)
+        cell = {"function": function, "dtype": "float32", "rows": 4, "classes": 3, "mode": mode}
+        times = {"seconds_jprob": ratio_of * peer * (1 + 0.01 * rng.normal(size=15)), "seconds_peer": peer}
+        yield Record(cell, {**times, "seconds_copy": peer, "bytes_jprob": 0, "bytes_peer": 1 << 20})
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(0.5, "holds"), (1.05, "holds"), (1.3, "falsified")])
+def test_verdicts_follow_the_ratios(ratio, verdict):
+    section = speed.report(CONFIG, list(records(ratio)))
+    assert {h.verdict for h in section.hypotheses} == {verdict}
+    assert bool(section.counter_evidence) == (verdict == "falsified")
+    assert len(section.tables) == len(FUNCTIONS)
+    assert f"{ratio:.2f}"[:3] in section.tables[0].rows[0][2]
+
+
+def test_inputs_are_distributions():
+    x = speed.inputs([4, 3], "bfloat16")
+    assert x.logits.dtype == x.targets.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(x.targets, np.float32).sum(axis=1), 1, atol=3 * 2.0**-9)
+    assert jax.tree.map(lambda a: a.shape, x) == speed.Inputs((4, 3), (4, 3), (4,), (4, 3))
