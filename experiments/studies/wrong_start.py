@@ -37,7 +37,7 @@ from experiments.report import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
 from jprob import categorical, mle
 
-ARMS = ("A", "B", "C")
+ARMS = {"A": "A: softmax, cross-entropy", "B": "B: softmax, squared error", "C": "C: linear, squared error"}
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": optax.sgd, "adam": optax.adam}
 MODEL_NAMES = {"linear": "linear", "mlp": "MLP"}
 OPTIMIZER_NAMES = {"sgd": "SGD", "adam": "Adam"}
@@ -348,7 +348,7 @@ def against_std(axis: Axes, pick: Seeds, config: Config, name: str, cell: Mappin
         values = [pick(name, arm=arm, std=std, **cell) for std in config.stds]
         mean = np.array([v.mean() for v in values])
         bars = np.abs(np.array([stats.bca_interval(v) for v in values]).T - mean)
-        axis.errorbar(config.stds, mean, yerr=bars, color=plots.COLOURS[arm], marker="o", capsize=2, label=arm)
+        axis.errorbar(config.stds, mean, yerr=bars, color=plots.COLOURS[arm], marker="o", capsize=2, label=ARMS[arm])
     axis.set(xscale="log", xlabel="std of the output weights")
 
 
@@ -377,7 +377,7 @@ def epochs_figure(pick: Seeds, config: Config) -> Plot:
         for arm in ARMS:
             curves = pick("validation", arm=arm, std=config.wrong_std, **cell)
             epoch = np.arange(1, curves.shape[1] + 1)
-            axis.plot(epoch, curves.mean(axis=0), color=plots.COLOURS[arm], label=arm)
+            axis.plot(epoch, curves.mean(axis=0), color=plots.COLOURS[arm], label=ARMS[arm])
             axis.fill_between(epoch, curves.min(axis=0), curves.max(axis=0), color=plots.COLOURS[arm], alpha=0.15, lw=0)
         axis.set_xlabel("epoch")
     legend(figure, axes)
