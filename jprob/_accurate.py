@@ -38,11 +38,12 @@ def gap(z: Array, axis: int) -> Array:
 def gap_below(top: Array, z: Array) -> Array:
     """z - top, where no z is above `top`. Below a logit of +inf, whose own gap is 0, every finite one is impossible."""
     largest = jnp.finfo(z.dtype).max
-    return _below(top, z) * jax.lax.stop_gradient(jnp.where(top == jnp.inf, largest, 1))
+    scale = jnp.where(top == jnp.inf, largest, 1)
+    return (jnp.minimum(z, largest) - jnp.minimum(top, largest)) * jax.lax.stop_gradient(scale)
 
 
 def _below(top: Array, z: Array) -> Array:
-    """The gap of which exp is right: below a logit of +inf it is large, though not infinite."""
+    """The gap with a finite value below a logit of +inf, where exp of it is 0 too. Not to be differentiated."""
     return jnp.minimum(z - jnp.minimum(top, jnp.finfo(z.dtype).max), 0)
 
 

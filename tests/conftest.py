@@ -3,3 +3,13 @@
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """The programs of a module serve no other; kept, they fill gigabytes."""
+    yield
+    jax.clear_caches()

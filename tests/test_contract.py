@@ -96,9 +96,11 @@ def test_the_docstring_is_complete(name):
 
 
 def test_jit_equals_eager(case):
-    want = value_and_gradient(case)(*case.args)
+    # One example: eagerly each operation compiles by itself, and those of few small shapes are shared by many cases.
+    args = [a[0] for a in case.args] if case.per_example else case.args
+    want = value_and_gradient(case)(*args)
     with jax.disable_jit():
-        got = value_and_gradient(case)(*case.args)
+        got = value_and_gradient(case)(*args)
     close(got, want)
 
 
@@ -206,9 +208,8 @@ def test_scan_checkpoint_and_shard_map_change_nothing(case):
 
 
 def test_value_and_gradient_lower_for_every_platform(case):
-    for platform in ("cpu", "cuda", "tpu"):
-        exported = jax.export.export(value_and_gradient(case), platforms=[platform])(*case.args)
-        assert exported.platforms == (platform,)
+    platforms = ("cpu", "cuda", "tpu")
+    assert jax.export.export(value_and_gradient(case), platforms=platforms)(*case.args).platforms == platforms
 
 
 traced_apart = jax.make_user_context()  # a part of the key of every cache of jax

@@ -1,0 +1,198 @@
+"""Laws that hold for all inputs, looked for where they break: hypothesis draws the inputs and shrinks what fails.
+
+Both sides of an equation are within (16 + R) u of the same true number, so that they differ by at most twice that,
+unless a law says more: logits that are multiples of 1/8 can be shifted without rounding, and then nothing may change.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jprob import bayes, bernoulli, categorical, expectation, gaussian, metrics
+
+U = 2.0**-24
+CLASSES = 5
+
+settings.register_profile("laws", max_examples=150, deadline=None, derandomize=True)
+settings.load_profile("laws")
+
+eighths = st.integers(-800, 800).map(lambda n: n / 8)
+impossible = st.just(-math.inf)
+
+
+def rows(element, size=CLASSES):
+    return st.lists(element, min_size=size, max_size=size).map(lambda row: np.array(row, np.float32))
+
+
+# At least the first class is possible; ties, margins of 200 and impossible classes are all likely.
+logits = st.tuples(eighths, rows(eighths | st.integers(-2, 2).map(float) | impossible, CLASSES - 1)).map(
+    lambda parts: np.concatenate([[np.float32(parts[0])], parts[1]])
+)
+classes = st.integers(0, CLASSES - 1)
+numbers = st.floats(-100, 100, width=32)
+scales = st.floats(-60, 60).map(lambda e: np.float32(10.0 ** (e / 2)))
+
+OF_LOGITS = {
+    "softmax": categorical.softmax,
+    "log_softmax": categorical.log_softmax,
+    "cross_entropy": lambda z: categorical.cross_entropy(z, jnp.array(1)),
+    "brier_score": lambda z: categorical.brier_score(z, jnp.array(1)),
+    "entropy": categorical.entropy,
+    "gradient of cross_entropy": jax.jit(jax.grad(lambda z: categorical.cross_entropy(z, jnp.array(1)))),
+}
+DIVERGENCES = {"kl": categorical.kl_divergence, "js": categorical.js_divergence}
+
+
+def span(*rows):
+    return max(float(np.ptp(row[np.isfinite(row)])) for row in rows)
+
+
+def close(got, want, bound):
+    """Equal to `bound` of each entry; below the smallest normal number anything may have been flushed to 0."""
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=bound, atol=np.finfo(np.float32).tiny)
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+@given(z=logits, shift=st.integers(-10_000, 10_000))
+def test_a_common_shift_changes_no_bit(name, z, shift):
+    np.testing.assert_array_equal(OF_LOGITS[name](z + np.float32(shift)), OF_LOGITS[name](z))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@given(p=logits, q=logits, shift=st.integers(-10_000, 10_000))
+def test_a_shift_of_either_side_changes_no_divergence(name, p, q, shift):
+    got, want = DIVERGENCES[name](p, q + np.float32(shift)), DIVERGENCES[name](p, q)
+    close(got, want, 2 * (16 + span(p, q)) * U)
+    assert DIVERGENCES[name](p, p + np.float32(shift)) == 0
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@given(p=logits, q=logits, order=st.permutations(range(CLASSES)))
+def test_divergences_are_not_negative_and_do_not_know_the_order_of_the_classes(name, p, q, order):
+    value = DIVERGENCES[name](p, q)
+    assert value >= 0
+    close(DIVERGENCES[name](p[order], q[order]), value, 2 * (16 + span(p, q)) * U)
+
+
+@given(p=logits, q=logits)
+def test_js_is_symmetric_and_at_most_ln_2(p, q):
+    value = categorical.js_divergence(p, q)
+    assert value <= np.float32(math.log(2))
+    close(categorical.js_divergence(q, p), value, 2 * (16 + span(p, q)) * U)
+
+
+@given(z=logits, label=classes, order=st.permutations(range(CLASSES)))
+def test_a_loss_follows_its_class(z, label, order):
+    moved = order.index(label)
+    for loss in (categorical.cross_entropy, categorical.brier_score):
+        close(loss(z[order], jnp.array(moved)), loss(z, jnp.array(label)), 2 * (16 + 2 * span(z)) * U)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_LOGITS if name not in ("softmax", "log_softmax")])
+@given(z=logits, extra=eighths, place=st.integers(2, CLASSES))
+def test_an_impossible_class_is_a_class_that_was_never_there(name, z, extra, place):
+    """The masks of `where` become -inf, whose class must add nothing; behind the label, so that its index stays."""
+    masked = np.insert(z, place, -np.inf).astype(np.float32)
+    got, want = OF_LOGITS[name](masked), OF_LOGITS[name](z)
+    if got.ndim:
+        assert got[place] == 0
+        got = np.delete(got, place)
+    close(got, want, 4 * U)
+
+
+@given(z=logits)
+def test_probabilities_sum_to_1_and_normalising_twice_is_normalising(z):
+    p = np.asarray(categorical.softmax(z), np.float64)
+    # Each is off by (16 + R) u of itself at most.
+    assert abs(p.sum() - 1) <= (16 + span(z)) * U
+    once = categorical.log_softmax(z)
+    close(categorical.log_softmax(once), once, 2 * (16 + span(z)) * U)
+
+
+@given(z=logits)
+def test_entropy_lies_between_0_and_log_k(z):
+    assert 0 <= categorical.entropy(z) <= math.log(CLASSES) * (1 + 16 * U)
+
+
+@given(z=logits, label=classes)
+def test_a_gradient_of_cross_entropy_adds_up_to_0(z, label):
+    g = np.asarray(jax.grad(categorical.cross_entropy)(z, jnp.array(label)), np.float64)
+    assert abs(g.sum()) <= (16 + span(z)) * U * np.abs(g).sum() + np.finfo(np.float32).tiny
+    assert g[label] <= 0
+    if np.isfinite(z[label]) and span(z) < 80 and np.isfinite(z).sum() > 1:
+        assert g[label] < 0, "no margin saturates it"
+
+
+@given(p=rows(eighths), q=rows(eighths))
+def test_cross_entropy_is_entropy_plus_divergence(p, q):
+    total = categorical.entropy(p) + categorical.kl_divergence(p, q)
+    # The probabilities that serve as targets are rounded too, by (16 + R) u.
+    close(categorical.cross_entropy(q, categorical.softmax(p)), total, 3 * (16 + span(p, q)) * U)
+
+
+@given(z=numbers, label=st.booleans())
+def test_bernoulli_is_categorical_with_two_classes(z, label):
+    pair, y = np.array([0, z], np.float32), jnp.array(int(label))
+    close(bernoulli.cross_entropy(jnp.float32(z), y), categorical.cross_entropy(pair, y), 2 * (16 + abs(z)) * U)
+
+
+@given(x=numbers, loc=numbers, scale=scales, exponent=st.integers(-20, 20))
+def test_a_density_scales_by_powers_of_2_without_a_trace(x, loc, scale, exponent):
+    """(x - loc) / scale is the same to the last bit, and log scale moves by n ln 2."""
+    factor = np.float32(2.0**exponent)
+    before, after = gaussian.log_prob(x, loc, scale), gaussian.log_prob(x * factor, loc * factor, scale * factor)
+    r = (np.float64(x) - loc) / scale
+    terms = r**2 / 2 + abs(math.log(scale)) + abs(exponent) + 1
+    if terms < 1e38:
+        assert abs(float(after) - (float(before) - exponent * math.log(2))) <= 16 * U * terms
+
+
+@given(ends=st.lists(st.floats(-9, 9, width=32), min_size=3, max_size=3).map(sorted))
+def test_intervals_add(ends):
+    a, b, c = ends
+    left, right, whole = gaussian.interval_prob(a, b), gaussian.interval_prob(b, c), gaussian.interval_prob(a, c)
+    far = max(a, -c, 0.0)
+    assert 0 <= whole <= 1
+    # Three values, each within (24 + 3 r^2) u of itself, r the end nearest to the mean; a part may lie farther out.
+    bound = (24 + 3 * far**2) * U * float(whole) + (24 + 3 * 81) * U * (float(left) + float(right))
+    assert abs(float(left) + float(right) - float(whole)) <= bound + np.finfo(np.float32).tiny
+
+
+@given(values=rows(eighths), z=logits, shift=st.integers(-1000, 1000))
+def test_a_variance_does_not_know_where_zero_is(values, z, shift):
+    got, want = expectation.variance(values + np.float32(shift), z), expectation.variance(values, z)
+    assert got >= 0
+    close(got, want, 2 * (32 + 2 * span(z)) * U)
+
+
+@given(prior=logits, likelihoods=st.lists(rows(eighths), min_size=3, max_size=3))
+def test_evidence_comes_in_any_order(prior, likelihoods):
+    """A posterior is the prior of the next observation: the last one does not know which came first."""
+    steps = np.stack(likelihoods)
+    forth, back = bayes.update(prior, steps)[-1], bayes.update(prior, steps[::-1])[-1]
+    reach = 3 * max(span(prior), span(*steps)) + 100
+    possible = np.isfinite(np.asarray(forth))
+    np.testing.assert_array_equal(np.isfinite(np.asarray(back)), possible)
+    # Sums of four logits up to 100, rounded three times: an error of the reach times u.
+    np.testing.assert_allclose(np.asarray(forth)[possible], np.asarray(back)[possible], rtol=0, atol=16 * reach * U)
+
+
+@given(data=st.lists(st.tuples(classes, classes, st.integers(0, 3)), min_size=6, max_size=6), cut=st.integers(0, 6))
+def test_a_weight_is_a_repetition_and_parts_add_up(data, cut):
+    labels, predictions, weights = (jnp.array(column) for column in zip(*data, strict=True))
+
+    def matrix(*columns):
+        return np.asarray(metrics.confusion_matrix(*columns[:2], num_classes=CLASSES, weights=columns[2]))
+
+    repeated = np.zeros((CLASSES, CLASSES))
+    for label, prediction, weight in data:
+        repeated[label, prediction] += weight
+    first = jnp.arange(6) < cut
+    np.testing.assert_array_equal(matrix(labels, predictions, weights), repeated)
+    parts = [matrix(labels, predictions, weights * part) for part in (first, ~first)]
+    np.testing.assert_array_equal(parts[0] + parts[1], repeated)
