@@ -234,14 +234,14 @@ def beta_posterior(
     y, w, axis = gaussian._weighted("beta_posterior", y, axis, weights)
     inside = (y >= 0) & (y <= 1)
     _checks.expect(inside | (w == 0), y, "beta_posterior: label {value} is outside [0, 1]")
-    y = jnp.where(inside, y, jnp.nan)
+    y = _accurate.nan_unless(inside, y)
     yes, no = (jnp.sum(_accurate.weigh(w, share), axis=axis) for share in (y, 1 - y))
     given = {"prior_alpha": prior_alpha, "prior_beta": prior_beta}
     dtype = _accurate.compute_dtype(yes if soft or weights is not None else 0.0, *given.values())
     alpha, beta, yes, no = _checks.broadcast_together("beta_posterior", dtype, **given, labels=yes, others=no)
     for name, value in (("prior_alpha", alpha), ("prior_beta", beta)):
         _checks.expect(value > 0, value, f"beta_posterior: {name} {{value}} is not positive")
-    return Beta(jnp.where(alpha > 0, alpha, jnp.nan) + yes, jnp.where(beta > 0, beta, jnp.nan) + no)
+    return Beta(_accurate.nan_unless(alpha > 0, alpha) + yes, _accurate.nan_unless(beta > 0, beta) + no)
 
 
 def _canonical(function, log_prior, log_likelihood, axis):
@@ -330,7 +330,7 @@ def _learned_jvp(axis, primals, tangents):
 
 def _positive(name, scale):
     _checks.expect(scale > 0, scale, f"gaussian_posterior: {name} {{value}} is not positive")
-    return jnp.where(scale > 0, scale, jnp.nan)
+    return _accurate.nan_unless(scale > 0, scale)
 
 
 def _count(x, axis, weights, observed):

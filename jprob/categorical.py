@@ -50,7 +50,8 @@ def softmax(
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0.
       temperature: T >= 0, a number or an array that broadcasts to the logits' shape with length 1 on the class axis.
         T = 1 gives the distribution itself, T = 0 its mode (classes that tie share), T = inf the uniform distribution
-        over the possible classes; a negative T gives NaN. Gradients are defined where 1 / T is a normal number.
+        over the possible classes; a negative T gives NaN. The gradient in T is that of 0 < T < inf; it needs R / T^2 to
+        be a finite number of the dtype computed in.
 
     Returns:
       An array of the logits' shape and dtype whose sum over `axis` is 1: 0 for an impossible class, also where the

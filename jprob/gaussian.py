@@ -252,7 +252,7 @@ def quantile(
     q, loc, scale = _given("quantile", q, loc, scale, name="q")
     inside = (q >= 0) & (q <= 1)
     _checks.expect(inside, q, "quantile: q {value} is outside [0, 1]")
-    return loc + scale * _quantile(jnp.where(inside, q, jnp.nan))
+    return loc + scale * _quantile(_accurate.nan_unless(inside, q))
 
 
 @jax.jit
@@ -290,7 +290,7 @@ def interval_prob(
     low, high, loc, scale = _given("interval_prob", low, loc, scale, name="low", high=high)
     ordered = ~(low > high)
     _checks.expect(ordered, low, "interval_prob: low {value} is above high")
-    _, scale, low, high, loc = _in_units(scale, low, jnp.where(ordered, high, jnp.nan), loc)
+    _, scale, low, high, loc = _in_units(scale, low, _accurate.nan_unless(ordered, high), loc)
     return _interval_prob(low, high, loc, scale)
 
 
@@ -496,13 +496,13 @@ def sample(
     loc, scale = _checks.broadcast_together("sample", _accurate.compute_dtype(loc, scale), loc=loc, scale=scale)
     _checks.expect(scale >= 0, scale, "sample: scale {value} is negative")
     shape = _checks.sample_shape("sample", shape, loc.shape, "loc and scale")
-    return loc + jnp.where(scale >= 0, scale, jnp.nan) * jax.random.normal(key, shape, loc.dtype)
+    return loc + _accurate.nan_unless(scale >= 0, scale) * jax.random.normal(key, shape, loc.dtype)
 
 
 def _positive(function, name, scale):
     valid = (scale > 0) & (scale < jnp.inf)
     _checks.expect(valid, scale, f"{function}: {name} {{value}} is not positive and finite")
-    return jnp.where(valid, scale, jnp.nan)
+    return _accurate.nan_unless(valid, scale)
 
 
 def _given(function, x, loc, scale, log_scale=None, *, name="x", **others):
@@ -540,7 +540,7 @@ def _pair(function, p_loc, p_scale, q_loc, q_scale, p_may_be_0=False):
     )
     if p_may_be_0:
         _checks.expect(p_scale >= 0, p_scale, f"{function}: p_scale {{value}} is negative")
-        p_scale = jnp.where(p_scale >= 0, p_scale, jnp.nan)
+        p_scale = _accurate.nan_unless(p_scale >= 0, p_scale)
     else:
         p_scale = _positive(function, "p_scale", p_scale)
     return p_loc, p_scale, q_loc, _positive(function, "q_scale", q_scale)
@@ -561,7 +561,7 @@ def _weighted(function, x, axis, weights):
         raise ValueError(f"{function}: weights must broadcast to {list(x.shape)} of x, got {_checks.describe(weights)}")
     _checks.expect(weights >= 0, weights, f"{function}: weight {{value}} is negative")
     w = jnp.broadcast_to(weights, x.shape).astype(dtype)
-    w = jnp.where(w >= 0, w, jnp.nan)
+    w = _accurate.nan_unless(w >= 0, w)
     x = x.astype(dtype)
     # 0 * inf is NaN: what has no weight must not be seen.
     return jnp.where((w == 0) & ~jnp.isfinite(x), 0, x), w, axis
@@ -711,10 +711,10 @@ def _quantile(q):
 
 @_quantile.defjvp
 def _quantile_jvp(primals, tangents):
-    """sqrt(2 pi) exp(r^2 / 2) dq."""
+    """dq / phi(r), with phi = q h of the hazard h: exp(r^2 / 2) would turn the rounding of r into r^2 times as much."""
     (q,), (dq,) = primals, tangents
-    r = _quantile(q)
-    return r, jnp.exp(jnp.square(r) / 2 + _HALF_LOG_2PI) * dq
+    r, tail = _quantile(q), jnp.minimum(q, 1 - q)
+    return r, dq / (tail * _hazard(jnp.where(tail > 0, -jnp.abs(r), 0)))
 
 
 def _mean_density(middle, width):

@@ -244,7 +244,7 @@ def scale_tril(
     value = value.astype(_accurate.compute_dtype(value))
     if diagonal is not None:
         _checks.expect(value > 0, value, "scale_tril: standard deviation {value} is not positive")
-        return jnp.where(value > 0, value, jnp.nan)[..., None] * jnp.eye(value.shape[-1], dtype=value.dtype)
+        return _accurate.nan_unless(value > 0, value)[..., None] * jnp.eye(value.shape[-1], dtype=value.dtype)
     _square("scale_tril", name, value)
     if covariance is not None:
         return _factor(name, value)

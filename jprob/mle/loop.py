@@ -19,7 +19,8 @@ class State(NamedTuple):
     Attributes:
       params: the parameters being fitted.
       optimizer_state: what the optimizer remembers of earlier steps.
-      step: steps taken so far, int32. It says where in its epoch the run is, and which random numbers come next.
+      step: steps taken so far, int32, so at most 2^31 - 1. It says where in its epoch the run is, and which random
+        numbers come next.
       key: the run's random key. It never changes: what is drawn depends on it and on the step alone.
     """
 
