@@ -229,4 +229,4 @@ def test_a_folder_that_is_not_this_codes_run_is_one_line(folder, capsys, spoil, 
 
 
 def test_a_wide_manifest_wraps_on_a_phone(folder):
-    assert re.search(r"#manifest th, #manifest td \{ display: block; \}", page(folder))
+    assert re.search(r"#manifest th, #manifest td \{ display: block; width: auto; \}", page(folder))

@@ -329,7 +329,9 @@ def participation_hypothesis(pick: Seeds, config: Config) -> Hypothesis:
 
 def panels(names: Sequence[str], label: str) -> tuple[Figure, np.ndarray]:
     """A row of panels with these names, which share the vertical axis and its label."""
-    figure, axes = plots.figure(columns=len(names), width=2.3 * len(names) + 1.2, height=3.4)
+    figure, axes = plots.figure(
+        columns=len(names), width=max(7.6, 2.3 * len(names) + 1.2), height=3.4
+    )  # the legend needs 7
     for axis, name in zip(axes, names, strict=True):
         axis.set_title(name)
         axis.sharey(axes[0])
