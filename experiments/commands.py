@@ -154,6 +154,8 @@ def _headline(path: Path) -> str:
 @contextlib.contextmanager
 def _printing() -> Iterator[None]:
     """Around what goes to stdout: that `head` has read enough is no error, and a full disk is one line."""
+    if sys.stdout is None:
+        raise InputError("stdout: cannot be written: it is closed")
     try:
         yield
         sys.stdout.flush()

@@ -56,6 +56,14 @@ class Progress(NamedTuple):
     note: str  # what is being done, in a few words
 
 
+def _settings(run: str, stored: str) -> dict[str, Setting]:
+    """What identifies a record; a text that is none is told as any other fault of the database."""
+    try:
+        return json.loads(stored)
+    except ValueError as error:
+        raise sqlite3.DatabaseError(f"settings of the run {run}: expected JSON, got {stored!r}") from error
+
+
 class Store:
     """Records in an open database that has the tables of `SCHEMA`."""
 
@@ -78,7 +86,7 @@ class Store:
     def records(self, study: str) -> list[Record]:
         """The records of a study, in the order of writing. Each equals the one written: nan, infinity and all."""
         runs = self.database.execute("SELECT run, settings FROM runs WHERE study = ? ORDER BY rowid", [study])
-        return [Record(json.loads(settings), self._values(run)) for run, settings in runs.fetchall()]
+        return [Record(_settings(run, stored), self._values(run)) for run, stored in runs.fetchall()]
 
     def _values(self, run: str) -> dict[str, Value]:
         rows = self.database.execute("SELECT name, step, value FROM measurements WHERE run = ? ORDER BY step", [run])

@@ -24,8 +24,8 @@ def compute_dtype(*arrays: Array | float) -> jnp.dtype:
 def nan_unless(ok: Array, x: Array) -> Array:
     """x where `ok`, NaN elsewhere, in the gradient too.
 
-    The NaN is computed, not a constant: XLA on CPU (jax 0.10.2) makes a number of exp(where(ok, x, nan)), since LLVM
-    may take whatever it likes for the integer part of a NaN that it knows of.
+    The NaN is computed, not a constant: XLA on CPU (jax 0.10 and 0.12) makes a number of exp(where(ok, x, nan)), since
+    LLVM may take whatever it likes for the integer part of a NaN that it knows of.
     """
     return x * (1 + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype)))
 

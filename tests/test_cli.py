@@ -1,7 +1,9 @@
 """What the command line answers: one clear line to every mistake, and nothing written."""
 
+import contextlib
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -333,6 +335,23 @@ def test_output_that_does_not_fit_is_one_line(arguments):
     with open("/dev/full", "w") as full:
         status, _, errors = ended(*arguments, stdout=full)
     assert (status, errors) == (2, "stdout: cannot be written: No space left on device\n")
+
+
+def test_a_closed_output_is_one_line():
+    assert main(["run", COIN, "--out", "run"]) == 0
+    command = f"import os, sys; os.close(1); os.execv(sys.executable, {tiny_studies.COMMAND} + sys.argv[1:])"
+    for arguments in [*OUTPUTS, ["report", "run"]]:
+        status, _, errors = ended(*arguments, program=command)
+        assert (status, errors) == (2, "stdout: cannot be written: it is closed\n")
+
+
+def test_settings_that_are_not_json_are_one_line():
+    assert main(["run", COIN, "--out", "run"]) == 0
+    with contextlib.closing(sqlite3.connect("run/results.sqlite")) as database, database:
+        database.execute("UPDATE runs SET settings = '{'")
+    status, _, errors = ended("report", "run")
+    assert status == 2
+    assert re.fullmatch(r"run/results\.sqlite: cannot be used: settings of .*: expected JSON, got '\{'\n", errors)
 
 
 @pytest.mark.parametrize("arguments", [*OUTPUTS, ["report", "run"]])
