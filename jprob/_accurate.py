@@ -4,8 +4,8 @@
 keeps that axis with length 1. `gap` is z - max z, never positive; `rest` is the sum of exp(gap) over all classes but
 one maximum, so that 1 + rest is the normaliser and rest alone holds the digits that `1 + rest` rounds away.
 
-Masks are arithmetic (factors 0 and 1) where they meet an exponential: XLA on CPU fuses exp into the sum over classes
-only while the expression holds no select, and otherwise writes all the exponentials to memory.
+Masks are arithmetic (factors 0 and 1, minimums) where they meet an exponential: XLA on CPU fuses exp into the sum over
+classes only while the expression holds no select, and otherwise writes all the exponentials to memory.
 """
 
 from functools import partial

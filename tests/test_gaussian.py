@@ -255,7 +255,7 @@ def _quantile(p):
 
 
 def test_quantile_is_the_inverse_of_cdf_at_any_scale(dtype):
-    q = [1e-30, 1e-6, 0.01, 0.13, 0.3, 0.4999, 0.5, 0.7, 0.9, 0.99]
+    q = [1e-30, 1e-12, 1e-6, 2.44e-4, 0.01, 0.13, 0.3, 0.4999, 0.5, 0.7, 0.9, 0.99]
     q = [p for p in q if p > float(jnp.finfo(dtype).tiny)]
     scale = [s for s in SCALES[dtype] if s < float(jnp.finfo(dtype).max) / 20]
     q, scale = (jnp.asarray(a.ravel(), dtype) for a in np.meshgrid(q, scale))
@@ -265,7 +265,7 @@ def test_quantile_is_the_inverse_of_cdf_at_any_scale(dtype):
         r = truth.setdefault(p, _quantile(p))
         within(float(value[i]), loc + s * r, 16, dtype, abs(loc) + abs(s * r))
         wants = s / oracles.mpmath.npdf(r), oracles.mpf(1), r
-        for got, want, bound in zip(slopes, wants, (16 + 32 * float(r**2), 0, 16), strict=True):
+        for got, want, bound in zip(slopes, wants, (32, 0, 16), strict=True):
             within(float(got[i]), want, bound, dtype, out=got.dtype)
     ends = gaussian.quantile(jnp.array([0.0, 1.0, -0.1, 1.1]), 2.0, 1e-30)
     assert ends[:2].tolist() == [-math.inf, math.inf]
