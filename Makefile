@@ -9,12 +9,18 @@ help:  ## list the targets
 study: .venv/ready  ## run the study of configs/study.toml
 	@.venv/bin/python -m experiments run configs/study.toml
 
+pytest = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8
+# The second run checks arguments and results against their annotations: of each function, with its options, in one dtype.
+typed = jprob experiments tests/test_contract.py::test_dtypes_of_value_and_gradient \
+  $(patsubst %,tests/test_%.py,types bayes calibration categorical expectation metrics mvn)
 # Compiling is most of the work of a test run. Kept inside .venv, the cache goes when jax changes.
 test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.venv/jax-cache
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 test: .venv/ready  ## run the tests and the examples in the docstrings
-	@.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8
+	@$(pytest)
+	@$(pytest) --jaxtyping-packages=jprob,experiments,typecheck.checked -m "not wrong_types" \
+	  -k "not float16 and not float64 and not rare" $(typed)
 
 lint: .venv/ready  ## check style, format and types
 	@.venv/bin/python -m ruff check

@@ -8,6 +8,7 @@ Masks are arithmetic (factors 0 and 1, minimums) where they meet an exponential:
 classes only while the expression holds no select, and otherwise writes all the exponentials to memory.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -60,8 +61,11 @@ def exp_gap(z: Array, axis: int) -> Array:
 
 
 def below_top(gap: Array) -> Array:
-    """1 for each class below the maximum, 0 for the maximum itself and for all that tie with it."""
-    return jax.lax.stop_gradient(jnp.minimum(1, _lifted(gap)))
+    """1 for each class below the maximum, 0 for the maximum itself and for all that tie with it.
+
+    Never less than 0: a logit that XLA computes twice, in two fusions, may be above its own maximum by a rounding.
+    """
+    return jax.lax.stop_gradient(jnp.clip(_lifted(gap), 0, 1))
 
 
 def _lifted(gap: Array) -> Array:
@@ -70,12 +74,16 @@ def _lifted(gap: Array) -> Array:
 
 
 def rest(z: Array, axis: int) -> Array:
-    """Sum of exp(gap) over all classes but one maximum."""
+    """Sum of exp(gap) over all classes but one maximum.
+
+    Logits that come from a tanh or a quotient XLA on CPU may compute anew for each sum, with another rounding, so that
+    a logit misses its own maximum: then the maximum is among the rest, is not counted as a tie, and 1 is taken off.
+    """
     d = _below(jnp.max(z, axis=axis, keepdims=True), z)
     # exp(gap) is at most 1, so that the minimum leaves every maximum out and changes no other class.
     below = jnp.sum(jnp.minimum(jax.lax.stop_gradient(_lifted(d)), jnp.exp(d)), axis=axis, keepdims=True)
-    ties = jnp.sum(1 - below_top(d), axis=axis, keepdims=True)
-    return below + (ties - 1)
+    ties = jnp.round(jnp.sum(jnp.exp(d), axis=axis, keepdims=True) - below)
+    return jnp.maximum(below + (jax.lax.stop_gradient(ties) - 1), 0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -162,16 +170,23 @@ def weighed_gaps(weights: Array, gap: Array, axis: int) -> Array:
 
 def exp_remainder(t: Array) -> Array:
     """e^t - 1 - t >= 0, with relative accuracy also where t is small."""
-    small = jnp.abs(t) < 0.5
-    s = jnp.where(small, t, 0)
-    # t^2/2 (1 + t/3 (1 + t/4 (...))): the first term left out is below u relative to t^2/2 for |t| < 1/2.
-    series = jnp.ones_like(s)
-    for n in range(16 if t.dtype == jnp.float64 else 10, 2, -1):
-        series = 1 + s / n * series
-    return jnp.where(small, s * s / 2 * series, jnp.expm1(t) - t)
+    near = jnp.clip(t, -1, 2)
+    return near_exp_remainder(near) + (jnp.exp(t) - jnp.exp(near)) - (t - near)
 
 
-def difference(a: Array, b: Array) -> tuple[Array, Array]:
+def near_exp_remainder(t: Array) -> Array:
+    """e^t - 1 - t >= 0 for -1 <= t <= 2: f(t) = (e^h - 1)^2 + 2 f(h) with h = t / 2, where f(h) is a series."""
+    h = t / 2
+    # h^2 (1 / 2! + h / 3! + ...): the first term left out is below u relative to 1 / 2!, for |h| <= 1.
+    terms = [1 / math.factorial(n) for n in range(2, 20 if t.dtype == jnp.float64 else 12)]
+    series = jnp.full_like(h, terms[-1])
+    for term in terms[-2::-1]:
+        series = series * h + term
+    f = h * h * series
+    return jnp.square(f + h) + 2 * f
+
+
+def difference(a: Array, b: Array | float) -> tuple[Array, Array]:
     """a - b as the rounded difference and its rounding error (Knuth's two-sum)."""
     high = a - b
     b_seen = high - a

@@ -58,11 +58,13 @@ def broadcasts(function: str, name: str, value: jax.Array, logits: jax.Array) ->
 
 
 def expect(ok: jax.Array, value: jax.Array, message: str) -> None:
-    """Under checkify: `ok` holds everywhere, else `message` with the first offending `value` in its `{value}`."""
+    """Under checkify: `ok` holds everywhere, else `message` with the largest offending `value` in its `{value}`."""
     if ok.size == 0:
         return
-    first = jnp.argmax(~ok.ravel())
-    checkify.debug_check(jnp.all(ok), message, value=jnp.broadcast_to(value, ok.shape).ravel()[first])
+    value = value.astype(jnp.promote_types(value.dtype, jnp.int8))  # bool has no order
+    info = jnp.finfo if jnp.issubdtype(value.dtype, jnp.floating) else jnp.iinfo
+    # A reduction, since no element can be taken out of an array that is sharded explicitly.
+    checkify.debug_check(jnp.all(ok), message, value=jnp.max(jnp.where(ok, info(value.dtype).min, value)))
 
 
 def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
@@ -73,8 +75,8 @@ def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
     # Rows of 0 and 1 alone may be a one-hot bias of true logits, so that they do not count as probabilities.
     fractional = jnp.any((logits > 0) & (logits < 1), axis=axis)
     probs = jnp.all((logits >= 0) & (logits <= 1), axis=axis) & fractional & (jnp.abs(total - 1) < 2**-8)
-    message = f"{function}: logits are probabilities (their first row sums to {{value}}); pass their logarithm"
-    checkify.debug_check(~jnp.all(probs), message, value=total.ravel()[0])
+    message = f"{function}: logits are probabilities (their rows sum to {{value}}); pass their logarithm"
+    checkify.debug_check(~jnp.all(probs), message, value=jnp.max(total))
 
 
 def labels_in_range(function: str, labels: jax.Array, num_classes: int) -> None:

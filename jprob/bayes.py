@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Real
 
 from . import _accurate, _checks, gaussian
 
@@ -199,7 +199,7 @@ def gaussian_posterior(
 def beta_posterior(
     prior_alpha: float | Float[Array, "*#rest"],
     prior_beta: float | Float[Array, "*#rest"],
-    labels: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"],
+    labels: Real[Array, "*shape"] | Bool[Array, "*shape"],
     *,
     axis: int = -1,
     weights: Float[Array, "*#shape"] | None = None,

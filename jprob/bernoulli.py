@@ -14,14 +14,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, categorical
 
 
 @jax.jit
 def cross_entropy(
-    logits: Float[Array, "*shape"], labels: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"]
+    logits: Float[Array, "*shape"], labels: Real[Array, "*shape"] | Bool[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Cross-entropy -y log p - (1 - y) log(1 - p) of a label y and p = sigmoid(logits).
 
@@ -50,7 +50,7 @@ def cross_entropy(
 
 @jax.jit
 def log_prob(
-    labels: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"], logits: Float[Array, "*shape"]
+    labels: Real[Array, "*shape"] | Bool[Array, "*shape"], logits: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Log-probability of the label y: log p for "yes", log(1 - p) for "no", minus the `cross_entropy`.
 
@@ -126,7 +126,7 @@ def kl_divergence(
 
 @jax.jit
 def brier_score(
-    logits: Float[Array, "*shape"], labels: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"]
+    logits: Float[Array, "*shape"], labels: Real[Array, "*shape"] | Bool[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Brier score (p - y)^2 of p = sigmoid(logits), in [0, 1]: half that of the two classes "yes" and "no".
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer, Real
 
 from . import _accurate, _checks, _sums
 
@@ -55,10 +55,10 @@ class BrierDecomposition(NamedTuple):
 @partial(jax.jit, static_argnames=("num_bins",))
 def reliability(
     logits: Float[Array, "*shape K"],
-    labels: Int[Array, "*shape"],
+    labels: Integer[Array, "*shape"],
     *,
     num_bins: int = 15,
-    weights: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
+    weights: Real[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
 ) -> Reliability:
     """Reliability table: per bin of confidence c = max softmax(logits), the sums of weight, c, hits and squared error.
 
@@ -210,9 +210,9 @@ def brier_decomposition(table: Reliability) -> BrierDecomposition:
 @jax.jit
 def fit_temperature(
     logits: Float[Array, "*shape K"],
-    labels: Int[Array, "*shape"],
+    labels: Integer[Array, "*shape"],
     *,
-    weights: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
+    weights: Real[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
 ) -> Float[Array, ""]:
     """Temperature T that minimises the mean negative log-likelihood of softmax(logits / T).
 

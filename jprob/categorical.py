@@ -24,12 +24,13 @@ that row alone. Under `checkify` each function says which of its expectations th
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Integer, Key
 
 from . import _accurate, _checks
 
@@ -104,7 +105,7 @@ def log_softmax(
 @partial(jax.jit, static_argnames=("axis", "label_smoothing"))
 def cross_entropy(
     logits: Float[Array, "*shape"],
-    labels: Int[Array, "*rest"] | Float[Array, "*shape"],
+    labels: Integer[Array, "*rest"] | Float[Array, "*shape"],
     *,
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
@@ -161,7 +162,7 @@ def cross_entropy(
 @partial(jax.jit, static_argnames=("axis",))
 def brier_score(
     logits: Float[Array, "*shape"],
-    labels: Int[Array, "*rest"] | Float[Array, "*shape"],
+    labels: Integer[Array, "*rest"] | Float[Array, "*shape"],
     *,
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
@@ -366,7 +367,7 @@ def distillation_loss(
 
 @partial(jax.jit, static_argnames=("axis",))
 def log_prob(
-    labels: Int[Array, "*rest"],
+    labels: Integer[Array, "*rest"],
     logits: Float[Array, "*shape"],
     *,
     axis: int = -1,
@@ -697,77 +698,91 @@ def _entropy_jvp(axis, primals, tangents):
     return _entropy(z, axis), jnp.sum(slope * dz, axis=axis, keepdims=True)
 
 
-# exp(60) is far from overflow in float32, and a divergence of this size has no small difference left to lose.
-_FAR = 60.0
+def _bounded(z, axis):
+    """The same distribution with finite logits, so that differences of them are finite, and its maximum.
+
+    Where the maximum is infinite or huge, the logits are measured from it. An impossible class gets minus `_room`. A
+    row without a possible class becomes NaN.
+    """
+    largest = jnp.finfo(z.dtype).max
+    top = jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True))
+    shift = jnp.where(jnp.abs(top) > math.sqrt(largest), jnp.minimum(top, largest), 0)
+    return jnp.maximum(jnp.minimum(z, largest) - shift, -_room(z)), jnp.minimum(top, largest) - shift
+
+
+def _room(z):
+    """A size of logits beyond all use, differences of which are finite."""
+    return float(jnp.finfo(z.dtype).max / 8)
 
 
 def _finite(z, axis):
     """The same distribution without a logit of +inf, and none so large that a difference would overflow."""
-    z, room = _accurate.finite_top(z, axis), jnp.finfo(z.dtype).max / 8
-    huge = jnp.any((jnp.abs(z) > room) & (z > -jnp.inf), axis=axis, keepdims=True)
-    return jnp.where(huge & (z > -jnp.inf), jnp.maximum(_accurate.gap(z, axis), -room), z)
+    return jnp.where(z == -jnp.inf, z, _bounded(z, axis)[0])
 
 
-def _centred_difference(p_logits, q_logits, axis):
-    """d = z^q - z^p with <p, d> = 0 over the classes possible under both, 0 for the others.
+class _Pair(NamedTuple):
+    """Two distributions over the same classes, and how they differ.
 
-    An error in the centre reaches the divergence in second order only.
+    Attributes:
+      gap_p, gap_q: logits less their maximum, finite: that of an impossible class has an exponential of 0.
+      total_p, total_q: sums of these exponentials.
+      d: z^q - z^p less its mean under p.
+      mean: that mean, of the difference of the gaps: exp(gap_q - mean) = exp(gap_p + d).
+      excluded: whether q excludes a class that p does not.
     """
-    both = (p_logits > -jnp.inf) & (q_logits > -jnp.inf)
-    p = jnp.where(both, _accurate.softmax(p_logits, axis), 0)
-    high, low = _accurate.difference(jnp.where(both, q_logits, 0), jnp.where(both, p_logits, 0))
-    # First relative to one class: a shift common to all logits goes without a trace, however large.
-    reference = jnp.argmax(p, axis=axis, keepdims=True)
-    high, low = (x - jnp.take_along_axis(x, reference, axis=axis) for x in (high, low))
-    d = high + low
-    return jnp.where(both, d - jnp.sum(p * d, axis=axis, keepdims=True), 0), both
+
+    gap_p: Array
+    gap_q: Array
+    total_p: Array
+    total_q: Array
+    d: Array
+    mean: Array
+    excluded: Array
 
 
-def _excluded(p_logits, q_logits):
-    """Classes that q excludes and p does not: one of them makes the divergence infinite."""
-    return (q_logits == -jnp.inf) & (p_logits > -jnp.inf)
+def _pair(p_logits, q_logits, axis) -> _Pair:
+    """By arithmetic alone where a sum over classes follows, see `_accurate`."""
+    (p_logits, p_top), (q_logits, q_top) = _bounded(p_logits, axis), _bounded(q_logits, axis)
+    gap_p, gap_q = p_logits - p_top, q_logits - q_top
+    total_p, total_q = (jnp.sum(jnp.exp(gap), axis=axis, keepdims=True) for gap in (gap_p, gap_q))
+    high, low = _accurate.difference(q_logits, p_logits)
 
+    def mean_from(reference):
+        d = (high - reference) + low
+        return jnp.sum(jnp.exp(gap_p) * d, axis=axis, keepdims=True) / total_p
 
-def _log_ratio(p_logits, q_logits, axis):
-    """t = log q - log p over the classes possible under both, 0 for the others.
-
-    With d centred, sum p exp(d) = 1 + sum p (exp(d) - 1 - d), a sum of positive terms, and t = d - log of it, scaled by
-    the part of q that lies on p's classes.
-    """
-    d, both = _centred_difference(p_logits, q_logits, axis)
-    p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
-    log_p = jnp.where(both, _accurate.log_softmax(p_logits, axis), 0)
-    log_q = jnp.where(both, _accurate.log_softmax(q_logits, axis), 0)
-    near = jnp.abs(d) < 0.5
-    # exp(log p + d), not p exp(d): p may be below the smallest number where p exp(d) is not.
-    far_term = jnp.exp(jnp.minimum(log_p + d, _FAR)) - p * (1 + d)
-    term = jnp.where(near, p * _accurate.exp_remainder(jnp.where(near, d, 0)), far_term)
-    log_mean = jnp.log1p(jnp.sum(jnp.where(both, term, 0), axis=axis, keepdims=True))
-    outside = jnp.sum(jnp.where(p_logits == -jnp.inf, q, 0), axis=axis, keepdims=True)
-    centred = d - log_mean + jnp.log1p(-jnp.minimum(outside, 0.5))
-    # A large divergence has no small difference to lose, so that the plain form is exact enough there.
-    highest = jnp.max(jnp.where(both, log_p + d, -jnp.inf), axis=axis, keepdims=True)
-    excluded = jnp.any(_excluded(p_logits, q_logits), axis=axis, keepdims=True)
-    plain = (highest > _FAR) | (outside > 0.5) | excluded
-    return jnp.where(both, jnp.where(plain, log_q - log_p, centred), 0)
+    # Measured from near its mean, the difference keeps its digits whatever shift is common to all logits.
+    top_high, top_low = _accurate.difference(q_top, p_top)
+    reference = top_high + mean_from(top_high)
+    mean = mean_from(reference)
+    room = _room(gap_p)
+    excluded = jnp.max(jnp.minimum(-q_logits, p_logits + room), axis=axis, keepdims=True) > room / 2
+    shift = ((reference - top_high) - top_low) + mean
+    return _Pair(gap_p, gap_q, total_p, total_q, ((high - reference) + low) - mean, shift, excluded)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl_divergence(p_logits, q_logits, axis):
-    """sum_i p_i (exp(t_i) - 1 - t_i), t = log q - log p: each term is at least 0. A class outside p contributes q_i."""
-    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
-    p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
-    t = _log_ratio(p_logits, q_logits, axis)
-    term = jnp.where(t > 2, q - p * (1 + t), p * _accurate.exp_remainder(jnp.minimum(t, 2)))
-    term = jnp.where(p_logits == -jnp.inf, q, term)
-    term = jnp.where(_excluded(p_logits, q_logits), jnp.inf, term)
-    defined = _one_where_defined(p_logits, axis) * _one_where_defined(q_logits, axis)
-    return jnp.sum(term, axis=axis, keepdims=True) * defined
+    """KL = log sum_i p_i exp(d_i) = log1p(sum_i p_i (exp(d_i) - 1 - d_i)) with <p, d> = 0: no term is negative.
+
+    An error of the mean reaches the divergence in second order only. exp(d) is taken from d where d is small, and from
+    the logits of q elsewhere, also where p is 0. A divergence above 1 has no small difference to lose.
+    """
+    pair = _pair(p_logits, q_logits, axis)
+    near = jnp.clip(pair.d, -1, 2)
+    beyond = pair.d - near
+    shifted = pair.gap_q - pair.mean
+    # Where d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
+    term = jnp.exp(pair.gap_p) * (_accurate.near_exp_remainder(near) - beyond)
+    term += jnp.exp(shifted) - jnp.exp(shifted - beyond)
+    excess = jnp.sum(term, axis=axis, keepdims=True) / pair.total_p
+    far = jnp.log(pair.total_q / pair.total_p) - pair.mean
+    return jnp.where(pair.excluded, jnp.inf, jnp.where(far > 1, far, jnp.log1p(excess)))
 
 
 @partial(_kl_divergence.defjvp, symbolic_zeros=True)
 def _kl_divergence_jvp(axis, primals, tangents):
-    """dKL = sum_i -p_i d_i dz^p_i + (q_i - p_i) dz^q_i: with <p, d> = 0, d_i is t_i + KL."""
+    """dKL = sum_i -p_i d_i dz^p_i + (q_i - p_i) dz^q_i."""
     p_logits, q_logits = primals
     slopes = _kl_slope_p(p_logits, q_logits, axis), _kl_slope_q(p_logits, q_logits, axis)
     # A side that is not differentiated must not meet the infinite slopes of an infinite divergence: 0 * inf is NaN.
@@ -777,24 +792,33 @@ def _kl_divergence_jvp(axis, primals, tangents):
 
 
 def _kl_slope_p(p_logits, q_logits, axis):
-    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
-    d, _ = _centred_difference(p_logits, q_logits, axis)
-    slope = _balanced(-_accurate.softmax(p_logits, axis) * d, p_logits, axis)
-    excluded = _excluded(p_logits, q_logits)
-    limit = jnp.where(excluded, jnp.inf, -jnp.inf)
-    infinite = jnp.any(excluded, axis=axis, keepdims=True) & (p_logits > -jnp.inf)
-    defined = _one_where_defined(p_logits, axis) * _one_where_defined(q_logits, axis)
-    return jnp.where(infinite, limit, slope) * defined
+    pair = _pair(p_logits, q_logits, axis)
+    p = jnp.exp(pair.gap_p) / pair.total_p
+    slope = _balanced(jnp.where(p == 0, 0, -p * pair.d), p_logits, axis)
+    limit = jnp.where(_excluded(p_logits, q_logits), jnp.inf, -jnp.inf)
+    return jnp.where(pair.excluded & (p_logits > -jnp.inf), limit, slope)
 
 
 def _kl_slope_q(p_logits, q_logits, axis):
     """q - p, through expm1 where they are close."""
-    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
-    p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
+    pair = _pair(p_logits, q_logits, axis)
+    p, q = jnp.exp(pair.gap_p) / pair.total_p, jnp.exp(pair.gap_q) / pair.total_q
     t = _log_ratio(p_logits, q_logits, axis)
-    both = (p_logits > -jnp.inf) & (q_logits > -jnp.inf)
-    slope = jnp.where(both & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
+    slope = jnp.where((p > 0) & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
     return _balanced(slope, p_logits, axis)
+
+
+def _excluded(p_logits, q_logits):
+    """Classes that q excludes and p does not."""
+    return (q_logits == -jnp.inf) & (p_logits > -jnp.inf)
+
+
+def _log_ratio(p_logits, q_logits, axis):
+    """t = log q - log p = d - KL(p || q) over the classes possible under both, of no meaning for the others."""
+    pair, divergence = _pair(p_logits, q_logits, axis), _kl_divergence(p_logits, q_logits, axis)
+    # Beside an excluded class d has no mean. A large divergence has no small difference to lose.
+    plain = (pair.gap_q - pair.gap_p) - jnp.log(pair.total_q / pair.total_p)
+    return jnp.where(divergence > 1, plain, pair.d - divergence)
 
 
 def _balanced(slope, logits, axis):
@@ -807,9 +831,8 @@ def _balanced(slope, logits, axis):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _js_divergence(p_logits, q_logits, axis):
     """sum_i m_i h(t_i), t = log q - log p, with h >= 0 even: h = ln 2 where only one of p and q is 0."""
-    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
     p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
-    one_sided = (p_logits == -jnp.inf) != (q_logits == -jnp.inf)
+    one_sided = _excluded(p_logits, q_logits) | _excluded(q_logits, p_logits)
     t = jnp.where(one_sided, jnp.inf, _log_ratio(p_logits, q_logits, axis))
     return jnp.minimum(jnp.sum((p + q) / 2 * _js_term(t), axis=axis, keepdims=True), math.log(2))
 
@@ -848,7 +871,6 @@ def _js_slope(p_logits, q_logits, axis):
     l itself is 0 for t = 0, where p and q agree; l - ln 2 is 0 where q is far below p. The one that is small where p
     lies keeps the digits of the differences.
     """
-    p_logits, q_logits = _finite(p_logits, axis), _finite(q_logits, axis)
     p, t = _accurate.softmax(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
     t = jnp.where(_excluded(p_logits, q_logits), -_LARGE_GAP, t)
     near = -jnp.maximum(t, 0) - jnp.log1p(jnp.expm1(-jnp.abs(t)) / 2)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, gaussian
 
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 
 @partial(jax.jit, static_argnames=("axis",))
 def mean(
-    values: Float[Array, "*#shape"] | Int[Array, "*#shape"] | Bool[Array, "*#shape"],
+    values: Real[Array, "*#shape"] | Bool[Array, "*#shape"],
     logits: Float[Array, "*shape"],
     *,
     axis: int = -1,
@@ -65,7 +65,7 @@ def mean(
 
 @partial(jax.jit, static_argnames=("axis",))
 def variance(
-    values: Float[Array, "*#shape"] | Int[Array, "*#shape"] | Bool[Array, "*#shape"],
+    values: Real[Array, "*#shape"] | Bool[Array, "*#shape"],
     logits: Float[Array, "*shape"],
     *,
     axis: int = -1,

@@ -22,7 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer, Real
 
 from . import _accurate, _checks, _sums
 
@@ -31,11 +31,11 @@ _AVERAGES = (None, "macro", "micro", "weighted")
 
 @partial(jax.jit, static_argnames=("num_classes",))
 def confusion_matrix(
-    labels: Int[Array, "*shape"],
-    predictions: Int[Array, "*shape"],
+    labels: Integer[Array, "*shape"],
+    predictions: Integer[Array, "*shape"],
     *,
     num_classes: int,
-    weights: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
+    weights: Real[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
 ) -> Float[Array, "{num_classes} {num_classes}"]:
     """Counts C[i, j] of examples with label i and prediction j, or the sums of their weights.
 
@@ -213,7 +213,7 @@ def f1_score(
 def perplexity(
     nll: Float[Array, "*shape"],
     *,
-    weights: Float[Array, "*shape"] | Int[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
+    weights: Real[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
 ) -> Float[Array, ""]:
     """Perplexity exp(sum_i w_i nll_i / sum_i w_i): the number of equally likely classes that would surprise as much.
 

@@ -124,10 +124,10 @@ def error(got, want, atol: float = 0.0, scale=None) -> float:
     """Largest relative error of an array against a sequence of truths (or a single one).
 
     An error of at most `atol` counts as none: it is the smallest normal number of the result's dtype, below which XLA
-    may flush to 0. `scale` replaces the truth as what the error is relative to.
+    may flush to 0. `scale` replaces the truth as what the error is relative to: one for all, or a list of one for each.
     """
     want = [want] if isinstance(want, mpf) else list(want)
-    scale = want if scale is None else [scale] * len(want)
+    scale = want if scale is None else scale if isinstance(scale, list) else [scale] * len(want)
     got = np.asarray(got, dtype=np.float64).ravel()
     assert got.size == len(want), f"{got.size} results, {len(want)} truths"
     return max(map(lambda g, w, s: _error(g, w, s, atol), got, want, scale), default=0.0)

@@ -170,6 +170,7 @@ def test_the_posterior_of_a_grid_is_that_of_the_conjugate_pair():
     assert jnp.sum(p * (grid - loc) ** 2) ** 0.5 == pytest.approx(float(scale), rel=1e-5)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "message"),
     [

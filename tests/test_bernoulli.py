@@ -125,6 +125,7 @@ def test_a_label_outside_0_and_1_is_nan_and_named(label):
     assert f"cross_entropy: label {float(label)} is outside [0, 1]" in error.get()
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -378,6 +378,118 @@ def test_many_classes_keep_the_bound(k):
     assert oracles.error(categorical.entropy(logits), oracles.entropy(z)) <= bound
 
 
+MANY = 100_000
+# Logits of p, what those of q differ by, and the logits of single classes. Class 0 is the label.
+CROWDS = {
+    "all equal": ([0.1], [0.0], {}),
+    "spread by 1": ([0.0, 0.3, 1.0], [-0.7, 0.3], {}),
+    "spread by 30": ([0.0, 13.7, 30.0], [-9.1, 0.0, 6.3], {}),
+    "nearly equal": ([0.0, 0.3, 1.0], [-(2.0**-12), 0.0, 2.0**-12], {}),
+    "right by 12": ([0.1], [-0.7, 0.3], {0: 12.4}),
+    "right by 30": ([0.1], [-0.7, 0.3], {0: 30.1}),
+    "wrong by 12": ([0.1], [-0.7, 0.3], {1: 12.4}),
+}
+OF_MANY = {
+    "softmax": (lambda p, q, t: categorical.softmax(p)[0], (0,)),
+    "log_softmax": (lambda p, q, t: categorical.log_softmax(p)[0], (0,)),
+    "cross_entropy": (lambda p, q, t: categorical.cross_entropy(p, jnp.array(0)), (0,)),
+    "soft cross_entropy": (lambda p, q, t: categorical.cross_entropy(p, t), (0, 2)),
+    "entropy": (lambda p, q, t: categorical.entropy(p), (0,)),
+    "kl_divergence": (lambda p, q, t: categorical.kl_divergence(p, q), (0, 1)),
+    "js_divergence": (lambda p, q, t: categorical.js_divergence(p, q), (0, 1)),
+    "brier_score": (lambda p, q, t: categorical.brier_score(p, jnp.array(0)), (0,)),
+}
+
+
+@functools.cache
+def crowd(case):
+    """Logits of p and q and a target over many classes in random order, the group of each class, and the groups.
+
+    The classes of a group are alike. So the oracle needs one term for each of at most 30 groups, times its size.
+    """
+    levels, changes, single = CROWDS[case]
+    rng = np.random.default_rng(0)
+    p = rng.choice(np.float32(levels), MANY)
+    p[list(single)] = list(single.values())
+    q = p + rng.choice(np.float32(changes), MANY)
+    target = np.repeat(np.float32([0.5, 2.0**-16, 0.0]), [1, 2**15, MANY - 2**15 - 1])
+    rows = np.stack([p, q, target, np.arange(MANY) == 0])
+    groups, group, sizes = np.unique(rows, axis=1, return_inverse=True, return_counts=True)
+    return rows[:3], group, [oracles.exactly(row) for row in (*groups, sizes)]
+
+
+def total(n, *factors):
+    return oracles.mpmath.fsum(map(math.prod, zip(n, *factors, strict=True)))
+
+
+def probability(z, n):
+    """Of one class of each group: n classes of one logit are, together, one class whose logit is log n more."""
+    together = oracles.softmax([x + oracles.mpmath.log(k) for x, k in zip(z, n, strict=True)])
+    return [p / k for p, k in zip(together, n, strict=True)]
+
+
+def log_ratio(a, b):
+    return [oracles.mpmath.log(x / y) for x, y in zip(a, b, strict=True)]
+
+
+def minus(a, b):
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def centred(p, v, n):
+    """p_i (v_i - <p, v>), and the sizes of its terms."""
+    mean, size = total(n, p, v), total(n, p, map(abs, v))
+    return [a * (x - mean) for a, x in zip(p, v, strict=True)], [a * (abs(x) + size) for a, x in zip(p, v, strict=True)]
+
+
+@functools.cache
+def truths(case):
+    """Of each function the value, and of each gradient the entries with what their errors are relative to."""
+    z_p, z_q, t, y, n = crowd(case)[2]
+    p, q = probability(z_p, n), probability(z_q, n)
+    m, surprise, wrong = [(a + b) / 2 for a, b in zip(p, q, strict=True)], log_ratio([1] * len(p), p), minus(p, y)
+    js_p, js_q = ([x / 2 for x in log_ratio(r, m)] for r in (p, q))
+    return {
+        "softmax": (total(y, p), (centred(p, y, n)[0], None)),
+        "log_softmax": (-total(y, surprise), (minus(y, p), None)),
+        "cross_entropy": (total(y, surprise), (minus(p, y), None)),
+        "soft cross_entropy": (total(n, t, surprise), (minus(p, t), list(map(max, p, t))), (surprise, None)),
+        "entropy": (total(n, p, surprise), centred(p, surprise, n)),
+        "kl_divergence": (
+            total(n, p, log_ratio(p, q)),
+            centred(p, log_ratio(p, q), n),
+            (minus(q, p), list(map(max, p, q))),
+        ),
+        "js_divergence": (total(n, p, js_p) + total(n, q, js_q), centred(p, js_p, n), centred(q, js_q, n)),
+        "brier_score": (total(n, wrong, wrong), centred(p, [2 * e for e in wrong], n)),
+    }
+
+
+def ends(values, group):
+    """The least value of each group, then the largest of each."""
+    groups = np.split(np.asarray(values)[np.argsort(group)], np.cumsum(np.bincount(group))[:-1])
+    return [np.min(g) for g in groups] + [np.max(g) for g in groups]
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one row", "two rows"])
+@pytest.mark.parametrize("name", OF_MANY)
+@pytest.mark.parametrize("case", CROWDS)
+def test_many_classes_add_the_logarithm_of_their_number(case, name, batch):
+    (function, argnums), (rows, group, _) = OF_MANY[name], crowd(case)
+    program = value_and_slopes(function, argnums)
+    value, slopes = (jax.vmap(program) if batch else program)(*(np.broadcast_to(r, (*batch, MANY)) for r in rows))
+    # A slope of softmax has two factors, each with an error of R u; brier_score is as its docstring says.
+    r, r_slope, more = {"softmax": (1, 2, 0), "brier_score": (2, 3, 8)}.get(name, (1, 1, 0))
+    logits, more = rows[:2] if 1 in argnums else rows[:1], (more + math.log2(MANY)) * U["float32"]
+    want, *wants = truths(case)[name]
+    error = oracles.error(np.ravel(value)[-1], want, tiny("float32"))
+    assert error <= tolerance("float32", "float32", *(r * z for z in logits)) + more
+    for got, (entries, scale) in zip(slopes, wants, strict=True):
+        least_and_largest = ends(np.reshape(got, (-1, MANY))[-1], group)
+        error = oracles.error(least_and_largest, 2 * entries, tiny("float32"), scale and 2 * scale)
+        assert error <= tolerance("float32", "float32", *(r_slope * z for z in logits)) + more
+
+
 MASKED = {
     "softmax": lambda z, y, **k: categorical.softmax(z, **k),
     "log_softmax": lambda z, y, **k: categorical.log_softmax(z, **k),
@@ -620,6 +732,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_static_fault_says_function_expected_and_got(name):
     call, message = FAULTS[name]

@@ -124,6 +124,7 @@ def test_a_draw_may_be_a_tree_and_a_result_any_shape():
     assert got.mean == pytest.approx(0.5, abs=5 * 0.5 / 1000**0.5)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -204,6 +204,7 @@ def test_scale_and_log_scale_exclude_each_other_in_every_mode(name):
             call(0.0, scale)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -414,6 +415,7 @@ def test_samples_have_the_shape_asked_for_and_the_distribution_given():
         gaussian.sample(key, loc, shape=(3,))
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -196,3 +196,29 @@ def test_a_weight_is_a_repetition_and_parts_add_up(data, cut):
     np.testing.assert_array_equal(matrix(labels, predictions, weights), repeated)
     parts = [matrix(labels, predictions, weights * part) for part in (first, ~first)]
     np.testing.assert_array_equal(parts[0] + parts[1], repeated)
+
+
+PRODUCERS = {
+    "tanh": lambda h: 5 * jnp.tanh(h / 5),
+    "quotient": lambda h: 7 * h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True)),
+}
+CONSUMERS = {
+    "log_softmax": categorical.log_softmax,
+    "entropy": categorical.entropy,
+    "smoothed": lambda z: categorical.cross_entropy(z, jnp.arange(len(z)) % z.shape[-1], label_smoothing=0.1),
+    "brier": lambda z: categorical.brier_score(z, jnp.arange(len(z)) % z.shape[-1]),
+    "kl": lambda z: categorical.kl_divergence(z, z[::-1]),
+}
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS.values(), ids=CONSUMERS)
+@pytest.mark.parametrize("producer", PRODUCERS.values(), ids=PRODUCERS)
+def test_logits_made_in_the_same_program_cost_their_rounding_alone(producer, consumer):
+    """XLA may compute them anew for each sum, an ulp or two apart, and a logit need not equal its own maximum then."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(0, 4, (64, 24)), jnp.float32)
+    logits = jax.jit(producer)(hidden)
+    apart, together = consumer(logits), jax.jit(lambda h: consumer(producer(h)))(hidden)
+    # An error of 4 u of the logits; a value moves by as much, times at most the largest gap (an entropy, a divergence).
+    size = float(jnp.max(jnp.abs(logits)))
+    np.testing.assert_allclose(together, apart, rtol=64 * 2.0**-24, atol=4 * 2.0**-24 * size * max(1, 2 * size))

@@ -242,6 +242,7 @@ STATIC = {
 }
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("name", STATIC)
 def test_a_static_fault_says_function_expected_and_got(name):
     call, message = STATIC[name]

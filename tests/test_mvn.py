@@ -144,6 +144,7 @@ def test_a_factor_comes_from_a_covariance_or_a_precision(dtype):
     assert not jnp.triu(got, 1).any()
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "message"),
     [
