@@ -3,6 +3,6 @@
     python -m experiments run configs/study.toml
 
 A study is one module in `experiments/studies`. What surrounds it knows none by name: `commands` is the command line;
-`config` reads settings; `runner` runs; `manifest`, `folders` and `results` store; `report`, `plots` and `export` show.
-`data` and `stats` serve studies.
+`config` reads settings; `runner` runs, and `launch` does so in `jobs`; `manifest`, `folders` and `results` store;
+`report`, `plots` and `export` show. `data` and `stats` serve studies.
 """

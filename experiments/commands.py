@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from experiments import config, folders, studies
-from experiments.errors import InputError
+from experiments import config, folders, jobs, launch, studies
+from experiments.errors import InputError, UnfinishedError
 from experiments.interrupt import Farewell
 
 # What loads jax or matplotlib is imported where it is needed: a mistyped config should be answered at once.
@@ -20,9 +20,9 @@ def obey(arguments: Sequence[str] | None, farewell: Farewell) -> int:
     try:
         options = _parser().parse_args(arguments)
         options.command(options, farewell)
-    except InputError as error:
+    except (InputError, UnfinishedError) as error:
         print(" ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 
@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--out", type=Path, metavar="DIR", help="results folder: new, empty, or of the same run (results/<config>-<id>)"
     )
+    run.add_argument(
+        "--launch",
+        metavar="WHERE",
+        help="measure in jobs, one for each study or part of one: local:N for N processes of this machine at a time, "
+        "slurm or slurm:N for Slurm, which reads its options from the environment (SBATCH_PARTITION, ...)",
+    )
     run.set_defaults(command=_run)
 
     report = commands.add_parser("report", help="make report.html anew", description="Makes report.html from a folder.")
@@ -85,10 +91,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, farewell: Farewell) -> None:
+    target = None if options.launch is None else jobs.target(options.launch)
     settings = config.load(options.config, options.overrides)
-    from experiments import runner
+    if target is None:
+        from experiments import runner
 
-    _build_report(runner.run(settings, options.out, farewell), farewell)
+        folder = runner.run(settings, options.out, farewell)
+    else:
+        folder = launch.run(settings, options.out, target, farewell)
+    _build_report(folder, farewell)
 
 
 def _report(options: argparse.Namespace, farewell: Farewell) -> None:

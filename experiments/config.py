@@ -8,12 +8,13 @@ TOML is data: reading it executes nothing. Of the studies only those that the fi
 the file itself is known to be sound, so that a misspelt path does not wait for jax to load.
 """
 
+import itertools
 import math
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -22,6 +23,7 @@ from experiments.errors import InputError, nearest, shown, unknown
 
 Key = tuple[str | int, ...]
 Backend = Literal["auto", "cpu", "gpu", "tpu"]
+Settings = TypeVar("Settings", bound=msgspec.Struct)
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -64,6 +66,22 @@ def distinct(settings: msgspec.Struct, *names: str) -> None:
         if any(value in values[:i] for i, value in enumerate(values)):
             came = msgspec.json.decode(msgspec.json.encode(values))
             raise ValueError(f"{name}: expected distinct values, got {shown(came)}")
+
+
+def split(settings: Settings, *names: str) -> list[Settings]:
+    """For a study's `parts`: the cells of the grid that the named lists span, the last list running fastest.
+
+    >>> class Grid(msgspec.Struct):
+    ...     arms: list[str]
+    ...     seeds: list[int]
+    >>> [(cell.arms, cell.seeds) for cell in split(Grid(["A", "B"], [1, 2]), "arms", "seeds")]
+    [(['A'], [1]), (['A'], [2]), (['B'], [1]), (['B'], [2])]
+    """
+    cells = itertools.product(*(getattr(settings, name) for name in names))
+    return [
+        msgspec.structs.replace(settings, **{name: [value] for name, value in zip(names, cell, strict=True)})
+        for cell in cells
+    ]
 
 
 class _Origin(NamedTuple):

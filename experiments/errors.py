@@ -1,7 +1,8 @@
 """What went wrong at the keyboard, in one line: what was expected, what came, and the nearest known name.
 
 An `InputError` is a mistake in a config, an option or a folder: `python -m experiments` prints its message and ends
-with status 2. Any other exception is a mistake in the program and shows its traceback.
+with status 2. An `UnfinishedError`, also one line, tells of jobs that failed: status 1. Any other exception is a
+mistake in the program and shows its traceback.
 """
 
 import difflib
@@ -11,6 +12,10 @@ from collections.abc import Collection
 
 class InputError(Exception):
     """What was asked for cannot be done; the message is one line for the person who asked."""
+
+
+class UnfinishedError(Exception):
+    """Some of what was asked for is done; the message is one line that says how to come by the rest."""
 
 
 def unknown(name: str, known: Collection[str], what: str = "key") -> str:

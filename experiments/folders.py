@@ -3,6 +3,7 @@
 manifest.json    how the numbers came about, see `experiments.manifest`
 results.sqlite   the numbers, see `experiments.results`
 report.html      made from the two, see `experiments.report`, and its figures one by one in figures/
+parts/, jobs/    of a run that was spread over jobs, see `experiments.launch`
 """
 
 import contextlib
@@ -33,6 +34,11 @@ class Run:
         self.manifest |= entries
         with writing(self.folder):
             replace(self.folder / MANIFEST, _json(self.manifest))
+
+
+def default(manifest: dict[str, Any]) -> Path:
+    """The folder of a run that nobody named: results/<config>-<identity>."""
+    return Path("results") / f"{Path(manifest['config']['file']).stem}-{manifest['identity'][:8]}"
 
 
 @contextlib.contextmanager

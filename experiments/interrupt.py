@@ -9,16 +9,18 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h\n"  # a progress bar hides it
 
 
 class Farewell:
-    """The line to leave behind; a command rewords it as it comes to have something to lose."""
+    """The line to leave behind, and what to end before; a command sets them as it comes to have something to lose."""
 
-    line = "interrupted: nothing was written"
+    def __init__(self) -> None:
+        self.line = "interrupted: nothing was written"
+        self.ending: Callable[[], None] = lambda: None
 
 
 @contextlib.contextmanager
@@ -46,7 +48,10 @@ def ending_at_once() -> Iterator[Farewell]:
 def _wait(reader: int, farewell: Farewell) -> None:
     while data := os.read(reader, 1):
         if data[0] in _SIGNALS:
-            line = (_SHOW_CURSOR if os.isatty(2) else "") + farewell.line + "\n"
-            with contextlib.suppress(OSError):  # nobody reads stderr any more
-                os.write(2, line.encode())  # not print: the main thread may hold the lock of sys.stderr
-            os._exit(128 + data[0])
+            try:
+                farewell.ending()
+                line = (_SHOW_CURSOR if os.isatty(2) else "") + farewell.line + "\n"
+                with contextlib.suppress(OSError):  # nobody reads stderr any more
+                    os.write(2, line.encode())  # not print: the main thread may hold the lock of sys.stderr
+            finally:
+                os._exit(128 + data[0])

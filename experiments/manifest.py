@@ -33,24 +33,37 @@ _JAX_SETTINGS = (
 _PACKAGES = ("jax", "jaxlib", "optax", "numpy", "scipy", "scikit-learn")
 
 
-def describe(config: Config, device: Device) -> dict[str, Any]:
-    """The manifest of a new run. Called under the settings (device, matmul precision) of the run."""
+def describe(config: Config, device: Device | None) -> dict[str, Any]:
+    """The manifest of a new run. Called under the settings (device, matmul precision) of the run.
+
+    Without a device it is that of a run whose jobs find theirs: what they measured on is None until it is known.
+    """
     settings = msgspec.to_builtins(config.studies)
-    determinants = {
-        "source": source_digest(_sources(config.studies)),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
-        "device": {"backend": device.platform, "kind": device.device_kind, "count": jax.device_count(device.platform)},
-        "numerics": _numerics(),
-    }
+    determined = determinants(config, device)
     return {
-        "identity": _digest([settings, determinants]),
+        "identity": _digest([settings, determined]),
         "config": {"file": config.file, "backend": config.backend, "studies": settings, "sha256": _digest(settings)},
-        **determinants,
+        **determined,
         "git": git_state(_package_folder("experiments")),
         "data": {},  # data set -> sha256 of what was loaded
         "seconds": {},  # study -> seconds, compilation included
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def determinants(config: Config, device: Device | None) -> dict[str, Any]:
+    """What the numbers are a function of, beside the settings."""
+    return {
+        "source": source_digest(_sources(config.studies)),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "device": device and _device(device),
+        "numerics": device and _numerics(),
+    }
+
+
+def _device(device: Device) -> dict[str, Any]:
+    count = jax.device_count(device.platform)
+    return {"backend": device.platform, "kind": device.device_kind, "count": count}
 
 
 def _sources(names: Iterable[str]) -> Iterator[Path]:

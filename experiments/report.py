@@ -93,7 +93,7 @@ class _Device(msgspec.Struct):
 class _Manifest(msgspec.Struct):
     started: str
     config: _Config
-    device: _Device
+    device: _Device | None  # not known before the first job of a launched run ends
     versions: dict[str, str | None]
 
 

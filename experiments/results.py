@@ -76,12 +76,15 @@ class Store:
         Raises:
           ValueError: a value is neither a number nor a curve with at least one step.
         """
+        with self.database:
+            self._insert(study, record)
+
+    def _insert(self, study: str, record: Record) -> None:
         run, rows = run_key(study, record.settings), list(_rows(record.values))
         settings = json.dumps(record.settings, sort_keys=True, default=_plain)
-        with self.database as database:
-            database.execute("DELETE FROM measurements WHERE run = ?", [run])
-            database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", [run, study, settings])
-            database.executemany("INSERT INTO measurements VALUES (?, ?, ?, ?)", [(run, *row) for row in rows])
+        self.database.execute("DELETE FROM measurements WHERE run = ?", [run])
+        self.database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", [run, study, settings])
+        self.database.executemany("INSERT INTO measurements VALUES (?, ?, ?, ?)", [(run, *row) for row in rows])
 
     def records(self, study: str) -> list[Record]:
         """The records of a study, in the order of writing. Each equals the one written: nan, infinity and all."""
@@ -102,8 +105,14 @@ class Store:
 
     def finish(self, study: str, seconds: float) -> None:
         """Marks a study as finished: the same command leaves it as it is from now on."""
+        self.write_finished(study, [], seconds)
+
+    def write_finished(self, study: str, records: Iterable[Record], seconds: float) -> None:
+        """Stores records that were measured elsewhere and marks their study as finished: all of it, or nothing."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self.database as database:
+            for record in records:
+                self._insert(study, record)
             database.execute("INSERT OR REPLACE INTO studies VALUES (?, ?, ?)", [study, now, seconds])
 
     def finished(self) -> dict[str, float]:

@@ -3,9 +3,9 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -17,13 +17,15 @@ from experiments.interrupt import Farewell
 from experiments.manifest import Device, describe
 from experiments.results import Progress, Record
 
+Item = TypeVar("Item", bound=Record | Progress)
+
 
 def run(config: Config, out: Path | None, farewell: Farewell) -> Path:
     """Runs what is not finished yet; returns the folder, by default results/<config>-<identity>."""
     device = choose_device(config)
     with jax.default_device(device), jax.default_matmul_precision("highest"):
         manifest = describe(config, device)
-        folder = out or Path("results") / f"{Path(config.file).stem}-{manifest['identity'][:8]}"
+        folder = out or folders.default(manifest)
         with folders.create(folder, manifest) as run:
             kept = f"what is measured is in {folder}"
             farewell.line = f"interrupted: {kept}; the same command does the unfinished study anew"
@@ -60,7 +62,7 @@ def _run_studies(config: Config, run: Run) -> None:
 def _run_study(name: str, settings: Any, run: Run, update: progress.Update) -> None:
     update(name, Progress(0.0, "starting"))
     start, count = time.perf_counter(), 0
-    for item in _without_repetition(studies.load(name).run(settings)):
+    for item in without_repetition(studies.load(name).run(settings)):
         if isinstance(item, Progress):
             # The end is announced below, when everything is stored.
             update(name, item._replace(done=min(item.done, 0.999)))
@@ -73,7 +75,7 @@ def _run_study(name: str, settings: Any, run: Run, update: progress.Update) -> N
     update(name, Progress(1.0, f"finished in {seconds:.1f} s, {count} records"))
 
 
-def _without_repetition(items: Iterator[Record | Progress]) -> Iterator[Record | Progress]:
+def without_repetition(items: Iterable[Item]) -> Iterator[Item]:
     """Passes the items on; a study that describes two records alike would lose the first without a word."""
     seen: set[str] = set()
     for item in items:

@@ -6,6 +6,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
+import submitit  # noqa: F401
+
+# As it is imported, submitit has logging close its handlers, and absl's closes what it takes for a file of its own:
+# pytest's stderr, where that is replaced at the time. Here nothing is.
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -74,12 +74,12 @@ MISTAKES = {
     "keys that contradict": (("[0.5, 0.75]", "[0.5, 0.5]"), "coin: biases: expected each once"),
     "unknown study": (
         ("[coin]", "[coyn]"),
-        "coyn: unknown study, expected one of coin, endless, faulty; nearest: coin",
+        "coyn: unknown study, expected one of coin, endless, faulty, grid; nearest: coin",
     ),
     "number for a study": (('backend = "cpu"', 'backend = "cpu"\nfaulty = 3'), "faulty: expected a table, got 3"),
     "unknown top-level key": (
         ('backend = "cpu"', 'backend = "cpu"\nbakend = 1'),
-        "bakend: unknown key, expected one of backend, coin, endless, faulty; nearest: backend",
+        "bakend: unknown key, expected one of backend, coin, endless, faulty, grid; nearest: backend",
     ),
     "unknown backend": (('"cpu"', '"gpus"'), 'backend: expected one of auto, cpu, gpu, tpu, got "gpus"; nearest: gpu'),
     "number for a backend": (('"cpu"', "3"), "backend: expected one of auto, cpu, gpu, tpu, got 3"),
@@ -114,7 +114,7 @@ FILES = {
     "empty": (b"", "backend: missing, expected one of auto, cpu, gpu, tpu"),
     "no study": (
         b'backend = "cpu"',
-        "expected a table for at least one study of coin, endless, faulty, got none",
+        "expected a table for at least one study of coin, endless, faulty, grid, got none",
     ),
 }
 
@@ -159,7 +159,7 @@ def test_a_path_that_leads_to_no_file_is_one_line(capsys, path, line):
         ("coin.flops=3", "--set: coin.flops: unknown key, expected one of seed, flips, biases, toss; nearest: flips"),
         ("coin.flips.a=3", "--set: coin.flips.a: expected coin.flips to be a table, got 1000"),
         ("coin=3", "--set: coin: expected a table, got 3"),
-        ("con.flips=3", "--set: con: unknown study, expected one of coin, endless, faulty; nearest: coin"),
+        ("con.flips=3", "--set: con: unknown study, expected one of coin, endless, faulty, grid; nearest: coin"),
         ("endless.outside=3", "--set: endless.outside: unknown key, expected one of inside; nearest: inside"),
         ("backend=gpus", '--set: backend: expected one of auto, cpu, gpu, tpu, got "gpus"; nearest: gpu'),
     ],
@@ -184,8 +184,9 @@ def test_a_mistake_in_the_command_is_one_line(capsys, arguments):
 
 def test_a_mistake_is_answered_before_jax_is_loaded():
     code = (
-        "import sys; from experiments.__main__ import main; status = main(['run', 'nowhere.toml']); "
-        "assert status == 2; assert not {'jax', 'matplotlib', 'scipy', 'sklearn'} & sys.modules.keys()"
+        "import sys; from experiments.__main__ import main; "
+        "assert main(['run', 'nowhere.toml']) == 2; assert main(['run', 'nowhere.toml', '--launch', 'local:1']) == 2; "
+        "assert not {'jax', 'matplotlib', 'scipy', 'sklearn', 'submitit'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=tiny_studies.environment(), capture_output=True)
 
@@ -228,6 +229,7 @@ def test_list_names_studies_and_configs(capsys):
         "  coin: The coin: the share of heads approaches the bias.",
         "  endless: Endless: one record, and then a call into XLA that does not return while anyone waits.",
         "  faulty: Faulty: breaks off after one record for as long as there is a file named `broken`.",
+        "  grid: Grid: one record a cell, each cell a part; arm A is killed while there is a file named `deadly-A`.",
         "configs",
         "  configs/coin.toml: Heads come as often as the bias says. A second.",
     ]

@@ -1,7 +1,8 @@
 """The studies, one module each; a study is whatever module stands in this folder, there is no list to edit.
 
-A study offers three names, see `Study`: its settings, a generator of records, and a reading of stored records. The
-first line of its docstring is its title. Studies never import each other.
+A study offers three names, see `Study`: its settings, a generator of records, and a reading of stored records. One
+that can be cut into jobs offers a fourth, `parts(config) -> list[Config]`, whose records together are those of the
+whole. The first line of its docstring is its title. Studies never import each other.
 """
 
 import ast

@@ -32,7 +32,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import data, plots, stats
-from experiments.config import distinct
+from experiments.config import distinct, split
 from experiments.report import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
 from jprob import categorical, mle
@@ -209,6 +209,11 @@ def outside(curve: Mapping[int, float]) -> int | None:
     """The next rate beyond the edge of the grid that the best one lies at, if it does."""
     rate = best(curve)
     return {min(curve): rate - 1, max(curve): rate + 1}.get(rate)
+
+
+def parts(config: Config) -> list[Config]:
+    """Every model and optimizer is trained by itself."""
+    return split(config, "models", "optimizers")
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

@@ -1,4 +1,4 @@
-"""Three small studies in place of the real ones, so that the harness is tested by itself."""
+"""Four small studies in place of the real ones, so that the harness is tested by itself."""
 
 import os
 import sys
