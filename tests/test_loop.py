@@ -1,6 +1,7 @@
 """The laws of the training loop."""
 
 import re
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,55 @@ def assert_same_bits(got, want):
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
 
 
+def assert_close(got, want, roundings):
+    """Each leaf up to so many roundings of its largest number."""
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=roundings * U * float(np.abs(w).max()))
+
+
 def start(optimizer, seed=0, params=PARAMS):
     return mle.init(params, optimizer, jax.random.key(seed))
+
+
+@cache
+def order(seed, epochs=2):
+    """Which example comes when, [epochs, SIZE]: the loss of a batch of one tells which one it was."""
+    tell = lambda params, x, key: params * 0 + x  # noqa: E731
+    state = start(optax.sgd(0.0), seed, jnp.zeros(()))
+    _, history = mle.run(tell, optax.sgd(0.0), state, jnp.arange(23.0), num_steps=23 * epochs, batch_size=1)
+    return np.asarray(history.loss, int).reshape(epochs, SIZE)
+
+
+@cache
+def loop_of_steps(name, micro_batches=1, average_decay=None):
+    """Two epochs of `run` with batches of 4, written by hand: final state, metrics of all steps, sizes of batches."""
+    optimizer = OPTIMIZERS[name]
+    state, metrics, sizes = start(optimizer), [], []
+    options = {"micro_batches": micro_batches, "average_decay": average_decay}
+    step = jax.jit(partial(mle.step, nll, optimizer, **options))
+    for epoch in order(0):
+        for ids in np.split(epoch, range(4, SIZE, 4)):
+            filled, weights = np.pad(ids, (0, 4 - len(ids))), jnp.arange(4) < len(ids)
+            state, measured = step(state, (X[filled], Y[filled]), weights=weights)
+            metrics.append(measured)
+            sizes.append(len(ids))
+    return state, jax.tree.map(lambda *x: np.stack(x), *metrics), np.array(sizes)
+
+
+def climber(table):
+    """Training adds 1 to the one param at each step, with SGD(1); validation looks its score up at that number."""
+
+    def climb(w, validates, key):
+        return jnp.where(validates, jnp.asarray(table)[w.astype(jnp.int32)], -w)
+
+    return climb
+
+
+def climb(table, num_steps, state=None, **options):
+    optimizer = optax.sgd(1.0)
+    state = start(optimizer, params=jnp.zeros(())) if state is None else state
+    options = {"validation": jnp.ones(1, bool), "validate_every": 1} | options
+    return mle.run(climber(table), optimizer, state, jnp.zeros(2, bool), num_steps=num_steps, batch_size=2, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 23, 40])
@@ -62,14 +110,8 @@ def test_every_example_comes_once_an_epoch(batch_size):
 
 
 def test_the_order_is_new_in_each_epoch_and_follows_from_the_key():
-    def order(seed, epochs=2):
-        tell = lambda params, x, key: params * 0 + x  # noqa: E731  the loss of a batch of one tells which one it was
-        state = start(optax.sgd(0.0), seed, jnp.zeros(()))
-        _, history = mle.run(tell, optax.sgd(0.0), state, jnp.arange(23.0), num_steps=23 * epochs, batch_size=1)
-        return np.asarray(history.loss).reshape(epochs, 23)
-
     first = order(0)
-    assert (np.sort(first) == np.arange(23)).all()
+    assert (np.sort(first) == np.arange(SIZE)).all()
     assert (first[0] != first[1]).any()
     assert (first == order(0)).all()
     assert (first != order(1)).any()
@@ -109,12 +151,15 @@ def test_losses_of_low_precision_are_summed_in_float32():
 @pytest.mark.parametrize(
     ("batch", "weights", "message"),
     [
-        ((X, Y), jnp.ones(()), "step: weights must be one number for each of 23 examples, got shape ()"),
-        ((X, Y), jnp.ones((23, 1)), "step: weights must be one number for each of 23 examples, got shape (23, 1)"),
+        pytest.param((X, Y), jnp.ones(()), "step: weights must have the shape [23] of the examples, got float32[]",
+                     marks=pytest.mark.wrong_types),
+        pytest.param((X, Y), jnp.ones((23, 1)),
+                     "step: weights must have the shape [23] of the examples, got float32[23, 1]",
+                     marks=pytest.mark.wrong_types),
         ((X, Y[:3]), None, "step: expected batch with one leading axis of examples, got shapes [(23, 5), (3,)]"),
         ((), None, "step: expected batch with one leading axis of examples, got shapes []"),
     ],
-)
+)  # fmt: skip
 def test_a_step_says_what_it_expected(batch, weights, message):
     optimizer = optax.sgd(0.1)
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -128,49 +173,91 @@ def test_no_weight_at_all_gives_loss_0_and_gradient_0():
     assert_same_bits(state.params, PARAMS)
 
 
+def in_pieces(cuts, nll, optimizer, **options):
+    state, pieces = start(optimizer), []
+    for length in cuts:
+        state, piece = mle.run(nll, optimizer, state, (X, Y), num_steps=length, batch_size=4, **options)
+        pieces.append(piece)
+    return state, jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("cuts", [(1, 16), (6, 11), (5, 1, 1, 10)])
 def test_runs_in_pieces_are_one_run_bit_for_bit(cuts, optimizer):
     """Also when cut within an epoch (6 steps of 4), at its end, and into single steps."""
-    whole, history = mle.run(noisy_nll, optimizer, start(optimizer), (X, Y), num_steps=sum(cuts), batch_size=4)
-    state, pieces = start(optimizer), []
-    for length in cuts:
-        state, piece = mle.run(noisy_nll, optimizer, state, (X, Y), num_steps=length, batch_size=4)
-        pieces.append(piece)
-    assert_same_bits(state, whole)
-    assert_same_bits(jax.tree.map(lambda *x: jnp.concatenate(x), *pieces), history)
+    assert_same_bits(in_pieces(cuts, noisy_nll, optimizer), in_pieces([sum(cuts)], noisy_nll, optimizer))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_run_is_a_loop_of_steps(optimizer):
-    """Against a loop that is written by hand, with the batches the order gives (read off by a run that only looks)."""
-    look = lambda p, batch, key: batch[2] + 0 * p  # noqa: E731
-    data = (X, Y, jnp.arange(float(SIZE)))
-    _, ids = mle.run(
-        look, optax.sgd(0.0), start(optax.sgd(0.0), params=jnp.zeros(())), data, num_steps=46, batch_size=1
-    )
-    state = start(optimizer)
-    for i in np.asarray(ids.loss, int):
-        state, _ = jax.jit(mle.step, static_argnums=(0, 1))(nll, optimizer, state, (X[i][None], Y[i][None]))
-    whole, _ = mle.run(nll, optimizer, start(optimizer), (X, Y), num_steps=46, batch_size=1)
-    for got, want in zip(jax.tree.leaves(whole.params), jax.tree.leaves(state.params), strict=True):
-        # 46 steps, each with its rounding; none is amplified, the loss being convex.
-        np.testing.assert_allclose(got, want, rtol=0, atol=46 * 4 * U * float(jnp.abs(want).max()))
+VALIDATED = {"record_every": 2, "validation": (X[:5], Y[:5]), "validate_every": 4}
+
+
+@pytest.mark.parametrize(
+    ("rate", "options"),
+    [
+        (1e-2, {"record_every": 4}),
+        (1e-2, {**VALIDATED, "average_decay": 0.9, "micro_batches": 2}),
+        (3.0, {**VALIDATED, "patience": 2}),
+    ],
+    ids=["stride", "validation and average", "early stop"],
+)
+def test_so_they_are_with_every_option(rate, options):
+    """A rate of 3 overshoots, so that patience ends."""
+    optimizer = optax.sgd(rate, momentum=0.9)
+    whole, history = in_pieces([32], noisy_nll, optimizer, **options)
+    assert ("patience" in options) == (whole.step < 32)
+    assert_same_bits(in_pieces([4, 28], noisy_nll, optimizer, **options), (whole, history))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("sgd", {}), ("adam", {"micro_batches": 2, "average_decay": 0.9})], ids=["plain", "options"]
+)
+def test_run_is_a_loop_of_steps(name, options):
+    optimizer = OPTIMIZERS[name]
+    want, metrics, _ = loop_of_steps(name, **options)
+    got, history = mle.run(nll, optimizer, start(optimizer), (X, Y), num_steps=12, batch_size=4, **options)
+    # 12 steps, each with its rounding; none is amplified, the loss being convex.
+    assert_close(got.params, want.params, 12 * 4)
+    assert_close(got.average, want.average, 12 * 4)
+    assert_same_bits((got.step, got.skipped, got.key), (want.step, want.skipped, want.key))
+    assert_close(history[:4], metrics, 12 * 16)
+
+
+@pytest.mark.parametrize("record_every", [2, 12])
+def test_a_row_is_the_mean_over_its_steps(record_every):
+    """Of the loss by examples, of the norms by steps; each epoch ends with a batch of 3."""
+    optimizer = OPTIMIZERS["sgd"]
+    _, steps, sizes = loop_of_steps("sgd")
+    options = {"num_steps": 12, "batch_size": 4, "record_every": record_every}
+    _, history = mle.run(nll, optimizer, start(optimizer), (X, Y), **options)
+    cut = lambda x: x.reshape(-1, record_every)  # noqa: E731
+    loss = np.average(cut(steps.loss), axis=1, weights=cut(sizes))
+    want = loss, cut(steps.gradient_norm).mean(axis=1), cut(steps.update_norm).mean(axis=1)
+    assert_close(history[:3], want, 12 * 16)
+    assert history.skipped.tolist() == [0] * (12 // record_every)
+
+
+def test_the_row_of_an_epoch_is_the_mean_over_all_data():
+    optimizer = optax.sgd(0.0)
+    _, history = mle.run(nll, optimizer, start(optimizer), (X, Y), num_steps=12, batch_size=4, record_every=6)
+    np.testing.assert_allclose(history.loss, jnp.mean(nll(PARAMS, (X, Y), None)), rtol=8 * U)
 
 
 def test_vmap_over_seeds_is_each_seed_alone():
+    """Each with its own order, validations, best and average."""
     optimizer = OPTIMIZERS["adam"]
     keys = jax.random.split(jax.random.key(7), 3)
+    options = {**VALIDATED, "average_decay": 0.5, "num_steps": 12, "batch_size": 4}
 
     def train(key):
-        return mle.run(noisy_nll, optimizer, mle.init(PARAMS, optimizer, key), (X, Y), num_steps=14, batch_size=4)
+        return mle.run(noisy_nll, optimizer, mle.init(PARAMS, optimizer, key), (X, Y), **options)
 
     together, history = jax.vmap(train)(keys)
     for i, key in enumerate(keys):
         alone, alone_history = train(key)
-        for got, want in zip(jax.tree.leaves(together.params), jax.tree.leaves(alone.params), strict=True):
-            np.testing.assert_allclose(got[i], want, rtol=0, atol=14 * 8 * U * float(jnp.abs(want).max()))
-        np.testing.assert_allclose(history.loss[i], alone_history.loss, rtol=14 * 64 * U)
+        mine, mine_history = jax.tree.map(lambda x, i=i: x[i], (together, history))
+        assert_close((mine.params, mine.average, mine.best), (alone.params, alone.average, alone.best), 12 * 8)
+        assert_same_bits((mine.key, mine.step, mine.stale), (alone.key, alone.step, alone.stale))
+        assert_close(mine_history, alone_history, 12 * 64)
     assert not np.allclose(history.loss[0], history.loss[1]), "each seed has an order of its own"
 
 
@@ -183,12 +270,27 @@ def test_vmap_over_learning_rates_and_initial_params():
         return mle.run(nll, optimizer, state, (X, Y), num_steps=12, batch_size=4)[0].params
 
     many = jax.tree.map(lambda x: jnp.stack([x, x + 1, x + 2]), PARAMS)
-    together = jax.vmap(train)(rates, many)
+    together, alone = jax.vmap(train)(rates, many), jax.jit(train)
     for i in range(3):
-        alone = train(float(rates[i]), jax.tree.map(lambda x, i=i: x[i], many))
-        for got, want in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-            np.testing.assert_allclose(got[i], want, rtol=0, atol=12 * 16 * U * float(jnp.abs(want).max()))
+        one = jax.tree.map(lambda x, i=i: x[i], many)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone(rates[i], one), 12 * 16)
     assert_same_bits(jax.tree.map(lambda x: x[0], together), PARAMS)
+
+
+def test_vmap_over_hyperparameters_that_are_part_of_the_state():
+    optimizer, plain = optax.inject_hyperparams(optax.adam)(learning_rate=0.1), optax.adam(0.1)
+    options = {"num_steps": 12, "batch_size": 4}
+
+    def train(rate):
+        state = start(optimizer)
+        state.optimizer_state.hyperparams["learning_rate"] = rate
+        return mle.run(nll, optimizer, state, (X, Y), **options)[0].params
+
+    together = jax.vmap(train)(jnp.array([0.0, 0.1]))
+    assert_same_bits(jax.tree.map(lambda x: x[0], together), PARAMS)
+    want, _ = mle.run(nll, plain, start(plain), (X, Y), **options)
+    # Adam divides by the root of a mean of squares, which loses half of the digits where these cancel.
+    assert_close(jax.tree.map(lambda x: x[1], together), want.params, 12 * 64)
 
 
 def test_each_step_has_a_key_of_its_own():
@@ -199,9 +301,14 @@ def test_each_step_has_a_key_of_its_own():
     assert len(set(history.loss.tolist())) == 8
 
 
+ALL = {**VALIDATED, "patience": 2, "micro_batches": 2, "average_decay": 0.9, "num_steps": 8, "batch_size": 4}
+
+
 def test_the_program_holds_no_callback():
     optimizer = OPTIMIZERS["adam"]
-    lowered = mle.run.lower(nll, optimizer, start(optimizer), (X, Y), num_steps=5, batch_size=4)
+    train = partial(mle.run, nll, optimizer, **ALL)
+    assert "callback" not in str(jax.make_jaxpr(train)(start(optimizer), (X, Y)))
+    lowered = mle.run.lower(nll, optimizer, start(optimizer), (X, Y), **ALL)
     assert "callback" not in lowered.as_text()
     assert "while" in lowered.as_text()
 
@@ -213,7 +320,7 @@ def test_run_lowers_for(platform):
     @jax.jit
     def train(params, x, y):
         state = mle.init(params, optimizer, jax.random.key(0))
-        return mle.run(nll, optimizer, state, (x, y), num_steps=5, batch_size=4)[1]
+        return mle.run(nll, optimizer, state, (x, y), **ALL)[1]
 
     assert jax.export.export(train, platforms=[platform])(PARAMS, X, Y).platforms == (platform,)
 
@@ -228,21 +335,329 @@ def test_it_fits_by_maximum_likelihood():
     assert history.gradient_norm[-1] < 1e-6 < history.gradient_norm[0]
 
 
+# Validation, the best params, and stopping early
+
+
+@pytest.mark.parametrize(("batch_size", "average_decay"), [(1, None), (4, 0.5), (40, None)])
+def test_a_score_is_the_mean_over_the_validation_data(batch_size, average_decay):
+    """Whatever is left over in the last batch; by the average where there is one."""
+    optimizer, data = OPTIMIZERS["sgd"], (X[:7], Y[:7])
+    options = {"num_steps": 6, "batch_size": batch_size, "validation": data, "validate_every": 3}
+    state, history = mle.run(nll, optimizer, start(optimizer), (X, Y), average_decay=average_decay, **options)
+    scored = state.params if average_decay is None else state.average.ema
+    np.testing.assert_allclose(history.validation[1], jnp.mean(nll(scored, data, None)), rtol=16 * U)
+    assert history.validation[0] != history.validation[1]
+
+
+def test_validation_draws_the_same_numbers_each_time():
+    draw = lambda w, x, key: jax.random.uniform(key, x.shape) + 0 * w  # noqa: E731
+    optimizer = optax.sgd(0.1)
+    options = {"num_steps": 4, "batch_size": 2, "validation": jnp.zeros(6), "validate_every": 1}
+    _, history = mle.run(draw, optimizer, start(optimizer, params=jnp.zeros(())), jnp.zeros(4), **options)
+    assert len(set(history.validation.tolist())) == 1
+    assert not set(history.validation.tolist()) & set(history.loss.tolist())
+
+
+TABLES = {
+    "falls": [9.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.25, 0.125],
+    "turns": [9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 1.0, 8.0, 9.0],
+    "equal": [9.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0],
+    "NaN first": [9.0, np.nan, np.nan, 3.0, np.nan, 4.0, 3.0, 2.0, np.nan],
+    "NaN": [np.nan] * 9,
+    "infinite": [9.0, np.inf, -np.inf, np.nan, 1.0, 1.0, 1.0, 1.0, 1.0],
+}
+
+
+def judged(scores, patience):
+    """Best score, its step, validations since, steps taken: by a loop on the host."""
+    best, at, stale, taken = np.inf, 0, 0, 0
+    for taken, score in enumerate(scores, 1):
+        best, at, stale = (score, taken, 0) if score < best else (best, at, stale + 1)
+        if stale == patience:
+            break
+    return best, at, stale, taken
+
+
+@pytest.mark.parametrize("patience", [None, 1, 2])
+def test_the_best_params_are_kept_and_patience_ends(patience):
+    """All tables at once, under vmap: each member stops by itself."""
+    tables = jnp.array(list(TABLES.values()))
+    state, history = jax.vmap(lambda table: climb(table, 8, patience=patience))(tables)
+    for i, table in enumerate(TABLES.values()):
+        best, at, stale, taken = judged(table[1:], patience)
+        mine = jax.tree.map(lambda x, i=i: x[i], state)
+        assert (mine.best.score, mine.best.step, mine.best.params) == (best, at, at)
+        assert (mine.stale, mine.step, mine.params) == (stale, taken, taken)
+        np.testing.assert_array_equal(history.validation[i], table[1 : taken + 1] + [np.nan] * (8 - taken))
+        np.testing.assert_array_equal(history.loss[i], [-w for w in range(taken)] + [np.nan] * (8 - taken))
+        assert history.skipped[i].tolist() == [0] * 8
+
+
+def test_a_stopped_member_keeps_its_bits_while_others_go_on():
+    optimizer = OPTIMIZERS["sgd"]
+    options = {**VALIDATED, "patience": 1, "batch_size": 4}
+
+    def train(sign, num_steps, state):
+        """With the sign turned, training makes validation worse from the first step on."""
+        turned = lambda params, batch, key: jnp.where(batch[2], 1, sign) * nll(params, batch[:2], key)  # noqa: E731
+        options["validation"] = (X, Y, jnp.ones(SIZE, bool))
+        data = (X, Y, jnp.zeros(SIZE, bool))
+        return mle.run(turned, optimizer, state, data, num_steps=num_steps, **options)[0]
+
+    signs = jnp.array([1.0, -1.0])
+    fresh = jax.vmap(lambda _: start(optimizer))(signs)
+    at_the_end = jax.vmap(partial(train, num_steps=8))(signs, state=fresh)
+    assert at_the_end.stale.tolist() == [0, 1]
+    later = jax.vmap(partial(train, num_steps=24))(signs, state=fresh)
+    stopped = partial(jax.tree.map, lambda x: x[1])
+    assert_same_bits(stopped(later), stopped(at_the_end))
+    assert (at_the_end.step.tolist(), later.step.tolist()) == ([8, 8], [24, 8])
+    assert_same_bits(stopped(jax.vmap(partial(train, num_steps=4))(signs, state=later)), stopped(later))
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 6, 12])
+@pytest.mark.parametrize(
+    "weights", [None, jnp.array([1.0, 0, 2, 0, 0, 0, 0.5, 1, 1, 1, 3, 0])], ids=["equal", "weights"]
+)
+def test_micro_batches_have_the_gradient_of_the_whole_batch(micro_batches, weights):
+    """A part may hold no weight at all; SGD(1) tells the gradient."""
+    optimizer = optax.sgd(1.0)
+    batch = X[:12], Y[:12]
+    whole, want = mle.step(nll, optimizer, start(optimizer), batch, weights=weights)
+    split, got = mle.step(nll, optimizer, start(optimizer), batch, weights=weights, micro_batches=micro_batches)
+    assert_close(split.params, whole.params, 16)
+    assert_close(got, want, 16)
+
+
+def test_so_it_is_for_the_short_batch_of_an_epoch():
+    """Of 23 examples in batches of 8, the last 7 lie in three parts and a half."""
+    optimizer = OPTIMIZERS["sgd"]
+    options = {"num_steps": 6, "batch_size": 8}
+    whole, want = mle.run(nll, optimizer, start(optimizer), (X, Y), **options)
+    split, got = mle.run(nll, optimizer, start(optimizer), (X, Y), **options, micro_batches=4)
+    assert_close(split.params, whole.params, 6 * 16)
+    assert_close(got[:3], want[:3], 6 * 64)
+
+
+def test_micro_batches_are_summed_in_float32():
+    """4096 gradients of 100 are 409 600, past float16; 4096 of 1 after one of 4096 are lost in bfloat16."""
+    optimizer = optax.sgd(1.0)
+    linear = lambda w, x, key: w * x  # noqa: E731
+    for dtype, x in (("float16", np.full(4096, 100.0)), ("bfloat16", np.array([4096.0] + [1.0] * 4095))):
+        state = start(optimizer, params=jnp.zeros((), dtype))
+        got, _ = mle.step(linear, optimizer, state, jnp.asarray(x, dtype), micro_batches=1024)
+        want = jnp.asarray(-x.mean(), dtype)
+        assert got.params == want
+        assert got.params.dtype == dtype
+
+
+def test_each_part_draws_numbers_of_its_own():
+    draw = lambda w, x, key: jax.random.uniform(key, x.shape) + 0 * w  # noqa: E731
+    optimizer = optax.sgd(1.0)
+    state = start(optimizer, params=jnp.zeros(()))
+    one, two = (mle.step(draw, optimizer, state, jnp.zeros(2), micro_batches=n)[1].loss for n in (1, 2))
+    assert one != two
+
+
+# What is not finite is skipped
+
+
+def spoilt(fault):
+    """A loss per example that has this fault where x is 0."""
+    return {
+        "loss NaN": lambda w, x, key: w * x + jnp.where(x == 0, jnp.nan, 0),
+        "loss inf": lambda w, x, key: w * x + jnp.where(x == 0, jnp.inf, 0),
+        "loss -inf": lambda w, x, key: w * x + jnp.where(x == 0, -jnp.inf, 0),
+        "gradient NaN": lambda w, x, key: jnp.sqrt(jnp.abs(w) * jnp.abs(x)) + w * x,  # 0 times the slope at 0
+        "gradient inf": lambda w, x, key: jnp.sqrt(jnp.where(x == 0, jnp.abs(w - 1), 1)) + w * x,
+        "norm overflows": lambda w, x, key: jnp.where(x == 0, 1e30 * w, w * x),
+    }[fault]
+
+
+FAULTS = ["loss NaN", "loss inf", "loss -inf", "gradient NaN", "gradient inf", "norm overflows"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fault, optimizer):
+    """Adam's count too stays where it was."""
+    options = {"average_decay": 0.9}
+    state = start(optimizer, params=jnp.ones(()))
+    state, _ = mle.step(lambda w, x, key: 0 * w + x, optimizer, state, jnp.ones(2), **options)
+    after, metrics = mle.step(spoilt(fault), optimizer, state, jnp.array([0.0, 2.0]), **options)
+    assert metrics.skipped == 1
+    assert np.isfinite(metrics.loss) == (not fault.startswith("loss"))
+    assert not np.isfinite(metrics.loss + metrics.gradient_norm)
+    kept = lambda state: (state.params, state.optimizer_state, state.average, state.key)  # noqa: E731
+    assert_same_bits(kept(after), kept(state))
+    assert (after.step, after.skipped) == (2, 1)
+
+
+def test_so_does_an_update_that_is_not_finite():
+    optimizer = optax.chain(optax.adam(0.1), optax.scale(np.inf))
+    state = start(optimizer)
+    after, metrics = mle.step(nll, optimizer, state, (X, Y))
+    assert_same_bits((after.params, after.optimizer_state), (state.params, state.optimizer_state))
+    assert (metrics.skipped, np.isfinite(metrics.gradient_norm), np.isfinite(metrics.update_norm)) == (1, True, False)
+
+
+@pytest.mark.parametrize("fault", ["loss NaN", "gradient NaN"])
+def test_a_run_goes_on_after_what_is_not_finite(fault):
+    """As if the example were not there: of 1 ... 4 and 0, in batches of one, Adam sees 1 ... 4."""
+    optimizer, x = OPTIMIZERS["adam"], jnp.arange(5.0)
+    state = start(optimizer, params=jnp.ones(()))
+    after, history = mle.run(spoilt(fault), optimizer, state, x, num_steps=10, batch_size=1)
+    assert (after.skipped, after.step, after.optimizer_state[0].count) == (2, 10, 8)
+    assert history.skipped.sum() == 2
+    # A row of both kinds is the mean of the sound steps; one of skipped steps alone shows what is not finite.
+    _, rows = mle.run(spoilt(fault), optimizer, state, x, num_steps=10, batch_size=1, record_every=5)
+    sound = np.where(history.skipped == 0, history.loss, 0).reshape(2, 5).sum(axis=1) / 4
+    np.testing.assert_allclose(rows.loss, sound, rtol=16 * U)
+    assert rows.skipped.tolist() == [1, 1]
+    _, rows = mle.run(spoilt(fault), optimizer, state, x[:1], num_steps=4, batch_size=1, record_every=2)
+    assert not np.isfinite(rows.loss + rows.gradient_norm).any()
+    assert rows.skipped.tolist() == [2, 2]
+
+
+# The average of the params
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
+def test_the_average_is_the_closed_form(decay):
+    """Of the params 1 ... n: sum d^(n - i) i / sum d^(n - i)."""
+    n = 40
+    state, _ = climb([0.0], n, validation=None, validate_every=None, average_decay=decay)
+    weights = decay ** np.arange(n - 1, -1.0, -1)
+    want = np.average(np.arange(1.0, n + 1), weights=weights)
+    # Each of n pulls towards a param rounds three times, and shrinks what was there.
+    np.testing.assert_allclose(state.average.ema, want, rtol=3 * n * U)
+    assert state.average.count == n
+
+
+def test_the_average_of_bfloat16_is_kept_in_float32():
+    """Steps of 2^-7 at 1, which bfloat16 has; means of them it has not."""
+    optimizer = optax.sgd(2.0**-7)
+    state = start(optimizer, params=jnp.ones((), jnp.bfloat16))
+    state, _ = mle.run(
+        lambda w, x, key: -w + x, optimizer, state, jnp.zeros(1), num_steps=2, batch_size=1, average_decay=0.5
+    )
+    want = 1 + (1 * 0.5 + 2) / 1.5 * 2.0**-7
+    np.testing.assert_allclose(state.average.ema, want, rtol=6 * U)
+    assert (state.average.ema.dtype, state.params.dtype) == (jnp.float32, jnp.bfloat16)
+
+
+# The state, and the program
+
+
+def test_the_state_is_one_pytree():
+    """It comes back from its leaves and goes on, alone or beside others."""
+    optimizer = OPTIMIZERS["adam"]
+    train = partial(mle.run, nll, optimizer, data=(X, Y), **ALL)
+    state, _ = train(start(optimizer))
+    leaves, treedef = jax.tree.flatten(state)
+    again = jax.tree.unflatten(treedef, [x if x.dtype == state.key.dtype else np.asarray(x) for x in leaves])
+    want, _ = train(state)
+    assert_same_bits(train(again)[0], want)
+    pair = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    assert_close(jax.vmap(lambda s: train(s)[0].params)(pair)["kernel"][1], want.params["kernel"], 8 * 8)
+
+
+def test_the_buffers_of_a_state_can_be_given_away():
+    """None is in it twice, neither in the first state nor in one with an average and a best."""
+    optimizer = OPTIMIZERS["adam"]
+    train = partial(mle.run, nll, optimizer, data=(X, Y), **ALL)
+    state = start(optimizer, params=jax.tree.map(jnp.copy, PARAMS))
+    for _ in range(2):
+        want = jax.block_until_ready(train(state)[0])
+        got = jax.jit(lambda state: train(state)[0], donate_argnums=0)(state)
+        assert all(x.is_deleted() for x in jax.tree.leaves(state))
+        assert_same_bits(got, want)
+        state = jax.tree.map(jnp.copy, got)
+
+
+def test_there_is_one_trace_per_shape():
+    traces = []
+
+    def counted(params, batch, key):
+        traces.append(1)
+        return nll(params, batch, key)
+
+    optimizer = OPTIMIZERS["adam"]
+    state, _ = mle.run(counted, optimizer, start(optimizer, 0), (X, Y), num_steps=8, batch_size=4)
+    once = len(traces)
+    mle.run(counted, optimizer, start(optimizer, 1), (X + 1, Y), num_steps=8, batch_size=4)
+    mle.run(counted, optimizer, state, (X, Y), num_steps=8, batch_size=4)
+    assert len(traces) == once
+
+
+def test_data_may_lie_on_many_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put((X[:16], Y[:16]), jax.NamedSharding(mesh, jax.P("data")))
+    optimizer = OPTIMIZERS["adam"]
+    options = {"num_steps": 8, "batch_size": 8, "validation": (X[:5], Y[:5]), "validate_every": 4}
+    got = mle.run(nll, optimizer, start(optimizer), spread, **options)
+    want = mle.run(nll, optimizer, start(optimizer), (X[:16], Y[:16]), **options)
+    assert_close((got[0].params, got[1]), (want[0].params, want[1]), 8 * 16)
+
+
+# Faults
+
+
+OTHER = start(optax.sgd(0.1))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_steps": 0}, "run: num_steps must be at least 1, got 0"),
-        ({"batch_size": 0}, "run: batch_size must be at least 1, got 0"),
+        ({"num_steps": 0}, "run: num_steps must be a whole number of at least 1, got 0"),
+        pytest.param({"batch_size": 2.0}, "run: batch_size must be a whole number of at least 1, got 2.0",
+                     marks=pytest.mark.wrong_types),
+        ({"record_every": 0}, "run: record_every must be a whole number of at least 1, got 0"),
+        ({"validate_every": -1}, "run: validate_every must be a whole number of at least 1, got -1"),
+        ({"patience": 0}, "run: patience must be a whole number of at least 1, got 0"),
+        ({"micro_batches": 0}, "run: micro_batches must be a whole number of at least 1, got 0"),
+        ({"record_every": 4}, "run: num_steps must be a multiple of record_every = 4, got 6"),
+        ({"validation": (X, Y), "validate_every": 4}, "run: num_steps must be a multiple of validate_every = 4, got 6"),
+        ({"record_every": 2, "validation": (X, Y), "validate_every": 3},
+         "run: validate_every must be a multiple of record_every = 2, got 3"),
+        ({"micro_batches": 3}, "run: batch_size must be a multiple of micro_batches = 3, got 4"),
+        ({"validation": (X, Y)}, "run: validation and validate_every must be given together, got validation alone"),
+        ({"validate_every": 2}, "run: validation and validate_every must be given together, got validate_every alone"),
+        ({"patience": 2}, "run: patience needs validation and validate_every, got neither"),
+        ({"average_decay": 1.0}, "run: average_decay must lie between 0 and 1, got 1.0"),
+        ({"validation": (X, Y[:5]), "validate_every": 3},
+         "run: expected validation with one leading axis of examples, got shapes [(23, 5), (5,)]"),
         ({"data": (X, Y[:5])}, "run: expected data with one leading axis of examples, got shapes [(23, 5), (5,)]"),
         ({"data": ()}, "run: expected data with one leading axis of examples, got shapes []"),
         ({"data": (X[:0], Y[:0])}, "run: expected data with one leading axis of examples, got shapes [(0, 5), (0,)]"),
         ({"nll": lambda p, b, k: nll(p, b, k).mean()}, "step: nll must return one value for each of 4 examples, got"),
+        ({"nll": lambda p, b, k: b[1]}, "step: what nll returns must be a floating-point array, got int32[4]"),
+        pytest.param({"state": PARAMS}, "run: state must be a State, as init gives it, got dict",
+                     marks=pytest.mark.wrong_types),
+        ({"state": OTHER}, "run: state.optimizer_state must be of this optimizer, PyTreeDef("),
+        ({"state": start(OPTIMIZERS["sgd"])._replace(average=optax.EmaState(jnp.array(1), PARAMS))},
+         "run: average_decay must be given, since the state has an average, got None"),
     ],
-)
+)  # fmt: skip
 def test_a_fault_says_what_was_expected(change, message):
-    given = {"nll": nll, "data": (X, Y), "num_steps": 3, "batch_size": 4} | change
     optimizer = OPTIMIZERS["sgd"]
+    given = {"nll": nll, "state": start(optimizer), "data": (X, Y), "num_steps": 6, "batch_size": 4} | change
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        mle.run(given["nll"], optimizer, start(optimizer), given["data"],
-                num_steps=given["num_steps"], batch_size=given["batch_size"])  # fmt: skip
+        mle.run(given.pop("nll"), optimizer, given.pop("state"), given.pop("data"), **given)
     assert "\n" not in str(caught.value)
+
+
+def test_init_says_what_it_expected():
+    with pytest.raises(ValueError, match=re.escape("init: params['n'] must be a floating-point array, got int32[2]")):
+        mle.init({"n": jnp.arange(2)}, optax.sgd(0.1), jax.random.key(0))
+
+
+def test_an_optimizer_that_changes_types_is_refused():
+    widen = optax.GradientTransformation(lambda p: p, lambda g, s, p=None: (g, jax.tree.map(jnp.float32, s)))
+    state = start(widen, params=jnp.ones(3, jnp.bfloat16))
+    expected = "step: expected an optimizer that keeps the type of bfloat16[3], got float32[3]"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        mle.step(lambda w, x, key: x * w[0], widen, state, jnp.ones(2))

@@ -1,5 +1,11 @@
-"""The training loop as pure functions: no input or output, no callbacks, nothing but arrays in and arrays out."""
+"""The training loop as pure functions: no input or output, no callbacks, nothing but arrays in and arrays out.
 
+`step` takes one step and `run` takes many; all that they remember is a `State`. A step whose loss, gradient or update
+is not finite changes no number of the params, the optimizer or the average, and is counted. What a program is not asked
+for (validation, averaging, micro-batches, a short last batch) is not in it.
+"""
+
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -8,9 +14,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float, Int, Key, PyTree
+from jaxtyping import Bool, Float, Int, Key, PyTree, Real
+
+from .. import _checks
+from . import _arguments
 
 Nll = Callable[[PyTree, PyTree, Array], Array]
+
+
+class Best(NamedTuple):
+    """The params with the lowest validation score so far.
+
+    Attributes:
+      params: the params that were scored: the average where one is kept. Before any score, the params of the start.
+      score: their mean negative log-likelihood on the validation data, in nats; inf before any score.
+      step: `State.step` when they were scored.
+    """
+
+    params: PyTree
+    score: Float[Array, "*members"]
+    step: Int[Array, "*members"]
 
 
 class State(NamedTuple):
@@ -19,27 +42,64 @@ class State(NamedTuple):
     Attributes:
       params: the parameters being fitted.
       optimizer_state: what the optimizer remembers of earlier steps.
-      step: steps taken so far, int32, so at most 2^31 - 1. It says where in its epoch the run is, and which random
-        numbers come next.
+      step: batches consumed so far, skipped ones included, int32, so at most 2^31 - 1. It says where in its epoch the
+        run is, and which random numbers come next.
       key: the run's random key. It never changes: what is drawn depends on it and on the step alone.
+      skipped: how many of the steps were skipped because something was not finite, int32.
+      average: None until `average_decay` is first given. Then `average.ema` is the exponential average of the params
+        over the `average.count` steps since that were not skipped, in float32 at least. It is free of the bias of its
+        start: sum d^(n - i) p_i / sum d^(n - i), with decay d, over the params p_1 ... p_n after these steps.
+      best: None until validation data are first given; then the best params since.
+      stale: validations since the best one, int32. With `patience`, training ends when it gets there.
     """
 
     params: PyTree
     optimizer_state: PyTree
-    step: Int[Array, ""]
-    key: Key[Array, ""]
+    step: Int[Array, "*members"]
+    key: Key[Array, "*members"]
+    skipped: Int[Array, "*members"]
+    average: optax.EmaState | None
+    best: Best | None
+    stale: Int[Array, "*members"]
 
 
 class Metrics(NamedTuple):
-    """What a step measured on its batch, before the update.
+    """What a step measured.
 
     Attributes:
-      loss: mean negative log-likelihood per example, in nats.
-      gradient_norm: Euclidean norm of its gradient over all params.
+      loss: mean negative log-likelihood per example of its batch, before the update, in nats; in float32 at least.
+      gradient_norm: Euclidean norm of the loss's gradient over all params, in float32 at least. It overflows above
+        1e19 in float32, and then counts as not finite.
+      update_norm: Euclidean norm, likewise, of the update that the optimizer made of it.
+      skipped: 1 if one of the three is not finite, so that nothing was updated; else 0.
     """
 
     loss: Float[Array, "*steps"]
     gradient_norm: Float[Array, "*steps"]
+    update_norm: Float[Array, "*steps"]
+    skipped: Int[Array, "*steps"]
+
+
+class History(NamedTuple):
+    """What a run measured: a row for every `record_every` steps, a score for every `validate_every`.
+
+    A row sums up those of its steps that were not skipped; if all were, it is the last one as it was, so that a NaN
+    stays visible. Rows and scores after an early stop are NaN, with none skipped.
+
+    Attributes:
+      loss: mean negative log-likelihood per example, in nats. A short batch counts by its examples: the row of an epoch
+        is the mean over all data.
+      gradient_norm: mean norm of the gradient.
+      update_norm: mean norm of the update.
+      skipped: how many steps of the row were skipped, int32.
+      validation: mean negative log-likelihood per example of all validation data; empty without validation.
+    """
+
+    loss: Float[Array, "*rows"]
+    gradient_norm: Float[Array, "*rows"]
+    update_norm: Float[Array, "*rows"]
+    skipped: Int[Array, "*rows"]
+    validation: Float[Array, "*scores"]
 
 
 def init(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> State:
@@ -51,12 +111,19 @@ def init(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array
       key: random key of the run: it orders the data and seeds whatever `nll` draws.
 
     Returns:
-      A `State` with the params as given and step 0.
+      A `State` with the params as given, step 0, and neither an average nor a best.
+
+    Raises:
+      ValueError: a leaf of `params` is not floating-point.
 
     >>> init(jnp.zeros(2), optax.sgd(0.1), jax.random.key(0)).step
     Array(0, dtype=int32)
     """
-    return State(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        _checks.floating("init", **{f"params{jax.tree_util.keystr(path)}": jnp.asarray(leaf)})
+    # Without weak types, which the first step would turn into others.
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
+    return State(params, optimizer.init(params), _zero(), key, _zero(), None, None, _zero())
 
 
 def step(
@@ -65,7 +132,9 @@ def step(
     state: State,
     batch: PyTree,
     *,
-    weights: Float[Array, "batch"] | None = None,
+    weights: Real[Array, " batch"] | Bool[Array, " batch"] | None = None,
+    micro_batches: int = 1,
+    average_decay: float | None = None,
 ) -> tuple[State, Metrics]:
     """One step of the optimizer down the mean negative log-likelihood of a batch.
 
@@ -75,15 +144,24 @@ def step(
       optimizer: an optax gradient transformation, the one that `init` was given.
       state: where training stands.
       batch: the examples, a pytree of arrays with the batch as leading axis.
-      weights: how much each example counts, not negative. One with weight 0 is as if it were not there: another takes
-        its place before `nll` sees it, so that not even a NaN gets through. If all are 0, so are loss and gradient.
+      weights: how much each example counts, not negative; a mask is one. An example of weight 0 is as if it were not
+        there: another takes its place before `nll` sees it, so that not even a NaN gets through. If all are 0, so are
+        loss and gradient.
+      micro_batches: take the batch in so many equal parts, one after the other, to save memory. Loss and gradient stay
+        those of the whole batch, to rounding: sums over the parts are in float32 at least. For each part `nll` gets a
+        key of its own.
+      average_decay: decay d of the exponential average of the params, 0 < d < 1; it reaches back 1 / (1 - d) steps.
+        None keeps none.
 
     Returns:
-      The state after the step, and the loss (in float32 at least) and gradient norm that led to it.
+      The state after the step, and the loss, gradient norm and update norm that led to it. If one of these is not
+      finite, the step counts as taken and as skipped, and params, optimizer state and average keep their bits.
 
     Raises:
       ValueError: the arrays of `batch` differ in their leading axis or hold no example, `weights` is not one number per
-        example, or `nll` does not return one value per example.
+        example, `nll` does not return one floating-point number per example, `micro_batches` does not divide the batch,
+        `average_decay` is out of range or not given though the state has an average, or the state is not one of this
+        optimizer, or the optimizer changes the types of it.
 
     >>> nll = lambda mean, x, key: jnp.square(x - mean) / 2
     >>> optimizer = optax.sgd(0.5)
@@ -92,16 +170,18 @@ def step(
     1.0 2.5
     """
     size = _num_examples("step", "batch", batch)
-    if weights is None:
-        return _update(nll, optimizer, state, batch, jnp.ones(size))
-    weights = jnp.asarray(weights)
-    if weights.shape != (size,):
-        raise ValueError(f"step: weights must be one number for each of {size} examples, got shape {weights.shape}")
-    counted = jnp.where(weights > 0, jnp.arange(size), jnp.argmax(weights > 0))
-    return _update(nll, optimizer, state, jax.tree.map(lambda x: x[counted], batch), weights)
+    _arguments.options("step", batch_size=size, micro_batches=micro_batches, average_decay=average_decay)
+    _arguments.state("step", state, optimizer, average_decay)
+    state = _begin(state, average_decay, validates=False)
+    if weights is not None:
+        weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
+        counted = jnp.where(weights > 0, jnp.arange(size), jnp.argmax(weights > 0))
+        batch = jax.tree.map(lambda x: x[counted], batch)
+    return _count(*_update(nll, optimizer, micro_batches, average_decay, state, batch, weights))
 
 
-@partial(jax.jit, static_argnames=("nll", "optimizer", "num_steps", "batch_size"))
+@partial(jax.jit, static_argnames=("nll", "optimizer", "num_steps", "batch_size", "record_every", "validate_every",
+                                   "patience", "micro_batches", "average_decay"))  # fmt: skip
 def run(
     nll: Nll,
     optimizer: optax.GradientTransformation,
@@ -110,31 +190,50 @@ def run(
     *,
     num_steps: int,
     batch_size: int,
-) -> tuple[State, Metrics]:
-    """Takes `num_steps` steps over minibatches of `data`, as one `lax.scan` on the device.
+    record_every: int = 1,
+    validation: PyTree | None = None,
+    validate_every: int | None = None,
+    patience: int | None = None,
+    micro_batches: int = 1,
+    average_decay: float | None = None,
+) -> tuple[State, History]:
+    """Takes `num_steps` steps over minibatches of `data`, as a `lax.scan` on the device.
 
     Every example comes once an epoch, in an order that follows from the key and the number of the epoch. An epoch ends
     with a short batch where `batch_size` does not divide the data; it counts its own examples alone. The position in
     the epoch follows from `state.step`, so that runs of a and of b steps one after the other are the run of a + b
     steps, bit for bit. `jax.vmap` trains many members at once, over keys, params, learning rates or data; each has its
-    own order.
+    own order, and stops by itself.
 
     Args:
-      nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats.
+      nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats. It is static
+        like the optimizer: the same function again is no new compilation, a new lambda is one.
       optimizer: an optax gradient transformation, the one that `init` was given. Its hyperparameters may be traced:
         build it inside the function that is vmapped.
-      state: where training stands: from `init`, or from an earlier `run` with the same data and batch size.
+      state: where training stands: from `init`, or from an earlier `run` with the same data and batch size. The first
+        run with validation adds `State.best` to it, the first with an average `State.average`.
       data: all examples, a pytree of arrays with the same leading axis. They stay on their device.
-      num_steps: how many steps to take, static. The order of the examples takes 4 bytes for each example of each epoch;
-        where that is too much, run in pieces.
+      num_steps: how many steps to take, static; a multiple of `record_every` and `validate_every`. The order of the
+        examples takes 4 bytes for each example of each epoch; where that is too much, run in pieces.
       batch_size: examples per step, static.
+      record_every: steps that make a row of the history, static.
+      validation: examples to validate with, a pytree like `data`. They are scored with the average of the params where
+        one is kept, else with the params, in batches of `batch_size / micro_batches` and with the same key each time.
+      validate_every: steps from one validation to the next, counted from the start of this run, static; a multiple of
+        `record_every`.
+      patience: stop after so many validations in a row that were not better than the best, static. Nothing of the state
+        changes any more then, nor does it in later runs with this patience. A NaN is never better.
+      micro_batches: parts to cut each batch into, as for `step`, static; a divisor of `batch_size`.
+      average_decay: decay of the average of the params, as for `step`, static.
 
     Returns:
-      The state after the last step, and the metrics of each step, stacked: arrays of shape [num_steps].
+      The state after the last step, and the `History`: [num_steps / record_every] rows, [num_steps / validate_every]
+      scores. A step where loss, gradient or update is not finite is skipped, as by `step`.
 
     Raises:
-      ValueError: the arrays of `data` differ in their leading axis or hold no example, `num_steps` or `batch_size` is
-        not positive, or `nll` does not return one value per example.
+      ValueError: the arrays of `data` or of `validation` differ in their leading axis or hold no example, a number is
+        not positive or not a multiple as said above, `validation` and `validate_every` do not come together or
+        `patience` without them, or whatever `step` raises.
 
     >>> x = jnp.array([1.0, 2.0, 6.0])
     >>> nll = lambda mean, x, key: jnp.square(x - mean) / 2
@@ -143,21 +242,51 @@ def run(
     >>> state, history = run(nll, optimizer, state, x, num_steps=20, batch_size=3)
     >>> print(f"{state.params:.3f}", history.loss.shape)
     3.000 (20,)
+    >>> more = {"validation": x + 1, "validate_every": 5, "patience": 1}
+    >>> state, history = run(nll, optimizer, state, x, num_steps=20, batch_size=3, **more)
+    >>> print(state.step, state.best.step, history.validation)
+    30 25 [2.833... 2.833... nan nan]
     """
-    for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"run: {name} must be at least 1, got {value}")
+    _arguments.options("run", num_steps=num_steps, batch_size=batch_size, record_every=record_every,
+                       validation=validation, validate_every=validate_every, patience=patience,
+                       micro_batches=micro_batches, average_decay=average_decay)  # fmt: skip
+    _arguments.state("run", state, optimizer, average_decay)
     size = _num_examples("run", "data", data)
-    steps_per_epoch = -(-size // batch_size)
-    rows = _batches(state, size, steps_per_epoch, num_steps, batch_size)
+    state = _begin(state, average_decay, validates=validation is not None)
+    rows = _batches(state, size, num_steps, batch_size)
+    update = partial(_update, nll, optimizer, micro_batches, average_decay)
 
     def one(state, row):
+        if size % batch_size == 0:
+            return update(state, jax.tree.map(lambda x: x[row], data), None)
         counted = row < size
         # A batch is filled up with its own first example: with weight 0, but of a kind that `nll` can bear.
-        batch = jax.tree.map(lambda x: x[jnp.where(counted, row, row[0])], data)
-        return _update(nll, optimizer, state, batch, counted)
+        return update(state, jax.tree.map(lambda x: x[jnp.where(counted, row, row[0])], data), counted)
 
-    return jax.lax.scan(one, state, rows)
+    def record(state, rows):
+        return _count(*jax.lax.scan(one, state, rows))
+
+    def record_sums(state, rows):
+        state, metrics = record(state, rows)
+        return state, _summary(metrics, jnp.sum(rows < size, axis=-1))
+
+    def train(state, rows):
+        if record_every == 1:
+            return record(state, rows)
+        return jax.lax.scan(record_sums, state, rows.reshape(-1, record_every, batch_size))
+
+    def train_and_validate(state, rows):
+        state, metrics = train(state, rows)
+        scored = state.params if state.average is None else _average_params(state)
+        score = _score(nll, scored, validation, state.key, batch_size // micro_batches)
+        return _judge(state, scored, score), (metrics, score)
+
+    if validation is None:
+        state, metrics = train(state, rows)
+        return state, History(*metrics, validation=jnp.zeros(0))
+    block = train_and_validate if patience is None else _unless_stale(train_and_validate, patience)
+    state, (metrics, scores) = jax.lax.scan(block, state, rows.reshape(-1, validate_every, batch_size))
+    return state, History(*(x.ravel() for x in metrics), validation=scores)
 
 
 def _keys(key):
@@ -165,29 +294,188 @@ def _keys(key):
     return jax.random.split(key)
 
 
-def _update(nll, optimizer, state, batch, weights):
+def _zero():
+    """A buffer of its own each time, so that a state can be donated."""
+    return jnp.zeros((), jnp.int32)
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _begin(state, average_decay, *, validates):
+    """The state with an average and a best, where they are asked for and not there yet."""
+    if average_decay is not None and state.average is None:
+        state = state._replace(
+            average=optax.EmaState(_zero(), jax.tree.map(lambda p: jnp.copy(_wide(p)), state.params))
+        )
+    if validates and state.best is None:
+        params = jax.tree.map(jnp.copy, state.params)
+        state = state._replace(best=Best(params, jnp.array(jnp.inf), jnp.copy(state.step)))
+    return state
+
+
+def _update(nll, optimizer, micro_batches, average_decay, state, batch, weights):
+    """A step, but for counting it where it is skipped: `_count` does, for all steps at once and outside of the loop."""
     key = jax.random.fold_in(_keys(state.key)[1], state.step)
-
-    def loss(params):
-        losses = jnp.asarray(nll(params, batch, key))
-        if losses.shape != weights.shape:
-            got = f"{losses.dtype}{list(losses.shape)}"
-            raise ValueError(f"step: nll must return one value for each of {weights.size} examples, got {got}")
-        return _weighted_mean(losses, weights)
-
-    value, gradient = jax.value_and_grad(loss)(state.params)
+    loss, gradient = _loss_and_gradient(nll, state.params, batch, key, weights, micro_batches)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return State(params, optimizer_state, state.step + 1, state.key), Metrics(value, optax.tree.norm(gradient))
+    average = state.average if average_decay is None else _averaged(state.average, params, average_decay)
+    measured = loss, _norm(gradient), _norm(updates)
+    # Since the update has to be known first, the new state can be written over the old one without a copy.
+    new, old = (params, optimizer_state, average), (state.params, state.optimizer_state, state.average)
+    _arguments.same_types("step", old, new)
+    params, optimizer_state, average = jax.tree.map(partial(jnp.where, _finite(measured)), new, old)
+    state = state._replace(params=params, optimizer_state=optimizer_state, average=average, step=state.step + 1)
+    return state, measured
+
+
+def _finite(measured):
+    return jax.tree.reduce(jnp.logical_and, jax.tree.map(jnp.isfinite, measured))
+
+
+def _count(state, measured):
+    """The metrics of one step or many, and the state with the skipped ones counted."""
+    skipped = 1 - _finite(measured).astype(jnp.int32)
+    total = state.skipped + jnp.sum(skipped, dtype=jnp.int32)
+    return state._replace(skipped=total), Metrics(*measured, skipped=skipped)
+
+
+def _loss_and_gradient(nll, params, batch, key, weights, micro_batches):
+    if micro_batches == 1:
+        return jax.value_and_grad(lambda params: _weighted_mean(_losses(nll, params, batch, key), weights))(params)
+    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), (batch, weights))
+
+    size = micro_batches * _num_examples("step", "batch", jax.tree.map(lambda x: x[0], parts))
+
+    def add(gradient, part):
+        number, (batch, weights) = part
+
+        def objective(params):
+            total, weight = _weighted_sum(_losses(nll, params, batch, jax.random.fold_in(key, number)), weights)
+            return total / size, weight / size  # a gradient of the sum itself would overflow in float16
+
+        shares, more = jax.value_and_grad(objective, has_aux=True)(params)
+        return jax.tree.map(lambda a, g: a + _wide(g), gradient, more), shares
+
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(_wide(p)), params)
+    gradient, shares = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), parts))
+    total, weight = jax.tree.map(jnp.sum, shares)
+    weight = _or_one(weight)
+    return total / weight, jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), gradient, params)
+
+
+def _losses(nll, params, batch, key):
+    size = _num_examples("step", "batch", batch)
+    losses = jnp.asarray(nll(params, batch, key))
+    if losses.shape != (size,):
+        raise ValueError(f"step: nll must return one value for each of {size} examples, got {_checks.describe(losses)}")
+    _checks.floating("step", **{"what nll returns": losses})
+    return losses
 
 
 def _weighted_mean(losses, weights):
-    """In float32 at least: a sum of float16 losses would overflow."""
-    dtype = jnp.promote_types(losses.dtype, jnp.float32)
-    losses, weights = losses.astype(dtype), weights.astype(dtype)
-    total = jnp.sum(weights)
+    total, weight = _weighted_sum(losses, weights)
     # Guarded before the division: a select after it would leave a NaN in the gradient.
-    return jnp.sum(jnp.where(weights > 0, weights * losses, 0)) / jnp.where(total > 0, total, 1)
+    return total / _or_one(weight)
+
+
+def _weighted_sum(losses, weights):
+    """With the sum of the weights; in float32 at least: a sum of float16 losses would overflow."""
+    losses = _wide(losses)
+    if weights is None:
+        return jnp.sum(losses), jnp.asarray(losses.size, losses.dtype)
+    weights = weights.astype(losses.dtype)
+    return jnp.sum(jnp.where(weights > 0, weights * losses, 0)), jnp.sum(weights)
+
+
+def _or_one(weight):
+    return jnp.where(weight > 0, weight, 1)
+
+
+def _norm(tree):
+    """A product with itself is the cheapest sum of squares, all the more under `vmap`."""
+    leaves = [_wide(x) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(jnp.tensordot(x, x, x.ndim, precision="highest") for x in leaves))
+
+
+def _averaged(average, params, decay):
+    count = average.count + 1
+    # (1 - d) / (1 - d^n). As a pull towards the params it rounds to no bias; d a + (1 - d) p would, by u / (1 - d).
+    share = (1 - decay) / -jnp.expm1(count * math.log(decay))
+    ema = jax.tree.map(lambda a, p: a + share.astype(a.dtype) * (_wide(p) - a), average.ema, params)
+    return optax.EmaState(count, ema)
+
+
+def _average_params(state):
+    return jax.tree.map(lambda a, p: a.astype(p.dtype), state.average.ema, state.params)
+
+
+def _summary(metrics, sizes):
+    """A row of the history from its steps, of which each has so many examples."""
+    taken = metrics.skipped == 0
+
+    def mean(values, weights):
+        weights = jnp.where(taken, weights, 0).astype(values.dtype)
+        total = jnp.sum(jnp.where(taken, weights * values, 0)) / _or_one(jnp.sum(weights))
+        return jnp.where(jnp.any(taken), total, values[-1])
+
+    means = mean(metrics.loss, sizes), mean(metrics.gradient_norm, 1), mean(metrics.update_norm, 1)
+    return Metrics(*means, skipped=jnp.sum(metrics.skipped, dtype=jnp.int32))
+
+
+def _score(nll, params, data, key, batch_size):
+    size = _num_examples("run", "validation", data)
+    length = min(size, batch_size)
+    key = jax.random.fold_in(_keys(key)[1], 2**32 - 1)  # a number that no step has
+
+    def one(_, number):
+        start = jnp.minimum(number * length, size - length)
+        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
+        # The last batch begins early enough to be full, with examples that have counted already.
+        counted = start + jnp.arange(length) >= number * length
+        return None, _weighted_sum(_losses(nll, params, batch, jax.random.fold_in(key, number)), counted)[0]
+
+    return jnp.sum(jax.lax.scan(one, None, jnp.arange(-(-size // length)))[1]) / size
+
+
+def _judge(state, scored, score):
+    score = score.astype(state.best.score.dtype)  # which is as wide as any
+    better = score < state.best.score
+    best = jax.tree.map(partial(jnp.where, better), Best(scored, score, state.step), state.best)
+    return state._replace(best=best, stale=jnp.where(better, 0, state.stale + 1))
+
+
+def _unless_stale(block, patience):
+    """The block, or nothing: for one member it is not computed then, under `vmap` it is selected away."""
+
+    def guarded(state, rows):
+        measured = jax.eval_shape(block, state, rows)[1]
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, 0 if x.dtype == jnp.int32 else jnp.nan, x.dtype), measured)
+        return jax.lax.cond(state.stale < patience, block, lambda state, rows: (state, nothing), state, rows)
+
+    return guarded
+
+
+def _batches(state, size, num_steps, batch_size):
+    """Rows of example numbers, one row a step; the number `size` fills up the last batch of an epoch."""
+    key = _keys(state.key)[0]
+    steps_per_epoch = -(-size // batch_size)
+    missing = steps_per_epoch * batch_size - size
+    first, start = state.step // steps_per_epoch, state.step % steps_per_epoch
+
+    def epoch_rows(number):
+        order = jax.random.permutation(jax.random.fold_in(key, first + number), jnp.arange(size, dtype=jnp.int32))
+        return jnp.pad(order, (0, missing), constant_values=size).reshape(steps_per_epoch, batch_size)
+
+    def epoch_rows_if_needed(number):
+        nothing = jnp.zeros((steps_per_epoch, batch_size), jnp.int32)
+        return jax.lax.cond(number * steps_per_epoch < start + num_steps, epoch_rows, lambda _: nothing, number)
+
+    # A run that starts within an epoch may touch one epoch more than it is long.
+    rows = jax.lax.map(epoch_rows_if_needed, jnp.arange((num_steps - 1) // steps_per_epoch + 2))
+    return jax.lax.dynamic_slice_in_dim(rows.reshape(-1, batch_size), start, num_steps)
 
 
 def _num_examples(function, name, data):
@@ -196,18 +484,3 @@ def _num_examples(function, name, data):
     if len(sizes) != 1 or sizes == {0}:
         raise ValueError(f"{function}: expected {name} with one leading axis of examples, got shapes {shapes}")
     return sizes.pop()
-
-
-def _batches(state, size, steps_per_epoch, num_steps, batch_size):
-    """Rows of example numbers, one row a step; the number `size` fills up the last batch of an epoch."""
-    key = _keys(state.key)[0]
-    missing = steps_per_epoch * batch_size - size
-
-    def epoch_rows(epoch):
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), size)
-        return jnp.pad(order, (0, missing), constant_values=size).reshape(steps_per_epoch, batch_size)
-
-    # A run that starts within an epoch may touch one epoch more than it is long.
-    epochs = state.step // steps_per_epoch + jnp.arange((num_steps - 1) // steps_per_epoch + 2)
-    rows = jax.lax.map(epoch_rows, epochs).reshape(-1, batch_size)
-    return jax.lax.dynamic_slice_in_dim(rows, state.step % steps_per_epoch, num_steps)

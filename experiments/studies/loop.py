@@ -1,0 +1,455 @@
+"""The training loop: what `mle.run` costs beside a hand-written `lax.scan`, and saves beside other loops.
+
+Everyone trains the same small network (64-128-10, ReLU) on 1024 digits with Adam, from the same initial weights, each
+epoch in a new order. The contestants: `mle.run`, which also records the norms and skips what is not finite; the
+`lax.scan` that a person would write instead; a Python loop over a jitted `mle.step`; the loop of torch on the CPU,
+where it is installed; and scikit-learn's `MLPClassifier.partial_fit`. The first two train any number of seeds at once
+under `vmap`; the others train one, and are compared by the time of a step of one seed.
+
+In one round every contestant trains once, in an order that moves on from round to round, so that a disturbance of the
+machine meets them all. What is compared is the ratio of two times of the same round, and its median over rounds.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import optax
+
+from experiments import data, plots, stats
+from experiments.config import distinct
+from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.results import Progress, Record, Setting
+from jprob import categorical, mle
+
+EXAMPLES, FEATURES, HIDDEN, CLASSES = 1024, 64, 128, 10
+LEARNING_RATE = 1e-3
+OPTIMIZER = optax.adam(LEARNING_RATE)
+SLOWER = 1.03  # a ratio to the hand-written scan up to which `run` counts as not slower
+OVERHEAD = 1.02  # a ratio of `fit` to `run` up to which it counts as free
+RECORD_EVERY = 100  # steps of a row of history, for both of these
+FASTER = {"torch": 4.0, "sklearn": 2.5}  # how many times their time is claimed to be that of `run`
+NAMES = {"run": "mle.run", "scan": "lax.scan by hand", "python": "a Python loop of mle.step", "torch": "torch",
+         "sklearn": "scikit-learn"}  # fmt: skip
+
+Seeds = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+BatchSize = Annotated[int, msgspec.Meta(ge=1, le=EXAMPLES)]
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Each batch size divides the 1024 examples: a short batch would be another step for each contestant."""
+
+    batch_sizes: Annotated[list[BatchSize], msgspec.Meta(min_length=1)]
+    seeds: Annotated[list[Seeds], msgspec.Meta(min_length=1)]
+    epochs: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    fit_batch_size: BatchSize
+    fit_steps: Annotated[int, msgspec.Meta(ge=RECORD_EVERY, le=1 << 24, multiple_of=RECORD_EVERY)]
+    rounds: Annotated[int, msgspec.Meta(ge=2, le=1000)]
+
+    def __post_init__(self):
+        distinct(self, "batch_sizes", "seeds")
+        for size in self.batch_sizes:
+            if EXAMPLES % size:
+                raise ValueError(f"batch_sizes: expected divisors of {EXAMPLES}, got {size}")
+
+
+class Task(NamedTuple):
+    """What everyone trains: data and initial weights as host arrays, and how long."""
+
+    features: np.ndarray  # float32[examples, 64]
+    labels: np.ndarray  # int32[examples]
+    params: dict[str, np.ndarray]
+    batch_size: int
+    epochs: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.epochs * len(self.labels) // self.batch_size
+
+
+def task(batch_size: int, epochs: int) -> Task:
+    """1024 digits, and weights of variance 2 / inputs."""
+    train, rng = data.load("digits").train, np.random.default_rng(0)
+    params = {
+        "hidden": rng.normal(0, np.sqrt(2 / FEATURES), (FEATURES, HIDDEN)).astype(np.float32),
+        "hidden_bias": np.zeros(HIDDEN, np.float32),
+        "output": rng.normal(0, np.sqrt(2 / HIDDEN), (HIDDEN, CLASSES)).astype(np.float32),
+        "output_bias": np.zeros(CLASSES, np.float32),
+    }
+    return Task(train.features[:EXAMPLES], train.labels[:EXAMPLES], params, batch_size, epochs)
+
+
+def nll(params: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array], key: jax.Array | None) -> jax.Array:
+    """The network, and its loss per example."""
+    hidden = jax.nn.relu(batch[0] @ params["hidden"] + params["hidden_bias"])
+    return categorical.cross_entropy(hidden @ params["output"] + params["output_bias"], batch[1])
+
+
+def run_loop(t: Task, params, examples, key):
+    """By `mle.run`: losses of all steps, and the trained params."""
+    state = mle.init(params, OPTIMIZER, key)
+    state, history = mle.run(nll, OPTIMIZER, state, examples, num_steps=t.num_steps, batch_size=t.batch_size)
+    return history.loss, state.params
+
+
+def scan_loop(t: Task, params, examples, key):
+    """By hand, with nothing that training does not need."""
+
+    def epoch(carry, key):
+        order = jax.random.permutation(key, len(t.labels)).reshape(-1, t.batch_size)
+        return jax.lax.scan(step, carry, order)
+
+    def step(carry, rows):
+        params, state = carry
+        batch = jax.tree.map(lambda x: x[rows], examples)
+        loss, gradient = jax.value_and_grad(lambda params: jnp.mean(nll(params, batch, None)))(params)
+        updates, state = OPTIMIZER.update(gradient, state)
+        return (optax.apply_updates(params, updates), state), loss
+
+    (params, _), losses = jax.lax.scan(epoch, (params, OPTIMIZER.init(params)), jax.random.split(key, t.epochs))
+    return losses.ravel(), params
+
+
+def program(loop, t: Task, seeds: int) -> tuple[Callable[[], object], float]:
+    """What trains that many seeds by one of these loops, compiled, and the seconds that took."""
+    train = lambda params, examples, key: loop(t, params, examples, key)  # noqa: E731
+    keys = jax.random.key(0)
+    if seeds > 1:
+        train, keys = jax.vmap(train, in_axes=(None, None, 0)), jax.random.split(keys, seeds)
+    arguments = (*jax.device_put((t.params, (t.features, t.labels))), keys)
+    start = time.perf_counter()
+    compiled = jax.jit(train).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    return lambda: jax.block_until_ready(compiled(*arguments)), seconds
+
+
+def batches(t: Task) -> Iterator[np.ndarray]:
+    """Rows of the examples of each step, for loops on the host."""
+    rng = np.random.default_rng(0)
+    for _ in range(t.epochs):
+        yield from rng.permutation(len(t.labels)).reshape(-1, t.batch_size)
+
+
+def python_loop(t: Task) -> Callable[[], object]:
+    """One dispatch a step."""
+    step = jax.jit(mle.step, static_argnums=(0, 1))
+    params = jax.device_put(t.params)
+
+    def train():
+        state, losses = mle.init(params, OPTIMIZER, jax.random.key(0)), []
+        for rows in batches(t):
+            state, metrics = step(nll, OPTIMIZER, state, (t.features[rows], t.labels[rows]))
+            losses.append(metrics.loss)
+        return jax.block_until_ready((jnp.stack(losses), state.params))
+
+    return train
+
+
+def torch_loop(t: Task) -> Callable[[], object] | None:
+    """As torch's tutorials have it, on the CPU; nothing where there is no torch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    torch = importlib.import_module("torch")  # heavy, and in no default install
+    x, y = torch.tensor(t.features), torch.tensor(t.labels, dtype=torch.int64)
+
+    def train():
+        model = torch.nn.Sequential(
+            torch.nn.Linear(FEATURES, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, CLASSES)
+        )
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), t.params.values(), strict=True):
+                parameter.copy_(torch.tensor(value.T))
+        optimizer, losses = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE), []
+        for rows in map(torch.as_tensor, batches(t)):
+            loss = torch.nn.functional.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).numpy(), [p.detach().numpy().T for p in model.parameters()]
+
+    return train
+
+
+def sklearn_loop(t: Task) -> Callable[[], object]:
+    """A call of `partial_fit` is one step where it is given one batch. Its initial weights are its own."""
+    from sklearn.neural_network import MLPClassifier
+
+    def train():
+        model = MLPClassifier((HIDDEN,), learning_rate_init=LEARNING_RATE, alpha=0, random_state=0)
+        model.set_params(batch_size=t.batch_size)  # the constructor's annotation knows "auto" alone
+        losses = []
+        for rows in batches(t):
+            model.partial_fit(t.features[rows], t.labels[rows], classes=np.arange(CLASSES))
+            losses.append(model.loss_)
+        return np.array(losses), model.coefs_
+
+    return train
+
+
+def host_loops(t: Task) -> dict[str, Callable[[], object]]:
+    """The loops that train one seed from the host. torch and scikit-learn would be on another device than a GPU."""
+    loops = {"python": python_loop(t)}
+    if jax.default_backend() == "cpu":
+        loops |= {"sklearn": sklearn_loop(t)}
+        if (torch_train := torch_loop(t)) is not None:
+            loops["torch"] = torch_train
+    return loops
+
+
+def race(contestants: Sequence[Callable[[], object]], rounds: int) -> np.ndarray:
+    """Seconds, [contestants, rounds]: everyone trains once a round, each round starting one further on."""
+    for train in contestants:
+        train()  # the first call may still load or allocate
+    taken = np.empty((len(contestants), rounds))
+    for i in range(rounds):
+        for j in np.roll(np.arange(len(contestants)), -i).tolist():
+            start = time.perf_counter()
+            contestants[j]()
+            taken[j, i] = time.perf_counter() - start
+    return taken
+
+
+def measure_cell(t: Task, seeds: int, rounds: int) -> Record:
+    """Every contestant's seconds for a step of one seed, in every round."""
+    (run_train, run_compile), (scan_train, scan_compile) = (program(f, t, seeds) for f in (run_loop, scan_loop))
+    contestants = {"run": run_train, "scan": scan_train, **host_loops(t)}
+    taken = race(list(contestants.values()), rounds) / t.num_steps
+    together = {"run": seeds, "scan": seeds}
+    times = {f"seconds_{name}": row / together.get(name, 1) for name, row in zip(contestants, taken, strict=True)}
+    compiling = {"compile_run": run_compile, "compile_scan": scan_compile}
+    return Record({"part": "loops", "batch_size": t.batch_size, "seeds": seeds}, times | compiling)
+
+
+def fit_once(t: Task, num_steps: int, directory: str | None = None) -> Callable[[], object]:
+    """By `fit`, which says on stderr where it resumes."""
+    params, examples = jax.device_put((t.params, (t.features, t.labels)))
+
+    def train():
+        with contextlib.redirect_stderr(io.StringIO()):
+            result = mle.fit(nll, OPTIMIZER, params, examples, jax.random.key(0), num_steps=num_steps,
+                                batch_size=t.batch_size, record_every=RECORD_EVERY, checkpoint_dir=directory,
+                                progress="none")  # fmt: skip
+        return jax.block_until_ready(result.state)
+
+    return train
+
+
+def measure_fit(t: Task, num_steps: int, rounds: int) -> Record:
+    """`fit` beside one `run` of as many steps, and what a checkpoint adds to it."""
+    arguments = jax.device_put((t.params, (t.features, t.labels)))
+
+    def run_once():
+        state = mle.init(arguments[0], OPTIMIZER, jax.random.key(0))
+        options = {"num_steps": num_steps, "batch_size": t.batch_size, "record_every": RECORD_EVERY}
+        return jax.block_until_ready(mle.run(nll, OPTIMIZER, state, arguments[1], **options))
+
+    times = dict(zip(("fit", "run"), race([fit_once(t, num_steps), run_once], rounds), strict=True))
+    if importlib.util.find_spec("orbax") is not None:
+        times |= checkpoint_times(t, rounds)
+    values = {f"seconds_{name}": row for name, row in times.items()}
+    return Record({"part": "fit", "batch_size": t.batch_size, "steps": num_steps}, values)
+
+
+def checkpoint_times(t: Task, rounds: int) -> dict[str, np.ndarray]:
+    """Of the shortest fit: without a checkpoint, with one saved at its end, and resumed where it has ended."""
+    taken = np.array([checkpoint_round(t) for _ in range(rounds + 1)])
+    return dict(zip(("short", "saved", "resumed"), taken[1:].T, strict=True))  # the first round loads orbax
+
+
+def checkpoint_round(t: Task) -> list[float]:
+    with tempfile.TemporaryDirectory() as directory:
+        times = [time.perf_counter()]
+        for where in (None, directory, directory):
+            fit_once(t, RECORD_EVERY, where)()
+            times.append(time.perf_counter())
+    return np.diff(times).tolist()
+
+
+def run(config: Config) -> Iterator[Record | Progress]:
+    """A record for each batch size and number of seeds, and one of `fit`."""
+    cells = list(itertools.product(config.batch_sizes, config.seeds))
+    for done, (batch_size, seeds) in enumerate(cells):
+        yield Progress(done / (len(cells) + 1), cell_name(batch_size, seeds))
+        yield measure_cell(task(batch_size, config.epochs), seeds, config.rounds)
+    yield Progress(len(cells) / (len(cells) + 1), "fit, and its checkpoints")
+    yield measure_fit(task(config.fit_batch_size, 1), config.fit_steps, config.rounds)
+
+
+def ratio(record: Record, name: str, base: str) -> np.ndarray:
+    """One contestant's time by another's, round by round."""
+    return np.asarray(record.values[f"seconds_{name}"]) / np.asarray(record.values[f"seconds_{base}"])
+
+
+def ratio_text(record: Record, name: str, base: str) -> str:
+    """The median of the ratio, with its interval; nothing where one of the two has not run."""
+    if f"seconds_{name}" not in record.values:
+        return ""
+    ratios = ratio(record, name, base)
+    low, high = stats.bca_interval(ratios, np.median)
+    return f"{np.median(ratios):.3g} [{low:.3g}, {high:.3g}]"
+
+
+def cell_name(batch_size: Setting, seeds: Setting) -> str:
+    """For people: "batches of 32, 8 seeds"."""
+    return f"batches of {batch_size}, {seeds} seed{'s' if seeds != 1 else ''}"
+
+
+def name_of(record: Record) -> str:
+    """The same of a record."""
+    return cell_name(record.settings["batch_size"], record.settings["seeds"])
+
+
+def judge(
+    records: Sequence[Record], name: str, base: str, limit: float, sign: int = 1
+) -> tuple[np.ndarray, Record, str]:
+    """Median ratios, the worst record, and whether all medians are at most the limit; with sign -1, at least."""
+    medians = np.array([np.median(ratio(r, name, base)) for r in records])
+    over = [stats.bca_interval(sign * ratio(r, name, base), np.median).low > sign * limit for r in records]
+    beyond = np.max(sign * medians) > sign * limit
+    verdict = "falsified" if any(over) else "undecided" if beyond else "holds"
+    return medians, records[int(np.argmax(sign * medians))], verdict
+
+
+def scan_hypothesis(records: Sequence[Record]) -> Hypothesis:
+    """In no cell does `run` take more than 1.03 times what the scan takes."""
+    medians, worst, verdict = judge(records, "run", "scan", SLOWER)
+    return Hypothesis(
+        f"mle.run is no slower than a hand-written lax.scan, up to a factor of {SLOWER}.",
+        f"time of run / scan: {min(medians):.2f} to {max(medians):.2f}; at its worst "
+        f"{ratio_text(worst, 'run', 'scan')} ({name_of(worst)})",
+        f"somewhere the 95 % interval of the median ratio lies above {SLOWER}; undecided while a median does",
+        verdict,
+    )
+
+
+def faster_hypothesis(records: Sequence[Record], name: str) -> Hypothesis:
+    """In every cell the other takes at least so many times what `run` takes."""
+    factor, measured, verdict = FASTER[name], f"{NAMES[name]} has not run here", "undecided"
+    if all(f"seconds_{name}" in record.values for record in records):
+        medians, worst, verdict = judge(records, name, "run", factor, sign=-1)
+        measured = (
+            f"time of {NAMES[name]} / run: {min(medians):.3g} to {max(medians):.3g}; at its worst "
+            f"{ratio_text(worst, name, 'run')} ({name_of(worst)})"
+        )
+    return Hypothesis(
+        f"A step of one seed takes {NAMES[name]} at least {factor:g} times as long as mle.run.",
+        measured,
+        f"somewhere the 95 % interval of the median ratio lies below {factor:g}; undecided while a median does",
+        verdict,
+    )
+
+
+def fit_hypothesis(record: Record) -> Hypothesis:
+    """`fit` with nothing to save."""
+    *_, verdict = judge([record], "fit", "run", OVERHEAD)
+    seconds = np.median(np.asarray(record.values["seconds_run"]))
+    return Hypothesis(
+        f"mle.fit takes at most {OVERHEAD} times as long as mle.run.",
+        f"time of fit / run: {ratio_text(record, 'fit', 'run')} ({record.settings['steps']} steps with batches of "
+        f"{record.settings['batch_size']}, {seconds:.2g} s)",
+        f"the 95 % interval of the median ratio lies above {OVERHEAD}; undecided while the median does",
+        verdict,
+    )
+
+
+def loop_table(records: Sequence[Record]) -> Table:
+    """Every batch size and number of seeds."""
+    others = [name for name in NAMES if f"seconds_{name}" in records[0].values and name not in ("run", "scan")]
+    rows = []
+    for record in records:
+        steps = 1 / np.median(np.asarray(record.values["seconds_run"]))
+        compiling = [f"{float(np.asarray(record.values[f'compile_{name}'])):.2g}" for name in ("run", "scan")]
+        ratios = [ratio_text(record, name, "run") for name in others]
+        rows.append([name_of(record), f"{steps:,.0f}", ratio_text(record, "run", "scan"), *ratios, *compiling])
+    header = ["", "run, steps/s", "run / scan", *(f"{NAMES[name]} / run" for name in others),
+              "compiling run, s", "scan, s"]  # fmt: skip
+    caption = (
+        "Steps that run takes in a second, those of every seed counted; median ratios of the times of a step of one "
+        "seed in the same round, with their 95 % intervals; and the time to trace and compile."
+    )
+    return Table(caption, header, rows)
+
+
+def checkpoint_table(record: Record) -> Table:
+    """What a save and a resume take, at the median."""
+    short, saved, resumed = (
+        1e3 * np.median(np.asarray(record.values[f"seconds_{name}"])) for name in ("short", "saved", "resumed")
+    )
+    rows = [["open a folder and save", f"{saved - short:.0f}"], ["resume, where training had ended", f"{resumed:.0f}"]]
+    return Table("Checkpoints of mle.fit: median time, for this network and Adam's moments.", ["", "ms"], rows)
+
+
+def ratio_figure(records: Sequence[Record]) -> Plot:
+    """A row for every cell: on the left `run` beside the scan, on the right the others beside `run`."""
+    figure, (left, right) = plots.figure(columns=2, width=8.4, height=0.3 * len(records) + 1.7)
+    heights = np.arange(len(records))
+    others = [name for name in NAMES if f"seconds_{name}" in records[0].values and name not in ("run", "scan")]
+    colours = dict(zip(("run", *others), plots.COLOURS.values(), strict=False))
+    for axis, pairs in ((left, [("run", "scan")]), (right, [(name, "run") for name in others])):
+        for name, base in pairs:
+            intervals = np.array([stats.bca_interval(ratio(r, name, base), np.median) for r in records])
+            axis.hlines(heights, *intervals.T, color=colours[name], lw=1.2)
+            medians = [np.median(ratio(r, name, base)) for r in records]
+            axis.plot(medians, heights, "o", color=colours[name], label=NAMES[name])
+        axis.axvline(1, **plots.THEORY)
+        axis.set(ylim=(len(records) - 0.5, -0.5))
+    left.set(xlabel="time of mle.run / lax.scan by hand")
+    left.set_yticks(heights, [name_of(record) for record in records])
+    right.set(xlabel="time of another / mle.run", xscale="log")
+    right.set_yticks(heights, [])
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("{x:g}")
+    right.tick_params(axis="x", which="minor", labelsize=7)
+    figure.legend(loc="outside lower center", ncols=len(colours))
+    return Plot(
+        figure,
+        "Median ratios and their 95 % intervals. Left: what run costs, below 1 where it is faster. Right: how many "
+        "times as long a step of one seed takes the others.",
+    )
+
+
+def slower_text(record: Record) -> str:
+    """A cell in which `run` is slower than by hand; nothing where it is not."""
+    slower = np.median(ratio(record, "run", "scan")) > SLOWER
+    return f"{name_of(record)}: run takes {ratio_text(record, 'run', 'scan')} times the scan's time." if slower else ""
+
+
+def compile_text(record: Record) -> str:
+    """What compiling is worth in steps of a loop that needs none."""
+    seconds = float(np.asarray(record.values["compile_run"]))
+    rival = "torch" if "seconds_torch" in record.values else "sklearn"
+    if f"seconds_{rival}" not in record.values:
+        return ""
+    step = float(np.median(np.asarray(record.values[f"seconds_{rival}"])))
+    return (
+        f"{name_of(record)}: before its first step run is traced and compiled, for {seconds:.2g} s. {NAMES[rival]} "
+        f"needs nothing of the kind, and has taken {seconds / step:,.0f} steps by then."
+    )
+
+
+def report(config: Config, records: Sequence[Record]) -> Section:
+    """Ratios and times."""
+    loops, (fit,) = ([r for r in records if r.settings["part"] == part] for part in ("loops", "fit"))
+    text = (
+        f"A network of {FEATURES}-{HIDDEN}-{CLASSES} trains on {EXAMPLES} digits with Adam for {config.epochs} epochs, "
+        "again and again. mle.run and the scan train all seeds at once; the other loops train one, and the time of a "
+        "step of one seed is what is compared.\n\n"
+        "mle.run does more than the scan: it records the norms of gradient and update, leaves out a step that is not "
+        "finite, and goes on from any step as if it had never stopped."
+    )
+    hypotheses = [scan_hypothesis(loops), *(faster_hypothesis(loops, name) for name in FASTER), fit_hypothesis(fit)]
+    tables = [loop_table(loops)] + ([checkpoint_table(fit)] if "seconds_saved" in fit.values else [])
+    against = [sentence for record in loops if (sentence := slower_text(record))]
+    against += [sentence for sentence in [compile_text(loops[0])] if sentence]
+    return Section("The training loop", text, [ratio_figure(loops)], hypotheses, tables, against)

@@ -1,0 +1,280 @@
+"""What a checkpoint brings back is what was saved; what cannot be trusted is named, and nothing good is lost."""
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jprob.mle import checkpoint, driver
+from jprob.mle.checkpoint import Saved, latest, opened, save
+from jprob.mle.driver import fit
+from jprob.mle.loop import History, init
+
+ROOT = Path(__file__).parent.parent
+KEY = jax.random.key(3)
+RUN = {"version": 1}
+
+
+class Layer(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+AWKWARD = {
+    "a/b.c['d']": Layer(jnp.array([[jnp.nan, -0.0], [jnp.inf, 1e-45]]), None),
+    "low": [jnp.array([1.5, -2.25], jnp.bfloat16), jnp.array([0.1], jnp.float16)],
+    "empty": (jnp.zeros((0, 3)), ()),
+    "scalars": (jnp.array(True), jnp.array(7, jnp.uint8), jnp.array(-(2**31), jnp.int32)),
+    "keys": (jax.random.split(jax.random.key(1), 3), jax.random.key(2, impl="rbg")),
+}
+
+
+def history(length, scores=()):
+    rows = np.arange(length, dtype=np.float32)
+    return History(rows, rows * np.nan, -rows, rows.astype(np.int32), np.array(scores, np.float32))
+
+
+def saved(step=10, scores=(), params=AWKWARD):
+    state = init({}, optax.identity(), KEY)._replace(params=params, step=jnp.array(step, jnp.int32))
+    return Saved(step, state, history(step, scores), {"number": [step]})
+
+
+def assert_same_bits(got, want):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.dtype == w.dtype
+        if isinstance(g, jax.Array) and jnp.issubdtype(g.dtype, jax.dtypes.prng_key):
+            g, w = jax.random.key_data(g), jax.random.key_data(w)
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
+
+
+def tree(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("step", [0, 10], ids=["empty history", "history"])
+def test_what_is_saved_comes_back_bit_for_bit(step, tmp_path):
+    want = saved(step)
+    with opened(tmp_path, RUN, 3) as store:
+        assert latest(store, want.state) is None
+        save(store, want)
+    with opened(tmp_path, RUN, 3) as store:
+        got = latest(store, jax.tree.map(lambda x: x, want.state))
+    assert (got.step, got.position) == (step, {"number": [step]})
+    assert_same_bits(got.state, want.state)
+    assert_same_bits(got.history, want.history)
+    assert jax.tree.structure(got.state) == jax.tree.structure(want.state)
+
+
+def test_arrays_come_back_to_the_devices_of_the_template(tmp_path):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), ()))
+    params = {"spread": jax.device_put(jnp.arange(16.0), spread), "free": jnp.arange(3.0)}
+    params["second"] = jax.device_put(jnp.arange(2.0), jax.devices()[1])
+    want = saved(params=params)
+    with opened(tmp_path, RUN, 3) as store:
+        save(store, want)
+        got = latest(store, want.state).state.params
+        assert_same_bits(got, params)
+        assert {name: x.sharding for name, x in got.items()} == {name: x.sharding for name, x in params.items()}
+        assert {name: x.committed for name, x in got.items()} == {"spread": True, "free": False, "second": True}
+        template = saved(params=params | {"spread": jax.device_put(jnp.zeros(16), copied)})
+        assert latest(store, template.state).state.params["spread"].sharding == copied
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    scores = [np.nan, 1.0, 2.0, np.nan, 5.0, 1.5]
+    with opened(tmp_path, RUN, 2) as store:
+        for step in range(4):
+            save(store, saved(step, scores[: step + 1]))
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}
+    with opened(tmp_path, RUN, 2) as store:  # it knows of the best also when it did not save it itself
+        for step in (4, 5):
+            save(store, saved(step, scores[: step + 1]))
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "4", "5"}
+
+
+def test_without_validation_only_the_last_are_kept(tmp_path):
+    with opened(tmp_path, RUN, 2) as store:
+        for step in range(4):
+            save(store, saved(step))
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
+def damaged(path, how):
+    content = path.read_bytes()
+    if how == "delete":
+        path.unlink()
+    elif how == "flip":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    else:
+        path.write_bytes(content[: len(content) // 2] if how == "truncate" else b"")
+
+
+@pytest.mark.parametrize("how", ["empty", "truncate", "delete", "flip"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, tmp_path, capfd):
+    """Whichever of its files it is, unless it is the seal that is gone: then all the others are there."""
+    with opened(tmp_path / "run", RUN, 3) as store:
+        for step in (10, 20):
+            save(store, saved(step))
+    names = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run/20").rglob("*") if path.is_file()]
+    assert len(names) > 10
+    for name in names:
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        damaged(tmp_path / "copy" / name, how)
+        with opened(tmp_path / "copy", RUN, 3) as store:
+            got = latest(store, saved().state)
+            assert got.step == (20 if (name.name, how) == ("seal.json", "delete") else 10)
+            assert_same_bits(got.state, saved(got.step).state)
+            if got.step == 10:
+                assert re.fullmatch(rf"fit: checkpoint {tmp_path}/copy/20 cannot be read: .+\n", capfd.readouterr().err)
+                save(store, saved(15))  # and it no longer counts among those to keep
+                assert {path.name for path in (tmp_path / "copy").iterdir()} == {"10", "15"}
+        shutil.rmtree(tmp_path / "copy")
+
+
+def test_if_all_are_damaged_they_are_named_and_nothing_starts_anew(tmp_path, capfd):
+    with opened(tmp_path, RUN, 3) as store:
+        for step in (10, 20):
+            save(store, saved(step))
+    for path in tmp_path.rglob("*/_METADATA"):
+        damaged(path, "empty")
+    before = tree(tmp_path)
+    with (
+        opened(tmp_path, RUN, 3) as store,
+        pytest.raises(OSError, match=f"^fit: no checkpoint in {tmp_path} can be read; tried 20, 10$"),
+    ):
+        latest(store, saved().state)
+    assert len(capfd.readouterr().err.splitlines()) == 2
+    assert set(tree(tmp_path)) == set(before)
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
+    with opened(tmp_path, RUN, 3) as store:
+        save(store, saved(10))
+    shutil.copytree(tmp_path / "10", tmp_path / "15.orbax-checkpoint-tmp")
+    with opened(tmp_path, RUN, 3) as store:
+        assert latest(store, saved().state).step == 10
+        save(store, saved(20))
+    assert {path.name for path in tmp_path.iterdir()} == {"10", "20"}
+
+
+def nll(params, x, key):
+    return jnp.square(x @ params["w"])
+
+
+def fitted(folder, *, width=4, data=None, **options):
+    data = np.ones((8, width), np.float32) if data is None else data
+    usual = {"num_steps": 4, "batch_size": 4, "progress": "none", "config": {"net": {"width": 4}, "rate": 0.1}}
+    options = {"key": KEY, "optimizer": optax.sgd(0.1)} | usual | options
+    return fit(nll, params={"w": jnp.ones(width)}, data=data, checkpoint_dir=folder, **options)
+
+
+CHANGES = [
+    ({"config": {"net": {"width": 5}, "rate": 0.1}}, "config.net.width = 4, this run has 5"),
+    ({"config": {"net": {"width": 4}}}, "config.rate = 0.1, this run has nothing"),
+    ({"config": {"net": {"width": 4}, "rate": 0.1, "new": [1]}}, "config.new = nothing, this run has [1]"),
+    ({"batch_size": 2}, "batch_size = 4, this run has 2"),
+    ({"record_every": 2}, "record_every = 1, this run has 2"),
+    ({"average_decay": 0.9}, "average_decay = null, this run has 0.9"),
+    ({"data": np.ones((9, 4), np.float32)}, 'data = "float32[8, 4]", this run has "float32[9, 4]"'),
+    ({"data": lambda step: np.ones((2, 4))}, 'data = "float32[8, 4]", this run has "batches"'),
+    ({"key": jax.random.key(4)}, 'key = "threefry2x32 [0, 3]", this run has "threefry2x32 [0, 4]"'),
+    ({"optimizer": optax.adam(0.1)}, "optimizer_state[0].count = nothing, this run has \"int32[]\""),
+]  # fmt: skip
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference(tmp_path, monkeypatch):
+    fitted(tmp_path)
+    before = tree(tmp_path)
+
+    def assert_refused(difference, **change):
+        message = f"fit: checkpoint {tmp_path}/4 was made with {difference}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            fitted(tmp_path, **change)
+        assert tree(tmp_path) == before
+
+    for change, difference in CHANGES:
+        assert_refused(difference, **change)
+    other = {"data": lambda step: np.ones((2, 5))}
+    fitted(tmp_path / "batches", data=lambda step: np.ones((2, 4)))
+    with pytest.raises(ValueError, match=re.escape('params[\'w\'] = "float32[4]", this run has "float32[5]"')):
+        fitted(tmp_path / "batches", width=5, **other)
+    shutil.rmtree(tmp_path / "batches")
+    monkeypatch.setattr(driver.importlib.metadata, "version", lambda name: "9.9")
+    before = tree(tmp_path)
+    assert_refused('jprob = "0.1.0", this run has "9.9"')
+
+
+def test_a_config_that_no_file_holds_is_refused(tmp_path):
+    message = re.escape("fit: config must be made of values of JSON: Object of type ArrayImpl is not")
+    with pytest.raises(ValueError, match=message):
+        fitted(tmp_path, config={"rate": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run", "file"])
+def test_a_folder_that_cannot_be_written_is_told_before_training(place, tmp_path):
+    """`nll` would fail with another error: there are no params["w"]."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"^fit: checkpoint_dir {tmp_path / place} cannot be written: .+$"):
+        fit(nll, optax.sgd(0.1), 0.0, jnp.ones(3), KEY, num_steps=1, batch_size=1, checkpoint_dir=tmp_path / place)
+
+
+def test_a_folder_where_another_process_trains_is_refused(tmp_path):
+    with (
+        opened(tmp_path, RUN, 3),
+        pytest.raises(OSError, match=f"^fit: another process is training in {tmp_path}$"),
+        opened(tmp_path, RUN, 3),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("limit", [0, 200, 20_000])
+def test_a_disk_that_takes_no_more_is_one_line_and_the_last_good_checkpoint_stays(limit, tmp_path, capfd, caplog):
+    """A limit on the size of a file fails every writer as a full disk does, wherever in the checkpoint that is."""
+    params = {"w": jax.random.normal(KEY, (100, 100))}
+    with opened(tmp_path, RUN, 3) as store:
+        save(store, saved(10, params=params))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match="cannot be written") as caught:
+                save(store, saved(20, params=params))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    reason = re.escape(os.strerror(27))
+    good = f"the last good one is {tmp_path}/10"
+    assert re.fullmatch(f"fit: checkpoint {tmp_path}/20 cannot be written: .*{reason}.*; {good}", str(caught.value))
+    assert capfd.readouterr().err == ""
+    assert not caplog.records
+    assert [path.name for path in tmp_path.iterdir()] == ["10"]
+    with opened(tmp_path, RUN, 3) as store:
+        assert_same_bits(latest(store, saved(10, params=params).state).state, saved(10, params=params).state)
+
+
+def test_the_system_s_words_are_found_in_what_orbax_says():
+    error = ValueError("RESOURCE_EXHAUSTED: Error writing\nFailed to write: [os_error_code='28']")
+    assert checkpoint._reason(error) == "No space left on device"
+
+
+def test_without_orbax_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    message = re.escape('fit: checkpoint_dir needs orbax: pip install "jprob[checkpoint]"')
+    with pytest.raises(ImportError, match=message):
+        fitted(tmp_path)
+
+
+def test_orbax_and_rich_are_loaded_only_where_they_are_needed():
+    code = "import sys, jprob.mle.driver; print({'orbax', 'rich', 'tensorstore'} & {*sys.modules})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout == "set()\n"
