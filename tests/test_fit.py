@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from jprob import mle
-from jprob.mle import driver
+from jprob.mle import _order, driver
 from jprob.mle.driver import fit
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +178,7 @@ def test_batches_go_through_step(data, record_every):
 
 def test_batches_are_validated_as_arrays_are():
     """The batches are those of `run`, in its order, so that all must agree to the rounding of the two programs."""
-    rows = mle.loop._batches(mle.init(PARAMS, ADAM, KEY), SIZE, 600, 4)
+    rows = _order.batches(jax.random.split(KEY)[0], jnp.array(0), SIZE, 600, 4)
     options = VALIDATION | {"average_decay": 0.9, "patience": 2, "num_steps": 600}
     got, want = fitted(lambda step: (X[rows[step]], Y[rows[step]]), **options), fitted(**options)
     assert got.reason == want.reason == "patience"

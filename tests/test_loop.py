@@ -394,8 +394,8 @@ def test_the_best_params_are_kept_and_patience_ends(patience):
 
 
 def test_a_stopped_member_keeps_its_bits_while_others_go_on():
-    optimizer = OPTIMIZERS["sgd"]
-    options = {**VALIDATED, "patience": 1, "batch_size": 4}
+    optimizer = optax.sgd(0.1)
+    options = {**VALIDATED, "patience": 1, "batch_size": SIZE}  # a step of gradient descent is an improvement
 
     def train(sign, num_steps, state):
         """With the sign turned, training makes validation worse from the first step on."""

@@ -27,16 +27,16 @@ from jax import Array
 from jaxtyping import Float, Key, PyTree
 
 from .. import _checks
-from . import _arguments, checkpoint
+from . import _arguments, _order, checkpoint
 from .loop import (
     History,
     Metrics,
     Nll,
     State,
     _average_params,
-    _batches,
     _begin,
     _judge,
+    _keys,
     _num_examples,
     _score,
     _summary,
@@ -406,7 +406,7 @@ def _array_feed(plan, data):
         return state, [Metrics(*history[:4])]
 
     def batch(state):
-        numbers = _batches(state, size, 1, plan.batch_size)[0]
+        numbers = _order.batches(_keys(state.key)[0], state.step, size, 1, plan.batch_size)[0]
         weights = None if size % plan.batch_size == 0 else (numbers < size).astype(jnp.float32)
         return jax.tree.map(lambda x: x[jnp.minimum(numbers, size - 1)], data), weights
 

@@ -17,7 +17,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real
 
 from .. import _checks
-from . import _arguments
+from . import _arguments, _order
 
 Nll = Callable[[PyTree, PyTree, Array], Array]
 
@@ -213,8 +213,8 @@ def run(
       state: where training stands: from `init`, or from an earlier `run` with the same data and batch size. The first
         run with validation adds `State.best` to it, the first with an average `State.average`.
       data: all examples, a pytree of arrays with the same leading axis. They stay on their device.
-      num_steps: how many steps to take, static; a multiple of `record_every` and `validate_every`. The order of the
-        examples takes 4 bytes for each example of each epoch; where that is too much, run in pieces.
+      num_steps: how many steps to take, static; a multiple of `record_every` and `validate_every`. The numbers of their
+        examples take 4 bytes each; where that is too much, run in pieces, which costs no more.
       batch_size: examples per step, static.
       record_every: steps that make a row of the history, static.
       validation: examples to validate with, a pytree like `data`. They are scored with the average of the params where
@@ -253,7 +253,7 @@ def run(
     _arguments.state("run", state, optimizer, average_decay)
     size = _num_examples("run", "data", data)
     state = _begin(state, average_decay, validates=validation is not None)
-    rows = _batches(state, size, num_steps, batch_size)
+    rows = _order.batches(_keys(state.key)[0], state.step, size, num_steps, batch_size)
     update = partial(_update, nll, optimizer, micro_batches, average_decay)
 
     def one(state, row):
@@ -456,26 +456,6 @@ def _unless_stale(block, patience):
         return jax.lax.cond(state.stale < patience, block, lambda state, rows: (state, nothing), state, rows)
 
     return guarded
-
-
-def _batches(state, size, num_steps, batch_size):
-    """Rows of example numbers, one row a step; the number `size` fills up the last batch of an epoch."""
-    key = _keys(state.key)[0]
-    steps_per_epoch = -(-size // batch_size)
-    missing = steps_per_epoch * batch_size - size
-    first, start = state.step // steps_per_epoch, state.step % steps_per_epoch
-
-    def epoch_rows(number):
-        order = jax.random.permutation(jax.random.fold_in(key, first + number), jnp.arange(size, dtype=jnp.int32))
-        return jnp.pad(order, (0, missing), constant_values=size).reshape(steps_per_epoch, batch_size)
-
-    def epoch_rows_if_needed(number):
-        nothing = jnp.zeros((steps_per_epoch, batch_size), jnp.int32)
-        return jax.lax.cond(number * steps_per_epoch < start + num_steps, epoch_rows, lambda _: nothing, number)
-
-    # A run that starts within an epoch may touch one epoch more than it is long.
-    rows = jax.lax.map(epoch_rows_if_needed, jnp.arange((num_steps - 1) // steps_per_epoch + 2))
-    return jax.lax.dynamic_slice_in_dim(rows.reshape(-1, batch_size), start, num_steps)
 
 
 def _num_examples(function, name, data):
