@@ -288,7 +288,7 @@ def _ratios(prior, likelihood, axis):
     change = jnp.where(t < 1, _accurate.weigh(p, jnp.expm1(jnp.minimum(t, 1))), jnp.exp(joint) - p)
     change = jnp.sum(change, axis=axis, keepdims=True)
     total = jnp.sum(jnp.exp(joint), axis=axis, keepdims=True)
-    # Below -0.25 the sum has cancelled, and between -0.42 and -0.3 XLA's float64 log1p errs by 240 u.
+    # Below -0.25 the sum has cancelled, and between -0.42 and -0.36 XLA's float64 log1p errs by 240 u.
     return r, jnp.where(change > -0.25, jnp.log1p(jnp.maximum(change, -0.25)), jnp.log(total))
 
 

@@ -873,7 +873,8 @@ def _js_slope(p_logits, q_logits, axis):
     """
     p, t = _accurate.softmax(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
     t = jnp.where(_excluded(p_logits, q_logits), -_LARGE_GAP, t)
-    near = -jnp.maximum(t, 0) - jnp.log1p(jnp.expm1(-jnp.abs(t)) / 2)
+    # log1p(tanh(|t| / 2)), not -log1p(expm1(-|t|) / 2), whose argument lies where XLA's float64 log1p errs by 240 u.
+    near = jnp.log1p(jnp.tanh(jnp.abs(t) / 2)) - jnp.maximum(t, 0)
     below = -jnp.maximum(t, 0) - jnp.log1p(jnp.exp(-jnp.abs(t)))
     far = jnp.sum(p * t, axis=axis, keepdims=True) < -1
     return p * _accurate.centred(p, jnp.where(far, below, near), axis) / 2

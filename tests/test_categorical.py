@@ -207,6 +207,7 @@ def pairs() -> dict[str, tuple]:
         "near": ([0.5, 1.0, 1.5], [64, 16, -32]),
         "near and confident": ([20.0, 1.0, 1.5], [0, 64, -32]),
         "near but one": ([1.0, 0.5, -40.0], [2, -2, "+20"]),
+        "apart": ([-0.75, 0.75], ["+0.375", "+2.25"]),
         "ten": (list(rng.integers(-8, 8, 10) / 8), [int(v) for v in rng.integers(-9, 9, 10)]),
         **{f"opposed by {m}": ([float(m), 0.0], [f"-{m}", f"+{m}"]) for m in (1, 5, 20, 50, 100)},
         "impossible under both": ([1.0, -math.inf, 0.0], [2, 0, 0]),
