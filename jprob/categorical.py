@@ -15,9 +15,10 @@ float32) and R the largest gap between finite logits of a row, values and gradie
 most (16 + R) u for up to 1000 classes, however confident the row is, unless the function states another bound; more
 classes add log2(K) u for the sum. (XLA on CPU, in jax 0.10 to 0.12, adds up a batch of exactly one row, [1, K], with an
 error that grows with K: measured up to 500 u at K = 100 000, in entropies, divergences, Brier scores and soft targets.
-The same row as [K], or two of them, keep the bound.) An entry that is itself a difference (p_i - t_i of a soft target, q_i - p_i of two
-distributions) has that error relative to the larger of the two, or of what they lack to 1. Probabilities, and products
-of them, below the smallest normal number of the dtype may be flushed to 0, and so is what only they make up.
+The same row as [K], or two of them, keep the bound.) An entry that is itself a difference (p_i - t_i of a soft target,
+q_i - p_i of two distributions) has that error relative to the larger of the two, or of what they lack to 1.
+Probabilities, and products of them, below the smallest normal number of the dtype may be flushed to 0, and so is what
+only they make up.
 
 Corner cases, the same in all functions: a logit of +inf takes all the probability (several share it); a row with no
 possible class (all -inf, or `where` all False) is no distribution, and gives NaN; a NaN among the logits gives NaN in
