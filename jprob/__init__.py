@@ -6,5 +6,6 @@ from . import calibration as calibration
 from . import categorical as categorical
 from . import expectation as expectation
 from . import gaussian as gaussian
+from . import linear_categorical as linear_categorical
 from . import metrics as metrics
 from . import mvn as mvn

@@ -56,8 +56,13 @@ def finite_top(z: Array, axis: int) -> Array:
 
 
 def exp_gap(z: Array, axis: int) -> Array:
-    """exp(gap), in [0, 1]: 1 for a maximum."""
-    return jnp.exp(_below(jnp.max(z, axis=axis, keepdims=True), z))
+    """exp(gap): 1 for a maximum.
+
+    Its plain derivative is right too, up to a common factor, also for classes that tie: where a scan is rematerialised,
+    jax takes a second derivative of this, and not by the rules of those that call it.
+    """
+    top, largest = jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True)), jnp.finfo(z.dtype).max
+    return jnp.exp(jnp.minimum(z, largest) - jnp.minimum(top, largest))
 
 
 def below_top(gap: Array) -> Array:

@@ -548,13 +548,13 @@ def _distance(z, labels, axis):
 
 
 def _label_terms(z, labels, axis):
-    """exp(gap), the distance, sum of the exponentials of the other classes, the label's gap (NaN if out of range).
+    """exp(gap), twice the distance, sum of the other exponentials, the label's gap (NaN if out of range).
 
     exp(gap) is at most 1, so that min(distance, exp(gap)) leaves the label out and changes no other class.
     """
-    top = jnp.max(z, axis=axis, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True))
     exponentials = _accurate.exp_gap(z, axis)
-    distance = _distance(z, labels, axis)
+    distance = 2 * _distance(z, labels, axis)  # never equal to an exponential, where a minimum has half a slope
     others = jnp.sum(jnp.minimum(distance, exponentials), axis=axis, keepdims=True)
     # Negative indices would wrap to the last classes.
     valid = (labels >= 0) & (labels < z.shape[axis])
@@ -569,7 +569,8 @@ def _class_loss(z, labels, axis):
     Where it is not, p_y <= 1/2, and the loss is at least ln 2: there is no small number to keep.
     """
     _, _, others, label_gap = _label_terms(z, labels, axis)
-    return jnp.where(label_gap == 0, jnp.log1p(others), jnp.log(others + jnp.exp(label_gap)) - label_gap)
+    at_top = jnp.log1p(others + jnp.expm1(label_gap))  # of 0: it adds the label's part to the plain derivative
+    return jnp.where(label_gap == 0, at_top, jnp.log(others + jnp.exp(label_gap))) - label_gap
 
 
 @_class_loss.defjvp

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jprob
-from jprob import bayes, bernoulli, calibration, categorical, expectation, gaussian, metrics, mvn
+from jprob import bayes, bernoulli, calibration, categorical, expectation, gaussian, linear_categorical, metrics, mvn
 
 
 class Case(NamedTuple):
@@ -47,6 +47,16 @@ VECTOR, VECTOR2 = (jnp.asarray(_rng.normal(0, 1, (BATCH, 3)), jnp.float32) for _
 TRIL, TRIL2 = (jnp.asarray(np.tril(_rng.normal(0, 0.3, (BATCH, 3, 3)), -1) + [np.diag(d) for d in d_], jnp.float32)
                for d_ in _rng.uniform(0.5, 2, (2, BATCH, 3)))  # fmt: skip
 COVARIANCE = TRIL @ jnp.swapaxes(TRIL, -1, -2)
+
+# Tokens and kernels of eight models, in blocks of two tokens.
+TOKENS = 4
+HIDDEN, HIDDEN2 = (jnp.asarray(_rng.normal(0, 1, (BATCH, TOKENS, 4)), jnp.float32) for _ in range(2))
+KERNEL, KERNEL2 = (jnp.asarray(_rng.normal(0, 1, (BATCH, 4, CLASSES)), jnp.float32) for _ in range(2))
+BIAS = jnp.asarray(_rng.normal(0, 1, (BATCH, CLASSES)), jnp.float32)
+TOKEN_WEIGHT = jnp.asarray(_rng.uniform(0.1, 0.9, (BATCH, TOKENS)), jnp.float32)
+TOKEN_CLASS = jnp.asarray(_rng.integers(0, CLASSES, (BATCH, TOKENS)))
+TWO_TOKENS = 2 * CLASSES * 4  # bytes of their logits in float32
+TOP = jnp.asarray(np.argsort(_rng.uniform(size=(BATCH, TOKENS, CLASSES)))[..., :2])
 
 
 def confusion(labels, predictions, weights):
@@ -90,6 +100,24 @@ def draw(key):
 
 def monte_carlo(key):
     return jnp.stack(expectation.monte_carlo(jnp.sin, draw, key, num_samples=4))
+
+
+def linear(name, signature, **options):
+    """A function of hidden and kernel, over any batch of models."""
+    function = getattr(linear_categorical, name)
+    return jnp.vectorize(lambda *args: function(*args, block_bytes=TWO_TOKENS, **options), signature=signature)
+
+
+def linear_loss(hidden, kernel, bias, labels, weights):
+    loss, aux = linear_categorical.cross_entropy(
+        hidden, kernel, labels, bias=bias, weights=weights, label_smoothing=0.1, z_loss=0.01, softcap=9.0,
+        temperature=0.5, has_aux=True, block_bytes=TWO_TOKENS)  # fmt: skip
+    return jnp.concatenate([loss[None], aux.nll, aux.logsumexp])
+
+
+def top_distillation(hidden, kernel, log_probs, indices):
+    top = {"top_log_probs": log_probs, "top_indices": indices}
+    return linear_categorical.distillation_loss(hidden, kernel, **top, temperature=2.0, block_bytes=TWO_TOKENS)
 
 
 CASES = {
@@ -146,6 +174,20 @@ CASES = {
                                      (LOC, SCALE, SET_Z[..., 0], SCALE2, SET_WEIGHT), (0, 1, 2, 3, 4)),
     "bayes.beta_posterior": Case(stacked(weighted(bayes.beta_posterior), "(),(),(n),(n)->(f)"),
                                  (SCALE, SCALE2, SET_WEIGHT[::-1], SET_WEIGHT), (0, 1, 2, 3)),
+    "linear_categorical.cross_entropy": Case(
+        jnp.vectorize(linear_loss, signature="(n,h),(h,v),(v),(n),(n)->(f)"),
+        (HIDDEN, KERNEL, BIAS, TOKEN_CLASS, TOKEN_WEIGHT), (0, 1, 2, 4)),
+    "linear_categorical.log_prob": Case(
+        linear("log_prob", "(n),(n,h),(h,v)->(n)"), (TOKEN_CLASS, HIDDEN, KERNEL), (1, 2)),
+    "linear_categorical.entropy": Case(linear("entropy", "(n,h),(h,v)->(n)", softcap=9.0), (HIDDEN, KERNEL), (0, 1)),
+    "linear_categorical.kl_divergence": Case(
+        linear("kl_divergence", "(n,h),(h,v),(n,h),(h,v)->(n)"), (HIDDEN, KERNEL, HIDDEN2, KERNEL2), (0, 1, 2, 3)),
+    "linear_categorical.distillation_loss": Case(
+        jnp.vectorize(top_distillation, signature="(n,h),(h,v),(n,k),(n,k)->(n)"),
+        (HIDDEN, KERNEL, -SET_WEIGHT[:, : 2 * TOKENS].reshape(BATCH, TOKENS, 2), TOP), (0, 1, 2)),
+    "linear_categorical.mode": Case(linear("mode", "(n,h),(h,v)->(n)"), (HIDDEN, KERNEL), is_integer=True),
+    "linear_categorical.sample": Case(
+        linear_categorical.sample, (KEY, HIDDEN, KERNEL[0]), is_integer=True, per_example=False),
     "mvn.log_prob": Case(mvn.log_prob, (VECTOR, VECTOR2, TRIL), (0, 1, 2)),
     "mvn.entropy": Case(mvn.entropy, (TRIL,), (0,)),
     "mvn.kl_divergence": Case(mvn.kl_divergence, (VECTOR, TRIL, VECTOR2, TRIL2), (0, 1, 2, 3)),
@@ -177,6 +219,8 @@ CASES = {
                                               (SET_Z, SET_CLASS, SET_WEIGHT), (0, 2)),
 }  # fmt: skip
 
+PLANS = {"linear_categorical.plan"}  # answered from shapes alone: no program to compile, no value to differentiate
+
 
 def public_functions() -> dict[str, Callable]:
     """`module.name` -> function, for every public function defined in a module of floor 1."""
@@ -190,4 +234,5 @@ def public_functions() -> dict[str, Callable]:
         and callable(value)
         and not inspect.isclass(value)
         and inspect.unwrap(value).__module__ == module.__name__
+        and f"{name}.{attribute}" not in PLANS
     }

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cases import public_functions
+from cases import PLANS, public_functions
 
 from jprob import mle
 
@@ -30,7 +30,7 @@ def test_its_code_runs_and_prints_what_it_says(code):
 def test_its_function_table_is_the_public_interface():
     listed = set(re.findall(r"^\| `(\w+\.\w+)\(", TEXT, re.MULTILINE))
     loop = {f"mle.{name}" for name, value in vars(mle).items() if callable(value) and name.islower()}
-    assert listed == set(public_functions()) | loop
+    assert listed == set(public_functions()) | PLANS | loop
 
 
 def test_its_files_and_commands_exist():

@@ -1,0 +1,927 @@
+"""The categorical whose logits are hidden @ kernel: a softmax over a vocabulary, without the logits in memory.
+
+The last layer of a language model makes V logits of each token's H numbers, and the N x V logits are the largest array
+of a training step. These functions give what `categorical` gives for `hidden @ kernel + bias`, with the bounds that it
+states for the same logits, but work on a block of tokens at a time: it makes the block's logits, reduces them, and
+forgets them. A block is the unit of memory, set by `block_bytes` (see `plan`); where all the logits fit into one,
+there is no loop. Blocks change no result beyond the order of the sum over tokens in the kernel's gradient.
+
+The logits are z = cap(hidden @ kernel + bias) / T, with cap(x) = c tanh(x / c) where a `softcap` c is given. Products
+and sums are accumulated in float32 at least (float64 where an operand has it), and a gradient is cast to its operand's
+dtype once, at the end. The errors are those of `categorical`, in units u = 2**-24 for float32 with R the largest gap
+between the logits of a token, of the logits as computed: the product itself is rounded as any product of matrices.
+
+`cross_entropy` alone reduces over tokens, since that is what saves a product: its sum is one number, so that the
+gradients of hidden and kernel come out of the same pass that makes the loss, from 3 products instead of 4. It is also
+made for a vocabulary sharded inside `shard_map`, by `axis_name`. Tokens and kernels that are sharded under the
+compiler need nothing: a block takes its tokens from all over the batch, so that every device has its share of each.
+"""
+
+import math
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Int, Integer, Key, Real
+
+from . import _accurate, _checks, _sums, categorical
+
+_BLOCK_BYTES = 2**25
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+class Aux(NamedTuple):
+    """What `cross_entropy` knows beside the loss, per token, for metrics; all but `correct` is differentiable.
+
+    Attributes:
+      nll: -log p of the label, without smoothing, z-loss or weight.
+      logsumexp: the logarithm of the normaliser, log sum_j exp(z_j).
+      correct: whether the label is the mode (of classes that tie, the first).
+      weight: one number, the sum of the weights.
+    """
+
+    nll: Float[Array, "*tokens"]
+    logsumexp: Float[Array, "*tokens"]
+    correct: Bool[Array, "*tokens"]
+    weight: Float[Array, ""]
+
+
+class Plan(NamedTuple):
+    """How `cross_entropy` goes through its tokens.
+
+    Attributes:
+      axis: what is cut into blocks.
+      blocks: number of blocks of `block_size` tokens.
+      block_size: tokens a block.
+      remainder: tokens of the last, smaller block, which is no part of the loop; 0 for none.
+      bytes: of the logits of one block.
+      products: of matrices the size of hidden @ kernel, for value and gradient of a reduced loss.
+    """
+
+    axis: Literal["tokens"]
+    blocks: int
+    block_size: int
+    remainder: int
+    bytes: int
+    products: int
+
+
+class _Logits(NamedTuple):
+    """How logits follow from a product of hidden and kernel; static."""
+
+    softcap: float | None = None
+    temperature: float = 1.0
+    transposed: bool = False
+    axis_name: str | None = None
+
+
+class _Loss(NamedTuple):
+    """What `cross_entropy` adds up; static."""
+
+    logits: _Logits
+    label_smoothing: float
+    z_loss: float
+    has_aux: bool
+    block_bytes: int | None
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "label_smoothing",
+        "z_loss",
+        "softcap",
+        "temperature",
+        "transposed_kernel",
+        "reduction",
+        "has_aux",
+        "block_bytes",
+        "axis_name",
+    ),
+)
+def cross_entropy(
+    hidden: Float[Array, "*tokens H"],
+    kernel: Float[Array, "_ _"],
+    labels: Integer[Array, "*tokens"],
+    *,
+    bias: Float[Array, "_"] | None = None,
+    weights: Real[Array, "*tokens"] | Bool[Array, "*tokens"] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    transposed_kernel: bool = False,
+    reduction: str = "mean",
+    has_aux: bool = False,
+    block_bytes: int | None = None,
+    axis_name: str | None = None,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], Aux]:
+    """Cross-entropy -log p_y of integer labels y and p = softmax(z), reduced over tokens.
+
+    Value and gradients of a reduced loss take 3 products of the size of hidden @ kernel, the value alone 1. Reduced
+    to "none", and for the gradients of what `has_aux` adds, the logits are made anew in the backward pass.
+
+    Args:
+      hidden: [..., H], one vector a token, in any floating dtype.
+      kernel: [H, V], whose columns are the classes.
+      labels: y, integer classes in [0, V), in the shape [...] of the tokens.
+      bias: [V], added to the logits; -inf marks an impossible class.
+      weights: [...], one weight per token, not negative; a mask is one. A token of weight 0 is as if not there: it adds
+        nothing to any value or gradient (that in its weight is 0 too), also if its hidden is NaN or its label is -1.
+      label_smoothing: e in [0, 1], static. The target becomes (1 - e) y + e / V.
+      z_loss: static, at least 0. Adds z_loss * logsumexp(z)^2 per token, which keeps the normaliser near 1.
+      softcap: c, static: logits are limited to [-c, c] by c tanh(x / c). None for no limit.
+      temperature: T, static, with 0 < T < inf.
+      transposed_kernel: static; whether the kernel is [V, H], as a table of embeddings is. It is not copied.
+      reduction: static: "mean" (divided by the sum of the weights), "sum", or "none" (each loss times its weight).
+      has_aux: static; whether to return `Aux` too.
+      block_bytes: static, bytes of a block of logits: 32 MiB by default, or a quarter of the kernel's size if more.
+      axis_name: static; the mesh axis of an enclosing `shard_map` over which the classes of kernel and bias are
+        sharded. Labels count through all of them, and hidden, labels and weights are the same on the whole axis.
+
+    Returns:
+      The loss in nats, at least float32: one number, or one per token for "none". With `has_aux`, the pair (loss, Aux).
+      0 with a gradient of 0 where no token has a weight; NaN for a label outside [0, V). Per token the relative error
+      is at most (16 + R) u of each of the terms added, which are not negative, and of a gradient entry in z as far as p
+      and the target differ; V classes add log2(V) u for their sum.
+
+    Raises:
+      ValueError: a dtype, a shape or an option is not as above.
+
+    Source: Wijmans et al. (2025), Cut Your Losses in Large-Vocabulary Language Models; z-loss: Chowdhery et al. (2022).
+
+    >>> hidden, kernel = jnp.array([[20.0, 0.0], [0.0, 20.0]]), jnp.eye(2)
+    >>> print(cross_entropy(hidden, kernel, jnp.array([0, 0]), reduction="none"))
+    [2.0611537e-09 2.0000000e+01]
+    >>> loss, aux = cross_entropy(hidden, kernel, jnp.array([0, -1]), weights=jnp.array([1, 0]), has_aux=True)
+    >>> print(loss, aux.correct[0], aux.weight)
+    2.0611537e-09 True 1.0
+    """
+    name = "cross_entropy"
+    form = _form(name, softcap, temperature, transposed_kernel, axis_name)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{name}: z_loss must be a finite number of at least 0, got {z_loss}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{name}: reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
+    _check_operands(name, form, hidden, kernel, bias)
+    if weights is not None:
+        weights = _checks.weights(name, "hidden without its last axis", hidden.shape[:-1], weights)
+    labels = _labels(name, form, hidden, kernel, labels, weights)
+    loss = _Loss(form, label_smoothing, z_loss, has_aux, block_bytes)
+    return _placed(partial(_cross_entropy, loss, reduction), hidden, kernel, bias, labels, weights)
+
+
+@partial(jax.jit, static_argnames=("softcap", "temperature", "transposed_kernel", "block_bytes", "axis_name"))
+def log_prob(
+    labels: Integer[Array, "*tokens"],
+    hidden: Float[Array, "*tokens H"],
+    kernel: Float[Array, "_ _"],
+    *,
+    bias: Float[Array, "_"] | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    transposed_kernel: bool = False,
+    block_bytes: int | None = None,
+    axis_name: str | None = None,
+) -> Float[Array, "*tokens"]:
+    """Log-probability log p_y of each token's class y, p = softmax(z).
+
+    Args:
+      labels: y, integer classes in [0, V), in the shape [...] of the tokens.
+      hidden: [..., H], one vector a token, in any floating dtype.
+      kernel: [H, V], whose columns are the classes.
+      bias: [V], added to the logits; -inf marks an impossible class.
+      softcap: static, as in `cross_entropy`.
+      temperature: T, static, with 0 < T < inf.
+      transposed_kernel: static; whether the kernel is [V, H].
+      block_bytes: static, as in `cross_entropy`.
+      axis_name: static, as in `cross_entropy`.
+
+    Returns:
+      One value per token in nats, at least float32, at most 0: -inf for an impossible class, NaN for a label outside
+      [0, V). Relative error at most (16 + R) u; of a gradient entry in z too.
+
+    Raises:
+      ValueError: a dtype, a shape or an option is not as above.
+
+    >>> print(log_prob(jnp.array([1]), jnp.array([[1.0]]), jnp.log(jnp.array([[0.75, 0.25]]))))
+    [-1.3862944]
+    """
+    form = _form("log_prob", softcap, temperature, transposed_kernel, axis_name)
+    _check_operands("log_prob", form, hidden, kernel, bias)
+    labels = _labels("log_prob", form, hidden, kernel, labels)
+
+    def rows(logits, labels):
+        return -_nll(_cap(form, *logits), labels[:, None], axis_name)[0][:, 0]
+
+    return _placed(partial(_per_token, rows, form, block_bytes), [(hidden, kernel, bias)], labels)
+
+
+@partial(jax.jit, static_argnames=("base", "softcap", "temperature", "transposed_kernel", "block_bytes"))
+def entropy(
+    hidden: Float[Array, "*tokens H"],
+    kernel: Float[Array, "_ _"],
+    *,
+    bias: Float[Array, "_"] | None = None,
+    base: float | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    transposed_kernel: bool = False,
+    block_bytes: int | None = None,
+) -> Float[Array, "*tokens"]:
+    """Shannon entropy H = -sum_i p_i log p_i of each token's p = softmax(z).
+
+    Args:
+      hidden: [..., H], one vector a token, in any floating dtype.
+      kernel: [H, V], whose columns are the classes.
+      bias: [V], added to the logits; -inf marks an impossible class.
+      base: unit of the result, static: None for nats, 2 for bits.
+      softcap: static, as in `cross_entropy`.
+      temperature: T, static, with 0 < T < inf.
+      transposed_kernel: static; whether the kernel is [V, H].
+      block_bytes: static, as in `cross_entropy`.
+
+    Returns:
+      One value per token, at least float32, in [0, log V]. Relative error at most (16 + R) u, as for
+      `categorical.entropy`.
+
+    Raises:
+      ValueError: a dtype, a shape or an option is not as above.
+
+    >>> print(entropy(jnp.ones((2, 3)), jnp.zeros((3, 8)), base=2))
+    [3. 3.]
+    """
+    unit = _checks.nats_to("entropy", base)
+    form = _form("entropy", softcap, temperature, transposed_kernel)
+    _check_operands("entropy", form, hidden, kernel, bias)
+    rows = lambda logits: categorical.entropy(_cap(form, *logits)) * unit  # noqa: E731
+    return _placed(partial(_per_token, rows, form, block_bytes), [(hidden, kernel, bias)])
+
+
+@partial(jax.jit, static_argnames=("base", "softcap", "temperature", "transposed_kernel", "block_bytes"))
+def kl_divergence(
+    p_hidden: Float[Array, "*tokens P"],
+    p_kernel: Float[Array, "_ _"],
+    q_hidden: Float[Array, "*tokens Q"],
+    q_kernel: Float[Array, "_ _"],
+    *,
+    p_bias: Float[Array, "_"] | None = None,
+    q_bias: Float[Array, "_"] | None = None,
+    base: float | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    transposed_kernel: bool = False,
+    block_bytes: int | None = None,
+) -> Float[Array, "*tokens"]:
+    """Kullback-Leibler divergence KL(p || q) = sum_i p_i log(p_i / q_i) of each token's distributions.
+
+    Args:
+      p_hidden: [..., P], one vector a token, of the distribution that holds.
+      p_kernel: [P, V], whose columns are the classes.
+      q_hidden: [..., Q], the same tokens, of the distribution that is believed.
+      q_kernel: [Q, V], the same classes.
+      p_bias: [V], added to the logits of p; -inf marks an impossible class.
+      q_bias: [V], added to the logits of q.
+      base: unit of the result, static: None for nats, 2 for bits.
+      softcap: static, as in `cross_entropy`, for both.
+      temperature: T, static, with 0 < T < inf, for both.
+      transposed_kernel: static; whether both kernels are [V, H].
+      block_bytes: static, as in `cross_entropy`, for the logits of both together.
+
+    Returns:
+      One value per token, at least float32, never negative: 0 where p = q, inf where q excludes a class that p does
+      not. Relative error at most (16 + R) u of the logits as computed, as for `categorical.kl_divergence`.
+
+    Raises:
+      ValueError: a dtype, a shape or an option is not as above.
+
+    >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+    >>> print(f"{kl_divergence(jnp.ones((1, 1)), p, jnp.ones((1, 1)), q)[0]:.4f}")
+    0.5108
+    """
+    unit = _checks.nats_to("kl_divergence", base)
+    form = _form("kl_divergence", softcap, temperature, transposed_kernel)
+    sides = _two_sides("kl_divergence", form, "pq", (p_hidden, p_kernel, p_bias), (q_hidden, q_kernel, q_bias))
+
+    def rows(logits):
+        return categorical.kl_divergence(*(_cap(form, z) for z in logits)) * unit
+
+    return _placed(partial(_per_token, rows, form, block_bytes), sides)
+
+
+@partial(jax.jit, static_argnames=("temperature", "softcap", "transposed_kernel", "block_bytes"))
+def distillation_loss(
+    student_hidden: Float[Array, "*tokens S"],
+    student_kernel: Float[Array, "_ _"],
+    teacher_hidden: Float[Array, "*tokens T"] | None = None,
+    teacher_kernel: Float[Array, "_ _"] | None = None,
+    *,
+    temperature: float,
+    top_log_probs: Float[Array, "*tokens k"] | None = None,
+    top_indices: Integer[Array, "*tokens k"] | None = None,
+    student_bias: Float[Array, "_"] | None = None,
+    teacher_bias: Float[Array, "_"] | None = None,
+    softcap: float | None = None,
+    transposed_kernel: bool = False,
+    block_bytes: int | None = None,
+) -> Float[Array, "*tokens"]:
+    """Distillation loss T^2 KL(teacher_T || student_T) of each token, both distributions tempered by T.
+
+    The teacher is given as hidden and kernel, or as the k classes that it finds most probable and their
+    log-probabilities. It is then normalised over these k, and the loss is the divergence within them plus -log of the
+    probability that the student gives to them together: two terms that are not negative.
+
+    Args:
+      student_hidden: [..., S], one vector a token, of the model that learns.
+      student_kernel: [S, V], whose columns are the classes.
+      teacher_hidden: [..., T], the same tokens, of the model that teaches; or None.
+      teacher_kernel: [T, V], the same classes; or None.
+      temperature: T, static, with 0 < T < inf.
+      top_log_probs: [..., k], log-probabilities (or logits) of the teacher, where it has no hidden and kernel.
+      top_indices: [..., k], their classes, integers in [0, V), no two of a token the same.
+      student_bias: [V], added to the student's logits; -inf marks an impossible class.
+      teacher_bias: [V], added to the teacher's logits.
+      softcap: static, as in `cross_entropy`, for the logits of both, before T divides them.
+      transposed_kernel: static; whether both kernels are [V, H].
+      block_bytes: static, as in `cross_entropy`, for the logits of both together.
+
+    Returns:
+      One value per token in nats, at least float32, never negative; inf where the student excludes a class that the
+      teacher does not, NaN for an index outside [0, V). Relative error at most (16 + R / T) u of the logits as
+      computed, as for `categorical.distillation_loss`; in the second form of each of its terms.
+
+    Raises:
+      ValueError: a dtype, a shape or an option is not as above, or the teacher is not given in one of the two ways.
+
+    Source: Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network.
+
+    >>> teacher, student = jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 0.0]])
+    >>> print(distillation_loss(student, jnp.eye(2), teacher, jnp.eye(2), temperature=2.0))
+    [0.44377...]
+    >>> top = {"top_log_probs": teacher, "top_indices": jnp.array([[0, 1]])}
+    >>> print(distillation_loss(student, jnp.eye(2), temperature=2.0, **top))
+    [0.44377...]
+    """
+    name = "distillation_loss"
+    form = _form(name, softcap, temperature, transposed_kernel)
+    student = (student_hidden, student_kernel, student_bias)
+    square = float(temperature) ** 2
+    if teacher_hidden is not None and teacher_kernel is not None and top_log_probs is None and top_indices is None:
+        teacher = (teacher_hidden, teacher_kernel, teacher_bias)
+        sides = _two_sides(name, form, ("student", "teacher"), student, teacher)
+
+        def rows(logits):
+            return categorical.kl_divergence(*(_cap(form, z) for z in logits[::-1])) * square
+
+        return _placed(partial(_per_token, rows, form, block_bytes), sides)
+    if top_log_probs is None or top_indices is None or teacher_hidden is not None or teacher_kernel is not None:
+        got = _given(locals(), "teacher_hidden", "teacher_kernel", "top_log_probs", "top_indices")
+        expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+    _check_operands(name, form, student_hidden, student_kernel, student_bias, "student_")
+    indices = _check_top(form, student_hidden, student_kernel, top_log_probs, top_indices)
+
+    def top_rows(logits, log_probs, indices):
+        return _top_divergence(_cap(form, *logits), log_probs / temperature, indices) * square
+
+    return _placed(partial(_per_token, top_rows, form, block_bytes), [student], top_log_probs, indices)
+
+
+@partial(jax.jit, static_argnames=("transposed_kernel", "block_bytes"))
+def mode(
+    hidden: Float[Array, "*tokens H"],
+    kernel: Float[Array, "_ _"],
+    *,
+    bias: Float[Array, "_"] | None = None,
+    transposed_kernel: bool = False,
+    block_bytes: int | None = None,
+) -> Int[Array, "*tokens"]:
+    """The most probable class of each token; of several, the first.
+
+    Args:
+      hidden: [..., H], one vector a token, in any floating dtype.
+      kernel: [H, V], whose columns are the classes. No temperature or softcap changes their order.
+      bias: [V], added to the logits; -inf marks an impossible class.
+      transposed_kernel: static; whether the kernel is [V, H].
+      block_bytes: static, as in `cross_entropy`.
+
+    Returns:
+      One class per token, of dtype int32: an index, which no rounding (no u) enters beyond that of the logits.
+
+    Raises:
+      ValueError: a dtype or a shape is not as above.
+
+    >>> print(mode(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])))
+    [1 0]
+    """
+    form = _Logits(transposed=transposed_kernel)
+    _check_operands("mode", form, hidden, kernel, bias)
+    rows = lambda logits: categorical.mode(*logits)  # noqa: E731
+    return _placed(partial(_per_token, rows, form, block_bytes), [(hidden, kernel, bias)])
+
+
+@partial(jax.jit, static_argnames=("softcap", "transposed_kernel", "block_bytes"))
+def sample(
+    key: Key[Array, ""],
+    hidden: Float[Array, "*tokens H"],
+    kernel: Float[Array, "_ _"],
+    *,
+    bias: Float[Array, "_"] | None = None,
+    softcap: float | None = None,
+    temperature: float | Float[Array, ""] = 1.0,
+    transposed_kernel: bool = False,
+    block_bytes: int | None = None,
+) -> Int[Array, "*tokens"]:
+    """Draws one class per token with the probabilities softmax(z), as the arg-max of logits plus Gumbel noise.
+
+    Args:
+      key: a random key. Each token draws with a key of its own, made of this one and the token's number, so that the
+        blocks do not change the draw.
+      hidden: [..., H], one vector a token, in any floating dtype.
+      kernel: [H, V], whose columns are the classes.
+      bias: [V], added to the logits; -inf marks an impossible class.
+      softcap: static, as in `cross_entropy`.
+      temperature: T >= 0, one number: 0 draws the mode (any of several that tie), inf any possible class.
+      transposed_kernel: static; whether the kernel is [V, H].
+      block_bytes: static, as in `cross_entropy`.
+
+    Returns:
+      Independent draws, of dtype int32. The noise has the full resolution of the dtype computed in, so that classes
+      rarer than u are drawn as often as they should be.
+
+    Raises:
+      ValueError: `temperature` is not one number, or a dtype or a shape is not as above.
+
+    Source: Gumbel (1954); Maddison, Tarlow and Minka (2014).
+
+    >>> draws = sample(jax.random.key(1), jnp.ones((10_000, 1)), jnp.log(jnp.array([[0.25, 0.75]])))
+    >>> print(f"{jnp.mean(draws):.2f}")
+    0.75
+    """
+    if jnp.ndim(temperature) != 0:
+        raise ValueError(f"sample: temperature must be one number, got {_checks.describe(temperature)}")
+    form = _form("sample", softcap, 1.0, transposed_kernel)
+    _check_operands("sample", form, hidden, kernel, bias)
+    number = jnp.arange(math.prod(hidden.shape[:-1]), dtype=jnp.uint32).reshape(hidden.shape[:-1])
+
+    def rows(logits, number):
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number)
+        each = lambda key, z: categorical.sample(key, z, temperature=temperature)  # noqa: E731
+        return jax.vmap(each)(keys, _cap(form, *logits))
+
+    return _placed(partial(_per_token, rows, form, block_bytes), [(hidden, kernel, bias)], number)
+
+
+def plan(
+    hidden: Float[Array, "*tokens H"] | jax.ShapeDtypeStruct,
+    kernel: Float[Array, "_ _"] | jax.ShapeDtypeStruct,
+    *,
+    transposed_kernel: bool = False,
+    block_bytes: int | None = None,
+) -> Plan:
+    """How `cross_entropy` would go through these tokens: nothing is computed.
+
+    A block has the largest number of tokens whose logits keep to `block_bytes`, or somewhat fewer where these divide
+    all tokens evenly. By default that is 32 MiB, or a quarter of the kernel's size in the dtype computed in if more:
+    each block adds to the kernel's gradient, and smaller ones would spend their time reading and writing it.
+
+    Args:
+      hidden: [..., H], an array or a `jax.ShapeDtypeStruct`.
+      kernel: [H, V], an array or a `jax.ShapeDtypeStruct`.
+      transposed_kernel: whether the kernel is [V, H].
+      block_bytes: bytes of a block of logits; None for the default.
+
+    Returns:
+      A `Plan` of integers, the same for every dtype that is computed in float32: no rounding (no u) enters.
+
+    Raises:
+      ValueError: the shapes do not fit, or `block_bytes` is not a positive integer.
+
+    >>> hidden, kernel = jax.ShapeDtypeStruct((8, 512, 512), "bfloat16"), jax.ShapeDtypeStruct((512, 32_000), "float32")
+    >>> plan(hidden, kernel)
+    Plan(axis='tokens', blocks=16, block_size=256, remainder=0, bytes=32768000, products=3)
+    """
+    _check_operands("plan", _Logits(transposed=transposed_kernel), hidden, kernel, None)
+    return _plan(hidden.shape, kernel, transposed_kernel, _dtype(hidden, kernel), block_bytes)
+
+
+def _plan(shape, kernel, transposed, dtype, block_bytes, per_token=1) -> Plan:
+    """`per_token` rows of logits belong to a token."""
+    if block_bytes is not None and (not isinstance(block_bytes, int) or block_bytes <= 0):
+        raise ValueError(f"plan: block_bytes must be a positive integer, got {block_bytes!r}")
+    num_tokens, row = math.prod(shape[:-1]), kernel.shape[1 - int(transposed)] * dtype.itemsize * per_token
+    size = max(1, (block_bytes or max(_BLOCK_BYTES, math.prod(kernel.shape) * dtype.itemsize // 4)) // row)
+    if num_tokens <= size:
+        size = num_tokens
+    size = next((n for n in range(size, size // 2, -1) if num_tokens % n == 0), size)
+    blocks, remainder = divmod(num_tokens, size) if size else (1, 0)
+    return Plan("tokens", blocks, size, remainder, size * row, 3)
+
+
+def _form(function, softcap, temperature, transposed, axis_name=None) -> _Logits:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{function}: softcap must be a finite number above 0, or None, got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{function}: temperature must be a finite number above 0, got {temperature}")
+    return _Logits(softcap, temperature, transposed, axis_name)
+
+
+def _check_operands(function, form, hidden, kernel, bias, side=""):
+    _checks.floating(function, **{f"{side}hidden": hidden, f"{side}kernel": kernel})
+    if hidden.ndim < 1 or kernel.ndim != 2 or kernel.shape[int(form.transposed)] != hidden.shape[-1]:
+        expected = f"[V, H] with {side}hidden [..., H]" if form.transposed else f"[H, V] with {side}hidden [..., H]"
+        got = f"{_checks.describe(kernel)} with {_checks.describe(hidden)}"
+        raise ValueError(f"{function}: {side}kernel must be {expected}, got {got}")
+    num_classes = _num_classes(form, kernel)
+    if num_classes == 0:
+        raise ValueError(f"{function}: expected at least one class, got {side}kernel {_checks.describe(kernel)}")
+    if bias is not None:
+        _checks.floating(function, **{f"{side}bias": bias})
+        _checks.same_shape(function, f"the classes of {side}kernel", f"{side}bias", (num_classes,), bias)
+
+
+def _two_sides(function, form, names, first, second):
+    for side, (hidden, kernel, bias) in zip(names, (first, second), strict=True):
+        _check_operands(function, form, hidden, kernel, bias, f"{side}_")
+    expected, got = (f"{side}_{what}" for side, what in zip(names, ("hidden", "hidden"), strict=True))
+    tokens, others = first[0].shape[:-1], second[0].shape[:-1]
+    if tokens != others:
+        raise ValueError(f"{function}: {got} must have the tokens {list(tokens)} of {expected}, got {list(others)}")
+    classes = [_num_classes(form, operands[1]) for operands in (first, second)]
+    if classes[0] != classes[1]:
+        raise ValueError(f"{function}: both kernels must have the same classes, got {classes[0]} and {classes[1]}")
+    return [first, second]
+
+
+def _num_classes(form, kernel):
+    return kernel.shape[1 - int(form.transposed)]
+
+
+def _labels(function, form, hidden, kernel, labels, weights=None):
+    """Signed labels of 32 bits or more, 0 where the weight is 0: one of fewer bits could not hold V."""
+    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"{function}: labels must be integer classes, got {_checks.describe(labels)}")
+    _checks.same_shape(function, "hidden without its last axis", "labels", hidden.shape[:-1], labels)
+    labels = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
+    shards = 1 if form.axis_name is None else jax.lax.axis_size(form.axis_name)
+    counted = labels if weights is None else jnp.where(weights == 0, 0, labels)
+    _checks.labels_in_range(function, counted, _num_classes(form, kernel) * shards)
+    return labels
+
+
+def _check_top(form, hidden, kernel, log_probs, indices):
+    name = "distillation_loss"
+    _checks.floating(name, top_log_probs=log_probs)
+    if log_probs.ndim == 0 or log_probs.shape[:-1] != hidden.shape[:-1] or log_probs.shape[-1] == 0:
+        expected = f"the shape {[*hidden.shape[:-1], 'k']}"
+        raise ValueError(f"{name}: top_log_probs must have {expected}, got {_checks.describe(log_probs)}")
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(f"{name}: top_indices must be integer classes, got {_checks.describe(indices)}")
+    _checks.same_shape(name, "top_log_probs", "top_indices", log_probs.shape, indices)
+    _checks.labels_in_range(name, indices, _num_classes(form, kernel))
+    return indices.astype(jnp.int64 if indices.dtype.itemsize == 8 else jnp.int32)
+
+
+def _given(arguments, *names):
+    return ", ".join(name for name in names if arguments[name] is not None) or "none of them"
+
+
+def _dtype(*operands):
+    return _accurate.compute_dtype(*(operand.dtype for operand in operands if operand is not None))
+
+
+def _placed(function, *operands) -> Any:
+    """`function(*operands)`, with its mesh left to the compiler: its results are sharded as the tokens are.
+
+    Where axes of the mesh are explicit, each product, gather and reshape would have to name the sharding of its result.
+    """
+    leaves = jax.tree.leaves(operands)
+    mesh = jax.typeof(leaves[0]).sharding.mesh
+    explicit = mesh.explicit_axes
+    if not explicit:
+        return function(*operands)
+    tokens = jax.typeof(leaves[0]).sharding.spec[:-1]
+    shapes = jax.eval_shape(jax.sharding.auto_axes(function, axes=explicit, out_sharding=PartitionSpec()), *operands)
+    specs = jax.tree.map(lambda out: PartitionSpec(*tokens) if out.ndim else PartitionSpec(), shapes)
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=specs)(*operands)
+
+
+def _cross_entropy(options: _Loss, reduction, hidden, kernel, bias, labels, weights):
+    tokens = hidden.shape[:-1]
+    dtype = _dtype(hidden, kernel, bias, *([] if weights is None or not _is_floating(weights) else [weights]))
+    w = jnp.ones(tokens, dtype) if weights is None else weights.astype(dtype)
+    if weights is not None:
+        hidden, labels = jnp.where((w == 0)[..., None], 0, hidden), jnp.where(w == 0, 0, labels)
+    total = jnp.sum(w)
+    if reduction == "none":
+        loss, *aux = _losses(options, hidden, kernel, bias, labels)
+        loss = _accurate.weigh(w, loss)
+    else:
+        # Shares of the weight, not a quotient of two sums: so the gradients leave the loop as they are returned.
+        share = _sums.ratio(w, total) if reduction == "mean" else w
+        flat = (hidden.reshape(-1, hidden.shape[-1]), kernel, bias, labels.reshape(-1), share.reshape(-1))
+        loss, aux = _weighted_sum(options, *flat)
+        aux = [x.reshape(tokens) for x in aux]
+    if not options.has_aux:
+        return loss
+    nll, logsumexp, correct = aux
+    return loss, Aux(nll, logsumexp, correct == 1, total)
+
+
+def _is_floating(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _weighted_sum(options: _Loss, hidden, kernel, bias, labels, weights):
+    """sum_i w_i loss_i, and of each token what `Aux` holds."""
+    loss, *aux = _losses(options, hidden, kernel, bias, labels)
+    return jnp.sum(_accurate.weigh(weights, loss)), aux
+
+
+@partial(_weighted_sum.defjvp, symbolic_zeros=True)
+def _weighted_sum_jvp(options: _Loss, primals, tangents):
+    """d sum_i w_i loss_i = <dX, d hidden> + <dW, d kernel> + <db, d bias> + sum_i loss_i d w_i, dX, dW, db at once.
+
+    So the gradients are made where the loss is, with its logits, and reverse mode only scales them.
+    """
+    *operands, labels, weights = primals
+    moved = [x is not None and type(dx) is not SymbolicZero for x, dx in zip(operands, tangents[:3], strict=True)]
+    loss, aux, slopes = _loss_and_slopes(options, moved, *primals)
+    slope = jnp.zeros_like(out := jnp.sum(_accurate.weigh(weights, loss)))
+    for d, dx in zip(slopes, [dx for dx, move in zip(tangents, moved, strict=False) if move], strict=True):
+        slope += _psum(jnp.sum(d * dx.astype(d.dtype)), options.logits.axis_name)
+    if type(tangents[4]) is not SymbolicZero:
+        slope += jnp.sum(loss * tangents[4])
+    return (out, aux), (slope, _aux_tangents(options, moved, aux, operands, tangents, labels))
+
+
+def _losses(options: _Loss, hidden, kernel, bias, labels):
+    """Of each token, by `_loss_rows`: differentiable by the way that makes the logits anew."""
+
+    def rows(logits, labels):
+        return _loss_rows(options, _cap(options.logits, *logits), labels)[0]
+
+    return _per_token(rows, options.logits, options.block_bytes, [(hidden, kernel, bias)], labels)
+
+
+def _aux_tangents(options, moved, aux, operands, tangents, labels):
+    """Of nll and logsumexp, by the way that makes the logits anew; unused, they cost nothing under `jit`."""
+    if not aux:
+        return []
+    if not any(moved):
+        return [jnp.zeros_like(x) for x in aux]
+
+    def smooth(*values):
+        values = iter(values)
+        hidden, kernel, bias = (next(values) if move else x for x, move in zip(operands, moved, strict=True))
+        return _losses(options, hidden, kernel, bias, labels)[1:3]
+
+    pairs = [(x, dx) for x, dx, move in zip(operands, tangents, moved, strict=False) if move]
+    _, (nll, logsumexp) = jax.jvp(smooth, [x for x, _ in pairs], [dx for _, dx in pairs])
+    return [nll, logsumexp, 0 * aux[2]]
+
+
+def _loss_and_slopes(options: _Loss, moved, hidden, kernel, bias, labels, weights):
+    """Loss and aux per token, and the gradients of the weighted sum in those operands that move."""
+    form, dtype = options.logits, weights.dtype
+    shape = _plan(hidden.shape, kernel, form.transposed, dtype, options.block_bytes)
+    operands = hidden, kernel, bias, labels, weights
+
+    def body(sums, block):
+        x, y, w = block
+
+        z, uncap = jax.vjp(partial(_cap, form), _product(form, x, kernel, bias, dtype))
+        (loss, *aux), slope = _loss_rows(options, z, y)
+        (dz,) = uncap(w[:, None] * slope)
+        steps = [_kernel_slope(form, x, dz), jnp.sum(dz, axis=0)]
+        sums = [total + step for total, step in zip(sums, _chosen(moved[1:], steps), strict=True)]
+        return sums, (loss, aux, *([_hidden_slope(form, dz, kernel)] if moved[0] else []))
+
+    starts = [jnp.zeros(kernel.shape, dtype), jnp.zeros(_num_classes(form, kernel), dtype)]
+    starts = [_varying(start, *jax.tree.leaves(operands)) for start in _chosen(moved[1:], starts)]
+    sums, (loss, aux, *dx) = _scan(shape, body, starts, (hidden, labels, weights))
+    return loss, aux, [*dx, *sums]
+
+
+def _chosen(flags, values):
+    return [value for value, flag in zip(values, flags, strict=True) if flag]
+
+
+def _per_token(rows, form: _Logits, block_bytes, sides, *arrays):
+    """`rows(logits, *arrays)` of all tokens, where each side (hidden, kernel, bias) gives logits, block by block."""
+    tokens = sides[0][0].shape[:-1]
+    dtype = _dtype(*(x for side in sides for x in side))
+    shape = _plan(sides[0][0].shape, sides[0][1], form.transposed, dtype, block_bytes, len(sides))
+    # In the dtype computed in, so that the blocks of the kernel's gradient are added up in it.
+    fixed = [(kernel.astype(dtype), None if bias is None else bias.astype(dtype)) for _, kernel, bias in sides]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(tokens) :]), ([side[0] for side in sides], arrays))
+
+    def body(_, block):
+        hiddens, arrays = block
+        pairs = zip(hiddens, fixed, strict=True)
+        return None, rows([_product(form, x, kernel, bias, dtype) for x, (kernel, bias) in pairs], *arrays)
+
+    _, out = _scan(shape, body, None, flat)
+    return jax.tree.map(lambda x: x.reshape(tokens), out)
+
+
+def _scan(shape: Plan, body, carry, arrays) -> Any:
+    """`body(carry, block)` over blocks of arrays, whose results are put together; all at once where one block is all.
+
+    A block takes every `blocks`-th token, so that tokens that lie on different devices stay there.
+    """
+    if shape.blocks == 1 and not shape.remainder:
+        return body(carry, arrays)
+    whole = shape.blocks * shape.block_size
+    kept = jax.checkpoint(body, prevent_cse=False)  # a derivative makes the logits anew and keeps none
+
+    def split(x):
+        return jnp.swapaxes(x[:whole].reshape(shape.block_size, shape.blocks, *x.shape[1:]), 0, 1)
+
+    carry, out = jax.lax.scan(kept, carry, jax.tree.map(split, arrays))
+    out = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(whole, *x.shape[2:]), out)
+    if shape.remainder:
+        carry, last = kept(carry, jax.tree.map(lambda x: x[whole:], arrays))
+        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, last)
+    return carry, out
+
+
+def _dot(a, b, axes, dtype):
+    return jax.lax.dot_general(a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=dtype)
+
+
+def _product(form: _Logits, hidden, kernel, bias, dtype):
+    """hidden @ kernel + bias. Two operands of a smaller dtype are multiplied as they are."""
+    common = jnp.promote_types(hidden.dtype, kernel.dtype)
+    z = _dot(hidden.astype(common), kernel.astype(common), (1, int(form.transposed)), dtype)
+    return z if bias is None else z + bias.astype(dtype)
+
+
+def _hidden_slope(form: _Logits, dz, kernel):
+    return _dot(dz, kernel.astype(dz.dtype), (1, 1 - int(form.transposed)), dz.dtype)
+
+
+def _kernel_slope(form: _Logits, hidden, dz):
+    pair = (dz, hidden.astype(dz.dtype)) if form.transposed else (hidden.astype(dz.dtype), dz)
+    return _dot(*pair, (0, 0), dz.dtype)
+
+
+def _varying(x, *others):
+    """x as it would be after meeting the others: in `shard_map` different on each device where one of them is."""
+    # Sums of nothing, which the compiler takes for the 0 that they are.
+    return x + sum(jnp.sum(other.ravel()[:0]).astype(x.dtype) for other in others)
+
+
+def _cap(form: _Logits, z):
+    """The logits of a product.
+
+    The barrier keeps XLA from computing a tanh or a quotient anew for each sum over the classes, with another rounding:
+    a label could miss its own maximum, and a confident row all its digits.
+    """
+    if form.softcap is None and form.temperature == 1:
+        return z
+    if form.softcap is not None:
+        z = form.softcap * jnp.tanh(z / form.softcap)
+    return jax.lax.optimization_barrier(z / form.temperature)
+
+
+def _loss_rows(options: _Loss, z, labels):
+    """What is wanted of each row: loss, and with `has_aux` nll, logsumexp and 1 for a label that is the mode.
+
+    And the gradient of the loss, (1 - e) (p - y) + e (p - 1 / V) + 2 z_loss logsumexp p: written out, since the
+    transpose of a psum is another psum in a `shard_map` that does not check what varies.
+    """
+    axis_name, e, labels = options.logits.axis_name, options.label_smoothing, labels[:, None]
+    nll, residual = _nll(z, labels, axis_name)
+    loss, slope, outputs = nll, residual, ()
+    if e or options.z_loss or options.has_aux:
+        num_classes = z.shape[1] * _shards(axis_name)
+        top, log_total = _normaliser(z, axis_name)
+        logsumexp = top + log_total
+        if e:
+            uniform = log_total - _total(_accurate.gap_below(top, z), axis_name) / num_classes
+            # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
+            kept = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll)
+            loss = kept + e * uniform
+        loss += options.z_loss * jnp.square(logsumexp)
+        slope = (1 - e) * residual + (e + 2 * options.z_loss * logsumexp) * _softmax(z, axis_name) - e / num_classes
+        outputs = (nll, logsumexp, (_first(z == top, axis_name) == labels).astype(z.dtype))
+    return [x[:, 0] for x in (loss, *(outputs if options.has_aux else ()))], slope
+
+
+def _shards(axis_name):
+    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+
+
+def _offset(z, axis_name):
+    """The number of the first class of this shard."""
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name) * z.shape[1]
+
+
+def _psum(x, axis_name):
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def _total(x, axis_name):
+    return _psum(jnp.sum(x, axis=1, keepdims=True), axis_name)
+
+
+def _top(z, axis_name):
+    top = jax.lax.stop_gradient(jnp.max(z, axis=1, keepdims=True))
+    return top if axis_name is None else jax.lax.pmax(top, axis_name)
+
+
+def _first(chosen, axis_name):
+    """The first class that is chosen."""
+    place = jnp.arange(chosen.shape[1], dtype=jnp.int32)[None] + _offset(chosen, axis_name)
+    first = jnp.min(jnp.where(chosen, place, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
+    return first if axis_name is None else jax.lax.pmin(first, axis_name)
+
+
+def _normaliser(z, axis_name):
+    """Maximum and log sum_j exp(z_j - max), as log1p of the sum without one maximum: see `_accurate.rest`.
+
+    The value is that of `rest`; the derivative that of the plain logarithm, whose own value cancels.
+    """
+    top = _top(z, axis_name)
+    total = _total(_exponentials(z, top), axis_name)
+    plain = jnp.log(total)
+    fixed, largest = jax.lax.stop_gradient(z), jnp.finfo(z.dtype).max
+    d = jnp.minimum(fixed - jnp.minimum(top, largest), 0)
+    below = _total(jnp.minimum(-d * largest, jnp.exp(d)), axis_name)
+    others = jnp.maximum(below + (jnp.round(jax.lax.stop_gradient(total) - below) - 1), 0)
+    return top, jnp.log1p(others) + (plain - jax.lax.stop_gradient(plain))
+
+
+def _exponentials(z, top):
+    """exp(z - top), whose plain derivative is right for classes that tie too: see `_accurate.exp_gap`."""
+    largest = jnp.finfo(z.dtype).max
+    return jnp.exp(jnp.minimum(z, largest) - jnp.minimum(top, largest))
+
+
+def _softmax(z, axis_name):
+    exponentials = _exponentials(z, _top(z, axis_name))
+    return exponentials / _total(exponentials, axis_name)
+
+
+def _label_terms(z, labels, axis_name):
+    """exp(gap) with 0 for the label, where that is, the sum of these, and the label's gap (NaN if out of range).
+
+    One pass over z: a mask of its own size would be written to memory for each sum that it enters.
+    """
+    top, largest = _top(z, axis_name), jnp.finfo(z.dtype).max
+    place = labels - _offset(z, axis_name)
+    here = (place >= 0) & (place < z.shape[1])
+    at_label = jnp.arange(z.shape[1], dtype=place.dtype) == place
+    never = jnp.minimum(top, -jnp.inf)  # a constant would be an array of the size of z, kept through the loop
+    others = jnp.exp(jnp.where(at_label, never, jnp.minimum(z, largest) - jnp.minimum(top, largest)))
+    label_logit = jnp.take_along_axis(z, jnp.where(here, place, 0), axis=1, mode="promise_in_bounds")
+    label_gap = _psum(jnp.where(here, _accurate.gap_below(top, label_logit), 0), axis_name)
+    valid = (labels >= 0) & (labels < z.shape[1] * _shards(axis_name))
+    return others, at_label, _total(others, axis_name), _accurate.nan_unless(valid, label_gap)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _nll(z, labels, axis_name):
+    """-log p_y with y left out of the sum where it is at the maximum, as in `categorical`, and its gradient p - y.
+
+    p - y is p_j for the others, and minus their sum for y, never p_y - 1. Both are plainly differentiable, since in a
+    rematerialised scan jax takes a second derivative of what is written here, and not by the rule.
+    """
+    exponentials, at_label, others, label_gap = _label_terms(z, labels, axis_name)
+    total = others + jnp.exp(label_gap)
+    at_top = jnp.log1p(others + jnp.expm1(label_gap))
+    nll = jnp.where(label_gap == 0, at_top, jnp.log(total)) - label_gap
+    return nll, jnp.where(at_label, -others, exponentials) / total
+
+
+@_nll.defjvp
+def _nll_jvp(axis_name, primals, tangents):
+    """d(p_j - y_j) = p_j (dz_j - <p, dz>): measured from the class with p > 1/2, if there is one, no 1 - p cancels."""
+    (z, labels), (dz, _) = primals, tangents
+    nll, residual = _nll(z, labels, axis_name)
+    p = _softmax(z, axis_name)
+    large = jax.lax.stop_gradient(jnp.clip((p - 0.5) * jnp.finfo(p.dtype).max, 0, 1))
+    w = (1 - large) * (dz - _total(large * dz, axis_name))
+    return (nll, residual), (_total(residual * dz, axis_name), p * (w - _total(p * w, axis_name)))
+
+
+def _top_divergence(z, log_probs, indices):
+    """KL(t || s) of a teacher t over k classes: within them, and log1p of the odds against them."""
+    valid = (indices >= 0) & (indices < z.shape[1])
+    places = jnp.where(valid, indices, 0)
+    within = _accurate.nan_unless(valid, jnp.take_along_axis(z, places, axis=1))
+    loss = categorical.kl_divergence(log_probs.astype(z.dtype), within)
+    if indices.shape[1] == z.shape[1]:
+        return loss
+    # A finite logit beyond all use, since a row without any class is no distribution.
+    outside = z.at[jnp.arange(z.shape[0])[:, None], places].set(jnp.finfo(z.dtype).min / 8)
+    (top_in, log_in), (top_out, log_out) = (_normaliser(x, None) for x in (within, outside))
+    return loss + jax.nn.softplus(((top_out - top_in) + (log_out - log_in))[:, 0])

@@ -1,0 +1,510 @@
+"""The fused loss is the dense one: values, gradients and corner cases, in blocks, sharded, and in memory."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jprob import categorical
+from jprob import linear_categorical as linear
+
+U = 2.0**-24
+N, H, V = 10, 4, 7
+_rng = np.random.default_rng(0)
+
+
+def normal(*shape, scale=1.0):
+    return jnp.asarray(_rng.normal(0, scale, shape), jnp.float32)
+
+
+X, X2, W, W2, B, WEIGHTS = normal(N, H), normal(N, H), normal(H, V), normal(H, V), normal(V), jnp.abs(normal(N))
+Y = jnp.asarray(_rng.integers(0, V, N))
+FOUR = 4 * V * 4  # bytes of the logits of four tokens: two blocks, and two tokens that remain
+
+
+def close(got, want, u=64 * U):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=0, atol=u * max(1e-30, float(np.abs(w).max())))
+
+
+def logits(x, w, b=0.0, *, softcap=None, temperature=1.0):
+    z = jnp.matmul(x, w, preferred_element_type=jnp.float32) + b
+    return (z if softcap is None else softcap * jnp.tanh(z / softcap)) / temperature
+
+
+def plain(x, w, b, weights, *, label_smoothing=0.0, z_loss=0.0, reduction="mean", **form):
+    """The loss and Aux, from all the logits."""
+    z = logits(x, w, b, **form)
+    nll, lse = categorical.cross_entropy(z, Y), jax.nn.logsumexp(z, axis=-1)
+    loss = weights * (categorical.cross_entropy(z, Y, label_smoothing=label_smoothing) + z_loss * lse**2)
+    total = {"mean": jnp.sum(loss) / jnp.sum(weights), "sum": jnp.sum(loss), "none": loss}[reduction]
+    return total, linear.Aux(nll, lse, categorical.mode(z) == Y, jnp.sum(weights))
+
+
+OPTIONS = {
+    "plain": {},
+    "all": {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "temperature": 0.5},
+    "a sum": {"reduction": "sum", "z_loss": 0.01},
+    "none": {"reduction": "none", "label_smoothing": 1.0, "temperature": 2.0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_loss_is_that_of_the_logits(options):
+    """Values, all gradients (those of nll and logsumexp too), whatever the blocks and whichever way the kernel lies."""
+    cotangents = normal(N), normal(N), normal(N)
+
+    def both(function):
+        def scalar(*args):
+            loss, aux = function(*args)
+            return jnp.vdot(cotangents[0][: loss.size], loss) + jnp.vdot(cotangents[1], aux.nll) + jnp.vdot(
+                cotangents[2], aux.logsumexp
+            ), (loss, aux)  # fmt: skip
+
+        return jax.value_and_grad(scalar, (0, 1, 2, 3), has_aux=True)(X, W, B, WEIGHTS)
+
+    def fused(x, w, b, weights, **how):
+        kernel = w.T if how.get("transposed_kernel") else w
+        return linear.cross_entropy(x, kernel, Y, bias=b, weights=weights, has_aux=True, **options, **how)
+
+    want = jax.jit(lambda: both(functools.partial(plain, **options)))()
+    ways = [{}, {"block_bytes": FOUR}, {"block_bytes": 5 * V * 4, "transposed_kernel": True}]
+    for got in jax.jit(lambda: [both(functools.partial(fused, **way)) for way in ways])():
+        close(got, want)
+
+
+def test_the_loss_alone_is_that_with_aux():
+    """Without aux the rule is a shorter one; and each operand may stay while the others move."""
+
+    def losses(x, w, b, weights):
+        call = functools.partial(linear.cross_entropy, x, w, Y, bias=b, block_bytes=FOUR)
+        return call(weights=weights), plain(x, w, b, weights)[0], call(), plain(x, w, b, jnp.ones(N))[0]
+
+    def slopes(i):
+        return jax.jacrev(losses, i)(X, W, B, WEIGHTS)
+
+    one, two, three, four = jax.jit(lambda: losses(X, W, B, WEIGHTS))()
+    close((one, three), (two, four))
+    for one, two, three, four in jax.jit(lambda: [slopes(i) for i in range(4)])():
+        close((one, three), (two, four), 128 * U)
+
+
+def test_the_others_are_those_of_the_logits():
+    """Values and gradients of what is per token, in blocks, over tokens of any shape."""
+    x, x2, y = (a.reshape(2, 5, *a.shape[1:]) for a in (X, X2, Y))
+    cotangent = normal(2, 5)
+    p, q = (lambda x, w, _a, _b: logits(x, w, softcap=5.0)), (lambda _a, _b, x, w: logits(x, w, softcap=5.0))
+    few = {"block_bytes": FOUR, "softcap": 5.0}
+
+    def distilled(*args):
+        return linear.distillation_loss(*args, temperature=2.0, **few)
+
+    def dense_distilled(*args):
+        return categorical.distillation_loss(p(*args), q(*args), temperature=2.0)
+
+    pairs = [
+        (lambda *a: linear.log_prob(y, *a[:2], **few), lambda *a: categorical.log_prob(y, p(*a))),
+        (lambda *a: linear.entropy(*a[:2], base=2, **few), lambda *a: categorical.entropy(p(*a), base=2)),
+        (lambda *a: linear.kl_divergence(*a, **few), lambda *a: categorical.kl_divergence(p(*a), q(*a))),
+        (distilled, dense_distilled),
+    ]
+
+    def both(function):
+        value, pull = jax.vjp(function, x, W, x2, W2)
+        return value, pull(cotangent)
+
+    for got, want in jax.jit(lambda: [(both(fused), both(dense)) for fused, dense in pairs])():
+        close(got, want, 256 * U)
+
+
+@pytest.mark.parametrize("k", [2, V])
+def test_a_teacher_of_its_top_classes_is_one_that_excludes_the_others(k):
+    temperature = 2.0
+    indices = jnp.argsort(normal(N, V), axis=-1)[:, :k]
+    log_probs = normal(N, k)
+
+    def fused(x, w, log_probs):
+        top = {"top_log_probs": log_probs, "top_indices": indices}
+        return linear.distillation_loss(x, w, temperature=temperature, block_bytes=FOUR, **top)
+
+    def dense(x, w, log_probs):
+        teacher = jnp.full((N, V), -jnp.inf).at[jnp.arange(N)[:, None], indices].set(log_probs)
+        return categorical.distillation_loss(x @ w, teacher, temperature=temperature)
+
+    def both(function):
+        return function(X, W, log_probs), jax.grad(lambda *a: jnp.sum(function(*a)), (0, 1, 2))(X, W, log_probs)
+
+    got, want = jax.jit(lambda: (both(fused), both(dense)))()
+    close(got, want, 128 * U)
+
+
+def test_draws_and_modes_do_not_depend_on_the_blocks():
+    key, x = jax.random.key(0), jnp.tile(X[:1], (4000, 1))
+
+    def draw(temperature, **how):
+        return linear.sample(key, x, W, bias=B, temperature=temperature, **how)
+
+    alike = draw(1.0)
+    np.testing.assert_array_equal(draw(1.0, block_bytes=1024 * V * 4), alike)
+    share = np.bincount(np.asarray(alike), minlength=V) / len(x)
+    p = np.asarray(categorical.softmax(X[0] @ W + B))
+    # Five standard deviations of a share.
+    assert np.all(np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / len(x)))
+    np.testing.assert_array_equal(linear.mode(X, W.T, transposed_kernel=True, block_bytes=FOUR), jnp.argmax(X @ W, -1))
+    np.testing.assert_array_equal(draw(0.0), jnp.argmax(x @ W + B, -1))
+
+
+@pytest.mark.parametrize("v", [1, 3, 1000, 32_001])
+def test_equal_logits_give_log_v_to_the_last_digit(v):
+    x, w, y = jnp.zeros((3, 2)), jnp.zeros((2, v)), jnp.array([0, v // 2, v - 1])
+    loss, aux = linear.cross_entropy(x, w, y, reduction="none", has_aux=True, block_bytes=4 * v)
+    for got in (loss, aux.nll, aux.logsumexp, linear.entropy(x, w), -linear.log_prob(y, x, w)):
+        np.testing.assert_array_equal(got, np.full(3, np.float32(math.log(v))))
+
+
+@pytest.mark.parametrize("form", [{}, {"softcap": 30.0}, {"temperature": 0.7}, {"softcap": 30.0, "temperature": 1.3}])
+def test_confident_tokens_keep_their_gradient(form):
+    """Of a label at the top by a margin that float32 cannot add to 1; dW holds nothing else, as x is the unit matrix.
+
+    A tanh or a quotient is off by an ulp or two, 4 u of the logit, and an exponential by as much of itself.
+    """
+    margins = np.array([1.0, 12, 17, 20, 40])
+    n = len(margins)
+    w = _rng.normal(0, 1, (n, V)).round(2)
+    w[:, 2] = w.max(1) + margins
+    w, y = jnp.asarray(w, jnp.float32), jnp.full(n, 2)
+    z = np.asarray(w, np.float64)
+    if "softcap" in form:
+        z = form["softcap"] * np.tanh(z / form["softcap"])
+    z /= form.get("temperature", 1.0)
+    others = np.exp(np.delete(z, 2, 1) - z[:, 2:3]).sum(1)
+    loss = functools.partial(linear.cross_entropy, jnp.eye(n), labels=y, block_bytes=2 * V * 4, **form)
+    value, slope = jax.jit(lambda: (loss(w, reduction="none"), jax.grad(lambda w: loss(w, reduction="sum"))(w)))()
+    chain = 1 / form.get("temperature", 1.0)
+    if "softcap" in form:
+        chain = chain * (1 - np.tanh(np.asarray(w[:, 2], np.float64) / form["softcap"]) ** 2)
+    bound = (16 + 9 * np.abs(z).max()) * U
+    np.testing.assert_allclose(value, np.log1p(others), rtol=bound)
+    np.testing.assert_allclose(slope[:, 2], -others / (1 + others) * chain, rtol=2 * bound + 64 * U)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1.0, 640.0])
+def test_errors_are_at_most_those_of_the_plain_form(dtype, size):
+    """Against float64 from the same operands; the plain form has the same operands in float32."""
+    x, w, b = (a.astype(dtype) for a in (normal(32, 16), normal(16, 50, scale=size / 16), normal(50)))
+    y = jnp.asarray(_rng.integers(0, 50, 32))
+    operands = [np.asarray(a, np.float64) for a in (x, w, b)]
+    z = operands[0] @ operands[1] + operands[2]
+    e = np.exp(z - z.max(1, keepdims=True))
+    p = e / e.sum(1, keepdims=True)
+    dz = (p - np.eye(50)[np.asarray(y)]) / 32
+    want = (np.log(e.sum(1)) + z.max(1) - z[np.arange(32), y]).mean(), dz @ operands[1].T, operands[0].T @ dz, dz.sum(0)
+
+    def usual(x, w, b):
+        return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(x @ w + b, y))
+
+    def fused(x, w, b):
+        return linear.cross_entropy(x, w, y, bias=b, block_bytes=8 * 50 * 4)
+
+    def errors(function, *args):
+        value, slopes = jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*args)
+        assert value.dtype == jnp.float32
+        assert all(slope.dtype == a.dtype for slope, a in zip(slopes, args, strict=True))
+        pairs = zip((value, *slopes), want, strict=True)
+        return [np.abs(np.asarray(g, np.float64) - t).max() / np.abs(t).max() for g, t in pairs]
+
+    # Two roundings of the same sum differ by a few u, and a gradient is rounded to its operand's dtype once.
+    slack = 4 * U + (2.0**-8 if dtype == "bfloat16" else 0)
+    for got, peer in zip(
+        errors(fused, x, w, b), errors(usual, *(a.astype(jnp.float32) for a in (x, w, b))), strict=True
+    ):
+        assert got <= peer + slack
+
+
+def test_a_token_without_weight_is_as_if_not_there():
+    bad = X.at[3].set(jnp.nan).at[7].set(jnp.inf)
+    labels, weights = Y.at[3].set(-1).at[7].set(V), WEIGHTS.at[jnp.array([3, 7])].set(0)
+    kept = np.delete(np.arange(N), [3, 7])
+
+    def value_and_slopes(x, y, weights, block_bytes):
+        def loss(x, w):
+            return linear.cross_entropy(x, w, y, weights=weights, has_aux=True, block_bytes=block_bytes)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, W)
+
+    (loss, aux), (dx, dw) = value_and_slopes(bad, labels, weights, FOUR)
+    (want, _), (want_dx, want_dw) = value_and_slopes(X[kept], Y[kept], WEIGHTS[kept], None)
+    close((loss, dx[kept], dw), (want, want_dx, want_dw))
+    assert not dx[jnp.array([3, 7])].any()
+    assert aux.weight == jnp.sum(weights)
+
+    (loss, aux), slopes = value_and_slopes(bad, labels, jnp.zeros(N, bool), FOUR)
+    assert loss == 0 == aux.weight
+    assert not any(slope.any() for slope in slopes)
+    (loss, _), slopes = value_and_slopes(X[:0], Y[:0], None, None)
+    assert loss == 0 and not slopes[1].any()  # noqa: PT018
+
+
+@pytest.mark.parametrize("label", [-1, V, 2**31 - 1])
+def test_a_label_out_of_range_is_nan_there_and_nowhere_else(label):
+    labels = Y.at[3].set(label)
+
+    def per_token(x, y):
+        loss = linear.cross_entropy(x, W, y, reduction="none", z_loss=0.1, block_bytes=FOUR)
+        return loss, linear.log_prob(y, x, W)
+
+    for got, want in zip(per_token(X, labels), per_token(X, Y), strict=True):
+        np.testing.assert_array_equal(np.isnan(got), np.arange(N) == 3)
+        close(np.delete(got, 3), np.delete(want, 3))
+    slope = jax.grad(lambda x: jnp.sum(per_token(x, labels)[0]))(X)
+    np.testing.assert_array_equal(np.isnan(slope).all(1), np.arange(N) == 3)
+    assert jnp.isnan(linear.cross_entropy(X, W, labels))
+    error, _ = checkify.checkify(linear.cross_entropy)(X, W, labels)
+    assert re.search(rf"cross_entropy: label {label} is outside \[0, {V}\)", error.get() or "")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32"])
+def test_labels_of_any_integer_dtype(dtype):
+    w = normal(H, 300)
+    assert linear.cross_entropy(X, w, Y.astype(dtype)) == linear.cross_entropy(X, w, Y)
+
+
+def test_an_impossible_class_costs_nothing_and_gets_nothing():
+    bias, labels = jnp.zeros(V).at[2].set(-jnp.inf), jnp.where(Y == 2, 3, Y)
+    keep = np.delete(np.arange(V), 2)
+
+    def losses(w, bias, labels):
+        return [function(w, bias, labels) for function in (
+            lambda w, b, y: linear.cross_entropy(X, w, y, bias=b, block_bytes=FOUR),
+            lambda w, b, y: jnp.sum(linear.entropy(X, w, bias=b, block_bytes=FOUR)),
+        )]  # fmt: skip
+
+    got, want = losses(W, bias, labels), losses(W[:, keep], None, labels - (labels > 2))
+    close(got, want)
+    slope = jax.jacrev(losses)(W, bias, labels)[0]
+    assert not slope[:, 2].any()
+    assert jnp.isinf(linear.log_prob(jnp.full(N, 2), X, W, bias=bias)).all()
+
+
+def test_second_derivatives_of_the_loss_alone():
+    """Of the reduced loss, in blocks, both ways; and where classes tie, as they do where a kernel starts from 0."""
+    direction = normal(N, H), normal(H, V)
+
+    def products(loss, w):
+        f, args = loss, (X, w)
+        push = lambda *a: jax.jvp(f, a, direction)[1]  # noqa: E731
+        return jax.jvp(jax.grad(f, (0, 1)), args, direction)[1], jax.grad(push, (0, 1))(*args)
+
+    def fused(x, w, reduction="mean"):
+        return jnp.sum(jnp.square(linear.cross_entropy(x, w, Y, reduction=reduction, block_bytes=FOUR)))
+
+    def token_losses(x, w):
+        return jnp.sum(jnp.square(optax.losses.softmax_cross_entropy_with_integer_labels(x @ w, Y)))
+
+    def mean(x, w):
+        return jnp.square(jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(x @ w, Y)))
+
+    pairs = [(fused, mean), (functools.partial(fused, reduction="none"), token_losses)]
+
+    def each():
+        return [[products(f, w) for f in pair] for pair in pairs for w in (W, jnp.zeros_like(W))]
+
+    for got, want in jax.jit(each)():
+        close(got[0], want[0], 256 * U)
+        close(got[1], want[1], 256 * U)
+
+
+def compiled(function, *shapes):
+    return jax.jit(function).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
+
+
+def products(program):
+    return len(re.findall(r" dot\(", program.as_text()))
+
+
+def test_memory_and_products_are_those_of_the_plan():
+    shapes = (1024, 64), (64, 4096)
+    args = *((shape, jnp.float32) for shape in shapes), ((1024,), jnp.int32)
+    block = 2**20
+    kernel = 64 * 4096 * 4
+
+    def loss(x, w, y, **options):
+        return linear.cross_entropy(x, w, y, block_bytes=block, **options)
+
+    plan = linear.plan(*(jax.ShapeDtypeStruct(*a) for a in args[:2]), block_bytes=block)
+    assert plan == ("tokens", 16, 64, 0, block, 3)
+    gradient = compiled(jax.value_and_grad(loss, (0, 1)), *args)
+    # The kernel's gradient of a block, its logits and their exponentials, and what has the size of the tokens.
+    assert gradient.memory_analysis().temp_size_in_bytes <= kernel + 2 * block + 4 * 1024 * 64 * 4
+    assert products(gradient) == 3
+    value = compiled(loss, *args)
+    assert value.memory_analysis().temp_size_in_bytes <= 2 * block + 4 * 1024 * 64 * 4
+    assert products(value) == 1
+    with_aux = jax.value_and_grad(functools.partial(loss, has_aux=True), (0, 1), has_aux=True)
+    assert products(compiled(with_aux, *args)) == 3
+    assert products(compiled(jax.grad(loss), *args)) == 2
+
+    def per_token(x, w):
+        return jnp.sum(linear.entropy(x, w, block_bytes=block))
+
+    entropy = compiled(jax.grad(per_token, (0, 1)), *args[:2])
+    assert entropy.memory_analysis().temp_size_in_bytes <= 2 * kernel + 6 * block < 1024 * 4096 * 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block_bytes", "want"),
+    [
+        ((3, 4), None, (1, 12, 0)),
+        ((12,), 5 * V * 4, (3, 4, 0)),  # four divide the tokens, five do not
+        ((11,), 4 * V * 4, (2, 4, 3)),
+        ((5,), 1, (5, 1, 0)),
+        ((0,), None, (1, 0, 0)),
+        ((), None, (1, 1, 0)),
+    ],
+)
+def test_a_plan(tokens, block_bytes, want):
+    hidden, kernel = jax.ShapeDtypeStruct((*tokens, H), jnp.bfloat16), jax.ShapeDtypeStruct((V, H), jnp.float32)
+    plan = linear.plan(hidden, kernel, transposed_kernel=True, block_bytes=block_bytes)
+    assert (plan.blocks, plan.block_size, plan.remainder) == want
+    assert plan.bytes == plan.block_size * V * 4
+
+
+def test_a_large_kernel_has_larger_blocks():
+    kernel = jax.ShapeDtypeStruct((4096, 131_072), jnp.bfloat16)
+    assert linear.plan(jax.ShapeDtypeStruct((2**15, 4096), jnp.bfloat16), kernel).block_size == 1024
+
+
+def test_donated_operands():
+    step = jax.jit(
+        lambda x, w: jax.grad(lambda w: linear.cross_entropy(x, w, Y, block_bytes=FOUR))(w), donate_argnums=1
+    )
+    close(step(X, W + 0), jax.grad(lambda w: plain(X, w, 0.0, jnp.ones(N))[0])(W))
+
+
+# Eight tokens of two examples in two blocks; eight classes, two on each of four devices.
+SHARDED = normal(2, 8, H), normal(H, 8), normal(8), jnp.abs(normal(2, 8))
+SHARDED_Y = jnp.asarray(_rng.integers(0, 8, (2, 8)))
+ALL = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 9.0}
+
+
+def sharded_loss(x, w, b, weights, y, **options):
+    return linear.cross_entropy(x, w, y, bias=b, weights=weights, **ALL, **options)
+
+
+@functools.cache
+def unsharded():
+    gradient = jax.value_and_grad(lambda *a: sharded_loss(*a, has_aux=True), (0, 1, 2, 3), has_aux=True)
+    return jax.jit(gradient)(*SHARDED, SHARDED_Y)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_vocabulary_sharded_inside_shard_map(check_vma):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    specs = P("data"), P(None, "model"), P("model"), P("data"), P("data")
+
+    def local(x, w, b, weights, y):
+        loss = functools.partial(sharded_loss, x, w, b, weights, y, axis_name="model", block_bytes=4 * 2 * 4)
+        total, aux = loss(reduction="sum", has_aux=True)
+        total, each, weight = jax.lax.psum((total, jnp.sum(loss(reduction="none")), aux.weight), "data")
+        log_prob = linear.log_prob(y, x, w, bias=b, softcap=9.0, axis_name="model")
+        return total / weight, each / weight, aux.nll, log_prob, aux.logsumexp, aux.correct
+
+    tokens = P("data")
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=specs, out_specs=(P(), P(), *(tokens,) * 4), check_vma=check_vma
+    )  # fmt: skip
+    (want, aux), want_slopes = unsharded()
+    total, each, nll, log_prob, logsumexp, correct = jax.jit(mapped)(*SHARDED, SHARDED_Y)
+    close((total, each, nll, log_prob, logsumexp), (want, want, aux.nll, -aux.nll, aux.logsumexp))
+    np.testing.assert_array_equal(correct, aux.correct)
+
+    def slopes(i):
+        return jax.grad(lambda *a: mapped(*a)[i], (0, 1, 2, 3))
+
+    for got in jax.jit(lambda *a: [slopes(i)(*a) for i in range(2)])(*SHARDED, SHARDED_Y):
+        close(got, want_slopes, 128 * U)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_tokens_and_vocabulary_sharded_under_the_compiler(axis_type):
+    """As unsharded; the kernel is gathered once and not in each block, and no device gets the logits of another."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type, axis_type))
+    specs = P("data"), P("data", "model"), P("model"), P("data"), P("data")
+    args = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((*SHARDED, SHARDED_Y), specs, strict=True)]
+    loss = functools.partial(sharded_loss, has_aux=True, block_bytes=4 * 8 * 4)
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)).lower(*args).compile()
+        got = program(*args)
+        entropy = linear.entropy(args[0], args[1], block_bytes=4 * 8 * 4)
+    close(got, unsharded(), 128 * U)
+    close(entropy, linear.entropy(*SHARDED[:2]), 128 * U)
+    outside, *bodies = re.split(r"\nENTRY ", program.as_text())[::-1]
+    assert "all-gather" in outside
+    assert "all-gather" not in bodies[0]
+
+
+WRONG = {
+    "cross_entropy: hidden must be a floating-point array, got int32[10, 4]": lambda: linear.cross_entropy(
+        X.astype(int), W, Y
+    ),
+    "cross_entropy: kernel must be [H, V] with hidden [..., H], got float32[7, 4] with float32[10, 4]": lambda: (
+        linear.cross_entropy(X, W.T, Y)
+    ),
+    "log_prob: kernel must be [V, H] with hidden [..., H], got float32[4, 7] with float32[10, 4]": lambda: (
+        linear.log_prob(Y, X, W, transposed_kernel=True)
+    ),
+    "cross_entropy: expected at least one class, got kernel float32[4, 0]": lambda: linear.cross_entropy(
+        X, W[:, :0], Y
+    ),
+    "cross_entropy: labels must be integer classes, got float32[10]": lambda: linear.cross_entropy(X, W, WEIGHTS),
+    "cross_entropy: labels must have the shape [10] of hidden without its last axis, got int32[9]": lambda: (
+        linear.cross_entropy(X, W, Y[:9])
+    ),
+    "cross_entropy: weights must have the shape [10] of hidden without its last axis, got float32[7]": lambda: (
+        linear.cross_entropy(X, W, Y, weights=B)
+    ),
+    "entropy: bias must have the shape [7] of the classes of kernel, got float32[10]": lambda: linear.entropy(
+        X, W, bias=WEIGHTS
+    ),
+    "cross_entropy: label_smoothing must be in [0, 1], got 2": lambda: linear.cross_entropy(X, W, Y, label_smoothing=2),
+    "cross_entropy: z_loss must be a finite number of at least 0, got -1": lambda: linear.cross_entropy(
+        X, W, Y, z_loss=-1
+    ),
+    "entropy: softcap must be a finite number above 0, or None, got 0": lambda: linear.entropy(X, W, softcap=0),
+    "log_prob: temperature must be a finite number above 0, got 0": lambda: linear.log_prob(Y, X, W, temperature=0),
+    "cross_entropy: reduction must be one of 'mean', 'sum', 'none', got 'max'": lambda: linear.cross_entropy(
+        X, W, Y, reduction="max"
+    ),
+    "plan: block_bytes must be a positive integer, got 0": lambda: linear.plan(X, W, block_bytes=0),
+    "kl_divergence: q_hidden must have the tokens [10] of p_hidden, got [9]": lambda: linear.kl_divergence(
+        X, W, X[:9], W
+    ),
+    "kl_divergence: both kernels must have the same classes, got 7 and 6": lambda: linear.kl_divergence(
+        X, W, X, W[:, :6]
+    ),
+    "distillation_loss: expected either teacher_hidden and teacher_kernel or top_log_probs and top_indices, got "
+    "teacher_hidden": lambda: linear.distillation_loss(X, W, X, temperature=1.0),
+    "distillation_loss: top_indices must be integer classes, got float32[10, 4]": lambda: linear.distillation_loss(
+        X, W, temperature=1.0, top_log_probs=X, top_indices=X
+    ),
+    "sample: temperature must be one number, got float32[7]": lambda: linear.sample(
+        jax.random.key(0), X, W, temperature=B
+    ),
+}
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("message", WRONG)
+def test_a_static_mistake_is_one_line(message):
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}(\n|$)"):
+        WRONG[message]()
