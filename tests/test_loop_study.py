@@ -72,16 +72,6 @@ def test_host_batches_hold_every_example_once_an_epoch():
     assert (rows[0] != rows[1]).any()
 
 
-def test_everyone_trains_once_a_round_and_nobody_always_first():
-    order = []
-    taken = loop.race([lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")], 3)
-    assert taken.shape == (3, 3)
-    assert (taken > 0).all()
-    rounds = [order[i : i + 3] for i in range(3, 12, 3)]
-    assert [sorted(r) for r in rounds] == [["a", "b", "c"]] * 3
-    assert sorted(r[0] for r in rounds) == ["a", "b", "c"]
-
-
 def test_a_time_is_that_of_a_step_of_one_seed(monkeypatch):
     """Every program of this cell sleeps 80 ms: for 8 steps of 2 seeds on the device, of 1 seed on the host."""
     sleep = lambda: time.sleep(0.08)  # noqa: E731

@@ -1,7 +1,6 @@
 """The benchmark: everyone computes the same, the race is fair, and verdicts can fail."""
 
 import itertools
-import time
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +30,6 @@ def test_contestants_compute_the_same(function):
             want = jnp.vdot(ours, x.others)
             assert got[1].shape == x.logits.shape
         np.testing.assert_allclose(value, want, rtol=1e-5)
-
-
-def test_everyone_runs_once_a_round_and_nobody_always_first():
-    order = []
-    taken = speed.race([lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")], 3, 0.0)
-    assert taken.shape == (3, 3)
-    assert (taken > 0).all()
-    rounds = [order[i : i + 3] for i in range(6, 15, 3)]
-    assert [sorted(r) for r in rounds] == [["a", "b", "c"]] * 3
-    assert sorted(r[0] for r in rounds) == ["a", "b", "c"]
-
-
-def test_a_time_is_that_of_one_call():
-    (sleeper,) = speed.race([lambda: time.sleep(0.002)], 2, 0.02)
-    assert (sleeper >= 0.002).all()
 
 
 def test_torch_runs_only_where_it_is(monkeypatch):

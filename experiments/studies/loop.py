@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import optax
 
-from experiments import data, plots, stats
+from experiments import data, plots, stats, timing
 from experiments.config import distinct
 from experiments.report import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record, Setting
@@ -207,24 +207,11 @@ def host_loops(t: Task) -> dict[str, Callable[[], object]]:
     return loops
 
 
-def race(contestants: Sequence[Callable[[], object]], rounds: int) -> np.ndarray:
-    """Seconds, [contestants, rounds]: everyone trains once a round, each round starting one further on."""
-    for train in contestants:
-        train()  # the first call may still load or allocate
-    taken = np.empty((len(contestants), rounds))
-    for i in range(rounds):
-        for j in np.roll(np.arange(len(contestants)), -i).tolist():
-            start = time.perf_counter()
-            contestants[j]()
-            taken[j, i] = time.perf_counter() - start
-    return taken
-
-
 def measure_cell(t: Task, seeds: int, rounds: int) -> Record:
     """Every contestant's seconds for a step of one seed, in every round."""
     (run_train, run_compile), (scan_train, scan_compile) = (program(f, t, seeds) for f in (run_loop, scan_loop))
     contestants = {"run": run_train, "scan": scan_train, **host_loops(t)}
-    taken = race(list(contestants.values()), rounds) / t.num_steps
+    taken = timing.race(list(contestants.values()), rounds) / t.num_steps
     together = {"run": seeds, "scan": seeds}
     times = {f"seconds_{name}": row / together.get(name, 1) for name, row in zip(contestants, taken, strict=True)}
     compiling = {"compile_run": run_compile, "compile_scan": scan_compile}
@@ -254,7 +241,7 @@ def measure_fit(t: Task, num_steps: int, rounds: int) -> Record:
         options = {"num_steps": num_steps, "batch_size": t.batch_size, "record_every": RECORD_EVERY}
         return jax.block_until_ready(mle.run(nll, OPTIMIZER, state, arguments[1], **options))
 
-    times = dict(zip(("fit", "run"), race([fit_once(t, num_steps), run_once], rounds), strict=True))
+    times = dict(zip(("fit", "run"), timing.race([fit_once(t, num_steps), run_once], rounds), strict=True))
     if importlib.util.find_spec("orbax") is not None:
         times |= checkpoint_times(t, rounds)
     values = {f"seconds_{name}": row for name, row in times.items()}
@@ -286,20 +273,6 @@ def run(config: Config) -> Iterator[Record | Progress]:
     yield measure_fit(task(config.fit_batch_size, 1), config.fit_steps, config.rounds)
 
 
-def ratio(record: Record, name: str, base: str) -> np.ndarray:
-    """One contestant's time by another's, round by round."""
-    return np.asarray(record.values[f"seconds_{name}"]) / np.asarray(record.values[f"seconds_{base}"])
-
-
-def ratio_text(record: Record, name: str, base: str) -> str:
-    """The median of the ratio, with its interval; nothing where one of the two has not run."""
-    if f"seconds_{name}" not in record.values:
-        return ""
-    ratios = ratio(record, name, base)
-    low, high = stats.bca_interval(ratios, np.median)
-    return f"{np.median(ratios):.3g} [{low:.3g}, {high:.3g}]"
-
-
 def cell_name(batch_size: Setting, seeds: Setting) -> str:
     """For people: "batches of 32, 8 seeds"."""
     return f"batches of {batch_size}, {seeds} seed{'s' if seeds != 1 else ''}"
@@ -310,24 +283,13 @@ def name_of(record: Record) -> str:
     return cell_name(record.settings["batch_size"], record.settings["seeds"])
 
 
-def judge(
-    records: Sequence[Record], name: str, base: str, limit: float, sign: int = 1
-) -> tuple[np.ndarray, Record, str]:
-    """Median ratios, the worst record, and whether all medians are at most the limit; with sign -1, at least."""
-    medians = np.array([np.median(ratio(r, name, base)) for r in records])
-    over = [stats.bca_interval(sign * ratio(r, name, base), np.median).low > sign * limit for r in records]
-    beyond = np.max(sign * medians) > sign * limit
-    verdict = "falsified" if any(over) else "undecided" if beyond else "holds"
-    return medians, records[int(np.argmax(sign * medians))], verdict
-
-
 def scan_hypothesis(records: Sequence[Record]) -> Hypothesis:
     """In no cell does `run` take more than 1.03 times what the scan takes."""
-    medians, worst, verdict = judge(records, "run", "scan", SLOWER)
+    medians, worst, verdict = timing.judge(records, "run", "scan", SLOWER)
     return Hypothesis(
         f"mle.run is no slower than a hand-written lax.scan, up to a factor of {SLOWER}.",
         f"time of run / scan: {min(medians):.2f} to {max(medians):.2f}; at its worst "
-        f"{ratio_text(worst, 'run', 'scan')} ({name_of(worst)})",
+        f"{timing.ratio_text(worst, 'run', 'scan')} ({name_of(worst)})",
         f"somewhere the 95 % interval of the median ratio lies above {SLOWER}; undecided while a median does",
         verdict,
     )
@@ -337,10 +299,10 @@ def faster_hypothesis(records: Sequence[Record], name: str) -> Hypothesis:
     """In every cell the other takes at least so many times what `run` takes."""
     factor, measured, verdict = FASTER[name], f"{NAMES[name]} has not run here", "undecided"
     if all(f"seconds_{name}" in record.values for record in records):
-        medians, worst, verdict = judge(records, name, "run", factor, sign=-1)
+        medians, worst, verdict = timing.judge(records, name, "run", factor, sign=-1)
         measured = (
             f"time of {NAMES[name]} / run: {min(medians):.3g} to {max(medians):.3g}; at its worst "
-            f"{ratio_text(worst, name, 'run')} ({name_of(worst)})"
+            f"{timing.ratio_text(worst, name, 'run')} ({name_of(worst)})"
         )
     return Hypothesis(
         f"A step of one seed takes {NAMES[name]} at least {factor:g} times as long as mle.run.",
@@ -352,12 +314,12 @@ def faster_hypothesis(records: Sequence[Record], name: str) -> Hypothesis:
 
 def fit_hypothesis(record: Record) -> Hypothesis:
     """`fit` with nothing to save."""
-    *_, verdict = judge([record], "fit", "run", OVERHEAD)
+    *_, verdict = timing.judge([record], "fit", "run", OVERHEAD)
     seconds = np.median(np.asarray(record.values["seconds_run"]))
     return Hypothesis(
         f"mle.fit takes at most {OVERHEAD} times as long as mle.run.",
-        f"time of fit / run: {ratio_text(record, 'fit', 'run')} ({record.settings['steps']} steps with batches of "
-        f"{record.settings['batch_size']}, {seconds:.2g} s)",
+        f"time of fit / run: {timing.ratio_text(record, 'fit', 'run')} ({record.settings['steps']} steps with batches "
+        f"of {record.settings['batch_size']}, {seconds:.2g} s)",
         f"the 95 % interval of the median ratio lies above {OVERHEAD}; undecided while the median does",
         verdict,
     )
@@ -370,8 +332,8 @@ def loop_table(records: Sequence[Record]) -> Table:
     for record in records:
         steps = 1 / np.median(np.asarray(record.values["seconds_run"]))
         compiling = [f"{float(np.asarray(record.values[f'compile_{name}'])):.2g}" for name in ("run", "scan")]
-        ratios = [ratio_text(record, name, "run") for name in others]
-        rows.append([name_of(record), f"{steps:,.0f}", ratio_text(record, "run", "scan"), *ratios, *compiling])
+        ratios = [timing.ratio_text(record, name, "run") for name in others]
+        rows.append([name_of(record), f"{steps:,.0f}", timing.ratio_text(record, "run", "scan"), *ratios, *compiling])
     header = ["", "run, steps/s", "run / scan", *(f"{NAMES[name]} / run" for name in others),
               "compiling run, s", "scan, s"]  # fmt: skip
     caption = (
@@ -398,9 +360,9 @@ def ratio_figure(records: Sequence[Record]) -> Plot:
     colours = dict(zip(("run", *others), plots.COLOURS.values(), strict=False))
     for axis, pairs in ((left, [("run", "scan")]), (right, [(name, "run") for name in others])):
         for name, base in pairs:
-            intervals = np.array([stats.bca_interval(ratio(r, name, base), np.median) for r in records])
+            intervals = np.array([stats.bca_interval(timing.ratio(r, name, base), np.median) for r in records])
             axis.hlines(heights, *intervals.T, color=colours[name], lw=1.2)
-            medians = [np.median(ratio(r, name, base)) for r in records]
+            medians = [np.median(timing.ratio(r, name, base)) for r in records]
             axis.plot(medians, heights, "o", color=colours[name], label=NAMES[name])
         axis.axvline(1, **plots.THEORY)
         axis.set(ylim=(len(records) - 0.5, -0.5))
@@ -421,8 +383,12 @@ def ratio_figure(records: Sequence[Record]) -> Plot:
 
 def slower_text(record: Record) -> str:
     """A cell in which `run` is slower than by hand; nothing where it is not."""
-    slower = np.median(ratio(record, "run", "scan")) > SLOWER
-    return f"{name_of(record)}: run takes {ratio_text(record, 'run', 'scan')} times the scan's time." if slower else ""
+    slower = np.median(timing.ratio(record, "run", "scan")) > SLOWER
+    return (
+        f"{name_of(record)}: run takes {timing.ratio_text(record, 'run', 'scan')} times the scan's time."
+        if slower
+        else ""
+    )
 
 
 def compile_text(record: Record) -> str:

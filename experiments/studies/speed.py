@@ -14,7 +14,6 @@ its arguments and results.
 import importlib
 import importlib.util
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal, NamedTuple
 
@@ -24,7 +23,7 @@ import msgspec
 import numpy as np
 import optax
 
-from experiments import plots, stats
+from experiments import plots, timing
 from experiments.config import distinct
 from experiments.report import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
@@ -141,25 +140,6 @@ def torch_program(function: str, mode: str, x: Inputs) -> Callable[[], object] |
     return forward if mode == MODES[0] else both
 
 
-def race(contestants: Sequence[Callable[[], object]], rounds: int, seconds: float) -> np.ndarray:
-    """Seconds a call, [contestants, rounds]: everyone runs once a round, each round starting one further on."""
-    for run in contestants:
-        run()  # the first call may still load or allocate
-    calls = []
-    for run in contestants:
-        start = time.perf_counter()
-        run()
-        calls.append(max(1, int(seconds / (time.perf_counter() - start))))
-    taken = np.empty((len(contestants), rounds))
-    for i in range(rounds):
-        for j in np.roll(np.arange(len(contestants)), -i).tolist():
-            start = time.perf_counter()
-            for _ in range(calls[j]):
-                contestants[j]()
-            taken[j, i] = (time.perf_counter() - start) / calls[j]
-    return taken
-
-
 def run(config: Config) -> Iterator[Record | Progress]:
     """A record for each function, shape, dtype and mode, with every contestant's time in every round."""
     cells = list(itertools.product(config.dtypes, config.shapes, config.functions, MODES))
@@ -171,24 +151,10 @@ def run(config: Config) -> Iterator[Record | Progress]:
         contestants = {"jprob": jprob_run, "peer": peer_run, "copy": copy(x)}
         if (torch_run := torch_program(function, mode, x)) is not None:
             contestants["torch"] = torch_run
-        taken = race(list(contestants.values()), config.rounds, config.seconds_a_sample)
+        taken = timing.race(list(contestants.values()), config.rounds, config.seconds_a_sample)
         cell = {"function": function, "dtype": dtype, "rows": shape[0], "classes": shape[1], "mode": mode}
         times = {f"seconds_{name}": row for name, row in zip(contestants, taken, strict=True)}
         yield Record(cell, {**times, "bytes_jprob": jprob_bytes, "bytes_peer": peer_bytes})
-
-
-def ratio(record: Record, other: str) -> np.ndarray:
-    """jprob's time by another's, round by round."""
-    return np.asarray(record.values["seconds_jprob"]) / np.asarray(record.values[f"seconds_{other}"])
-
-
-def ratio_text(record: Record, other: str) -> str:
-    """The median of the ratio, with its interval."""
-    if f"seconds_{other}" not in record.values:
-        return ""
-    ratios = ratio(record, other)
-    low, high = stats.bca_interval(ratios, np.median)
-    return f"{np.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def cell_name(record: Record) -> str:
@@ -200,22 +166,20 @@ def cell_name(record: Record) -> str:
 def not_slower(records: Sequence[Record], function: str, mode: str) -> Hypothesis:
     """In no shape and dtype does jprob take more than 1.1 times what its peer takes."""
     cells = [r for r in records if r.settings["function"] == function and r.settings["mode"] == mode]
-    medians = [float(np.median(ratio(r, "peer"))) for r in cells]
-    worst = cells[int(np.argmax(medians))]
-    over = [stats.bca_interval(ratio(r, "peer"), np.median).low > SLOWER for r in cells]
+    medians, worst, verdict = timing.judge(cells, "jprob", "peer", SLOWER)
     return Hypothesis(
         f"{function}, {mode}: jprob is no slower than {PEERS[function]}, up to a factor of {SLOWER}.",
         f"time of jprob / {PEERS[function]}: {min(medians):.2f} to {max(medians):.2f}; at its worst "
-        f"{ratio_text(worst, 'peer')} ({cell_name(worst)})",
+        f"{timing.ratio_text(worst, 'jprob', 'peer')} ({cell_name(worst)})",
         f"somewhere the 95 % interval of the median ratio lies above {SLOWER}; undecided while a median does",
-        "falsified" if any(over) else "undecided" if max(medians) > SLOWER else "holds",
+        verdict,
     )
 
 
 def slower_text(records: Sequence[Record], function: str, mode: str) -> str:
     """In how many shapes and dtypes a function is slower; nothing where it is in none."""
     cells = [r for r in records if r.settings["function"] == function and r.settings["mode"] == mode]
-    over = sum(np.median(ratio(r, "peer")) > SLOWER for r in cells)
+    over = sum(np.median(timing.ratio(r, "jprob", "peer")) > SLOWER for r in cells)
     return f"{function}, {mode}: slower than {PEERS[function]} in {over} of {len(cells)} cases." if over else ""
 
 
@@ -226,7 +190,7 @@ def time_table(records: Sequence[Record], function: str) -> Table:
         if record.settings["function"] == function:
             milliseconds = 1e3 * np.median(np.asarray(record.values["seconds_jprob"]))
             mebibytes = [float(np.asarray(record.values[f"bytes_{name}"])) / 2**20 for name in ("jprob", "peer")]
-            ratios = [ratio_text(record, other) for other in ("peer", "torch", "copy")]
+            ratios = [timing.ratio_text(record, "jprob", other) for other in ("peer", "torch", "copy")]
             rows.append([cell_name(record), f"{milliseconds:.2f}", *ratios, *(f"{m:.1f}" for m in mebibytes)])
     header = ["", "jprob, ms", f"/ {PEERS[function]}", "/ torch", "/ copy", "jprob, MiB", f"{PEERS[function]}, MiB"]
     caption = (
@@ -248,7 +212,7 @@ def ratio_figure(records: Sequence[Record], config: Config) -> Plot:
                 within = (shapes.index((int(rows), int(classes))) + 0.5) / len(shapes) - 0.5
                 marker, colour = looks[str(dtype)]
                 height = names.index(str(function)) + 0.7 * within
-                axis.plot(np.median(ratio(record, "peer")), height, marker, color=colour, label=dtype)
+                axis.plot(np.median(timing.ratio(record, "jprob", "peer")), height, marker, color=colour, label=dtype)
         axis.axvline(1, **plots.THEORY)
         axis.set(xscale="log", xlabel="time of jprob / peer", title=mode, ylim=(len(config.functions) - 0.5, -0.5))
         axis.xaxis.set_major_formatter("{x:g}")
