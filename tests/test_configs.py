@@ -18,6 +18,8 @@ SMOKE = {
                  "num_classes=[3]"],
     "gradient_law": ["num_classes=[2, 3]", "margin_step=0.5"],
     "escape_time": ["max_margin=3.0", "learning_rates=[0.01, 0.1]", "adam_eps=[0.1]", "max_steps=10000"],
+    "linear_categorical": ["cells=[[8, 7]]", "dtypes=['float32']", "rounds=2", "growth=[8, 16]", "hidden=8",
+                           "growth_vocabulary=7", "steps=2", "batch_size=16"],
     "loop": ["batch_sizes=[512]", "seeds=[1, 2]", "epochs=1", "fit_steps=100", "rounds=2"],
     "one_neuron": ["num_steps=5"],
     "speed": ["shapes=[[8, 3]]", "dtypes=['float32']", "rounds=2", "seconds_a_sample=0.0"],
