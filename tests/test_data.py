@@ -47,6 +47,29 @@ def test_the_splits_are_the_same_bits_everywhere(digits):
     assert digits.sha256 == "d27a5ba3ec17499956cacc9eb4e713f6f1dd85353e0b20dbc32f1b164df53100"
 
 
+def test_words_of_python_predict_the_next_one():
+    """Which words these are depends on the Python; that the text goes on from row to row does not."""
+    words = data.load("python_source")
+    sizes = [len(getattr(words, part).labels) for part in PARTS]
+    assert sum(sizes) == 600_000 - 8
+    assert 0.79 < sizes[0] / sum(sizes) < 0.81
+    for part in PARTS:
+        features, labels = getattr(words, part)
+        assert features.shape == (len(labels), 8)
+        assert features.dtype == labels.dtype == np.int32
+        assert (features[1:, :-1] == features[:-1, 1:]).all()
+        assert (features[1:, -1] == labels[:-1]).all()
+    every = np.concatenate([words.train.features[0], *(getattr(words, part).labels for part in PARTS)])
+    assert np.unique(every).size == words.num_classes
+    assert words.num_classes > 10_000
+
+
+def test_without_source_files_the_words_are_missed(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(InputError, match=f"{tmp_path}: expected Python's source files with 600000 words, got 0 words"):
+        data._LOADERS["python_source"]()
+
+
 def test_arrays_are_shared_and_cannot_be_written(digits):
     assert data.load("digits") is digits
     with pytest.raises(ValueError, match="read-only"):
@@ -58,5 +81,7 @@ def test_what_was_loaded_is_on_record(digits):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(InputError, match='unknown data set "digit", expected one of digits; nearest: digits'):
+    with pytest.raises(
+        InputError, match='unknown data set "digit", expected one of digits, python_source; nearest: digits'
+    ):
         data.load("digit")
