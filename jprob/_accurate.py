@@ -17,7 +17,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 
-def compute_dtype(*arrays: Array | float) -> jnp.dtype:
+def compute_dtype(*arrays: Array | jnp.dtype | float) -> jnp.dtype:
     """At least float32; float64 where an input has it."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 

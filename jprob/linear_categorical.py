@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Integer, Key, Real
 
 from . import _accurate, _checks, _sums, categorical
 
 _BLOCK_BYTES = 2**25
 _REDUCTIONS = ("mean", "sum", "none")
+_FORM = ("softcap", "temperature", "transposed_kernel", "block_bytes")
 
 
 class Aux(NamedTuple):
@@ -71,11 +72,12 @@ class Plan(NamedTuple):
 
 
 class _Logits(NamedTuple):
-    """How logits follow from a product of hidden and kernel; static."""
+    """How logits follow from hidden and kernel, and how many at once; static."""
 
     softcap: float | None = None
     temperature: float = 1.0
     transposed: bool = False
+    block_bytes: int | None = None
     axis_name: str | None = None
 
 
@@ -86,23 +88,9 @@ class _Loss(NamedTuple):
     label_smoothing: float
     z_loss: float
     has_aux: bool
-    block_bytes: int | None
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "label_smoothing",
-        "z_loss",
-        "softcap",
-        "temperature",
-        "transposed_kernel",
-        "reduction",
-        "has_aux",
-        "block_bytes",
-        "axis_name",
-    ),
-)
+@partial(jax.jit, static_argnames=(*_FORM, "axis_name", "label_smoothing", "z_loss", "reduction", "has_aux"))
 def cross_entropy(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
@@ -162,7 +150,7 @@ def cross_entropy(
     2.0611537e-09 True 1.0
     """
     name = "cross_entropy"
-    form = _form(name, softcap, temperature, transposed_kernel, axis_name)
+    form = _form(name, softcap, temperature, transposed_kernel, block_bytes, axis_name)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < math.inf:
@@ -173,11 +161,11 @@ def cross_entropy(
     if weights is not None:
         weights = _checks.weights(name, "hidden without its last axis", hidden.shape[:-1], weights)
     labels = _labels(name, form, hidden, kernel, labels, weights)
-    loss = _Loss(form, label_smoothing, z_loss, has_aux, block_bytes)
+    loss = _Loss(form, label_smoothing, z_loss, has_aux)
     return _placed(partial(_cross_entropy, loss, reduction), hidden, kernel, bias, labels, weights)
 
 
-@partial(jax.jit, static_argnames=("softcap", "temperature", "transposed_kernel", "block_bytes", "axis_name"))
+@partial(jax.jit, static_argnames=(*_FORM, "axis_name"))
 def log_prob(
     labels: Integer[Array, "*tokens"],
     hidden: Float[Array, "*tokens H"],
@@ -213,17 +201,17 @@ def log_prob(
     >>> print(log_prob(jnp.array([1]), jnp.array([[1.0]]), jnp.log(jnp.array([[0.75, 0.25]]))))
     [-1.3862944]
     """
-    form = _form("log_prob", softcap, temperature, transposed_kernel, axis_name)
+    form = _form("log_prob", softcap, temperature, transposed_kernel, block_bytes, axis_name)
     _check_operands("log_prob", form, hidden, kernel, bias)
     labels = _labels("log_prob", form, hidden, kernel, labels)
 
     def rows(logits, labels):
         return -_nll(_cap(form, *logits), labels[:, None], axis_name)[0][:, 0]
 
-    return _placed(partial(_per_token, rows, form, block_bytes), [(hidden, kernel, bias)], labels)
+    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], labels)
 
 
-@partial(jax.jit, static_argnames=("base", "softcap", "temperature", "transposed_kernel", "block_bytes"))
+@partial(jax.jit, static_argnames=(*_FORM, "base"))
 def entropy(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
@@ -258,13 +246,13 @@ def entropy(
     [3. 3.]
     """
     unit = _checks.nats_to("entropy", base)
-    form = _form("entropy", softcap, temperature, transposed_kernel)
+    form = _form("entropy", softcap, temperature, transposed_kernel, block_bytes)
     _check_operands("entropy", form, hidden, kernel, bias)
     rows = lambda logits: categorical.entropy(_cap(form, *logits)) * unit  # noqa: E731
-    return _placed(partial(_per_token, rows, form, block_bytes), [(hidden, kernel, bias)])
+    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
 
 
-@partial(jax.jit, static_argnames=("base", "softcap", "temperature", "transposed_kernel", "block_bytes"))
+@partial(jax.jit, static_argnames=(*_FORM, "base"))
 def kl_divergence(
     p_hidden: Float[Array, "*tokens P"],
     p_kernel: Float[Array, "_ _"],
@@ -306,16 +294,16 @@ def kl_divergence(
     0.5108
     """
     unit = _checks.nats_to("kl_divergence", base)
-    form = _form("kl_divergence", softcap, temperature, transposed_kernel)
+    form = _form("kl_divergence", softcap, temperature, transposed_kernel, block_bytes)
     sides = _two_sides("kl_divergence", form, "pq", (p_hidden, p_kernel, p_bias), (q_hidden, q_kernel, q_bias))
 
     def rows(logits):
         return categorical.kl_divergence(*(_cap(form, z) for z in logits)) * unit
 
-    return _placed(partial(_per_token, rows, form, block_bytes), sides)
+    return _placed(partial(_per_token, rows, form), sides)
 
 
-@partial(jax.jit, static_argnames=("temperature", "softcap", "transposed_kernel", "block_bytes"))
+@partial(jax.jit, static_argnames=_FORM)
 def distillation_loss(
     student_hidden: Float[Array, "*tokens S"],
     student_kernel: Float[Array, "_ _"],
@@ -369,7 +357,7 @@ def distillation_loss(
     [0.44377...]
     """
     name = "distillation_loss"
-    form = _form(name, softcap, temperature, transposed_kernel)
+    form = _form(name, softcap, temperature, transposed_kernel, block_bytes)
     student = (student_hidden, student_kernel, student_bias)
     square = float(temperature) ** 2
     if teacher_hidden is not None and teacher_kernel is not None and top_log_probs is None and top_indices is None:
@@ -379,7 +367,7 @@ def distillation_loss(
         def rows(logits):
             return categorical.kl_divergence(*(_cap(form, z) for z in logits[::-1])) * square
 
-        return _placed(partial(_per_token, rows, form, block_bytes), sides)
+        return _placed(partial(_per_token, rows, form), sides)
     if top_log_probs is None or top_indices is None or teacher_hidden is not None or teacher_kernel is not None:
         got = _given(locals(), "teacher_hidden", "teacher_kernel", "top_log_probs", "top_indices")
         expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
@@ -388,9 +376,9 @@ def distillation_loss(
     indices = _check_top(form, student_hidden, student_kernel, top_log_probs, top_indices)
 
     def top_rows(logits, log_probs, indices):
-        return _top_divergence(_cap(form, *logits), log_probs / temperature, indices) * square
+        return _top_divergence(_cap(form, *logits), log_probs, temperature, indices) * square
 
-    return _placed(partial(_per_token, top_rows, form, block_bytes), [student], top_log_probs, indices)
+    return _placed(partial(_per_token, top_rows, form), [student], top_log_probs, indices)
 
 
 @partial(jax.jit, static_argnames=("transposed_kernel", "block_bytes"))
@@ -420,10 +408,10 @@ def mode(
     >>> print(mode(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])))
     [1 0]
     """
-    form = _Logits(transposed=transposed_kernel)
+    form = _form("mode", None, 1.0, transposed_kernel, block_bytes)
     _check_operands("mode", form, hidden, kernel, bias)
     rows = lambda logits: categorical.mode(*logits)  # noqa: E731
-    return _placed(partial(_per_token, rows, form, block_bytes), [(hidden, kernel, bias)])
+    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
 
 
 @partial(jax.jit, static_argnames=("softcap", "transposed_kernel", "block_bytes"))
@@ -466,16 +454,19 @@ def sample(
     """
     if jnp.ndim(temperature) != 0:
         raise ValueError(f"sample: temperature must be one number, got {_checks.describe(temperature)}")
-    form = _form("sample", softcap, 1.0, transposed_kernel)
+    form = _form("sample", softcap, 1.0, transposed_kernel, block_bytes)
     _check_operands("sample", form, hidden, kernel, bias)
     number = jnp.arange(math.prod(hidden.shape[:-1]), dtype=jnp.uint32).reshape(hidden.shape[:-1])
 
-    def rows(logits, number):
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number)
-        each = lambda key, z: categorical.sample(key, z, temperature=temperature)  # noqa: E731
-        return jax.vmap(each)(keys, _cap(form, *logits))
+    def draw(sides, number, key, temperature):
+        def rows(logits, number):
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number)
+            each = lambda key, z: categorical.sample(key, z, temperature=temperature)  # noqa: E731
+            return jax.vmap(each)(keys, _cap(form, *logits))
 
-    return _placed(partial(_per_token, rows, form, block_bytes), [(hidden, kernel, bias)], number)
+        return _per_token(rows, form, sides, number)
+
+    return _placed(draw, [(hidden, kernel, bias)], number, key, temperature)
 
 
 def plan(
@@ -507,29 +498,29 @@ def plan(
     >>> plan(hidden, kernel)
     Plan(axis='tokens', blocks=16, block_size=256, remainder=0, bytes=32768000, products=3)
     """
-    _check_operands("plan", _Logits(transposed=transposed_kernel), hidden, kernel, None)
-    return _plan(hidden.shape, kernel, transposed_kernel, _dtype(hidden, kernel), block_bytes)
+    form = _form("plan", None, 1.0, transposed_kernel, block_bytes)
+    _check_operands("plan", form, hidden, kernel, None)
+    return _plan(form, hidden, kernel, _dtype(hidden, kernel))
 
 
-def _plan(shape, kernel, transposed, dtype, block_bytes, per_token=1) -> Plan:
+def _plan(form, hidden, kernel, dtype, per_token=1) -> Plan:
     """`per_token` rows of logits belong to a token."""
-    if block_bytes is not None and (not isinstance(block_bytes, int) or block_bytes <= 0):
-        raise ValueError(f"plan: block_bytes must be a positive integer, got {block_bytes!r}")
-    num_tokens, row = math.prod(shape[:-1]), kernel.shape[1 - int(transposed)] * dtype.itemsize * per_token
-    size = max(1, (block_bytes or max(_BLOCK_BYTES, math.prod(kernel.shape) * dtype.itemsize // 4)) // row)
-    if num_tokens <= size:
-        size = num_tokens
+    num_tokens, row = math.prod(hidden.shape[:-1]), _num_classes(form, kernel) * dtype.itemsize * per_token
+    most = (form.block_bytes or max(_BLOCK_BYTES, math.prod(kernel.shape) * dtype.itemsize // 4)) // row
+    size = min(num_tokens, max(1, most))
     size = next((n for n in range(size, size // 2, -1) if num_tokens % n == 0), size)
     blocks, remainder = divmod(num_tokens, size) if size else (1, 0)
     return Plan("tokens", blocks, size, remainder, size * row, 3)
 
 
-def _form(function, softcap, temperature, transposed, axis_name=None) -> _Logits:
+def _form(function, softcap, temperature, transposed, block_bytes, axis_name=None) -> _Logits:
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{function}: softcap must be a finite number above 0, or None, got {softcap}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{function}: temperature must be a finite number above 0, got {temperature}")
-    return _Logits(softcap, temperature, transposed, axis_name)
+    if block_bytes is not None and (not isinstance(block_bytes, int) or block_bytes <= 0):
+        raise ValueError(f"{function}: block_bytes must be a positive integer, got {block_bytes!r}")
+    return _Logits(softcap, temperature, transposed, block_bytes, axis_name)
 
 
 def _check_operands(function, form, hidden, kernel, bias, side=""):
@@ -601,15 +592,13 @@ def _placed(function, *operands) -> Any:
 
     Where axes of the mesh are explicit, each product, gather and reshape would have to name the sharding of its result.
     """
-    leaves = jax.tree.leaves(operands)
-    mesh = jax.typeof(leaves[0]).sharding.mesh
-    explicit = mesh.explicit_axes
-    if not explicit:
+    sharding = jax.typeof(jax.tree.leaves(operands)[0]).sharding
+    if not sharding.mesh.explicit_axes:
         return function(*operands)
-    tokens = jax.typeof(leaves[0]).sharding.spec[:-1]
-    shapes = jax.eval_shape(jax.sharding.auto_axes(function, axes=explicit, out_sharding=PartitionSpec()), *operands)
-    specs = jax.tree.map(lambda out: PartitionSpec(*tokens) if out.ndim else PartitionSpec(), shapes)
-    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=specs)(*operands)
+    one, tokens = (NamedSharding(sharding.mesh, PartitionSpec(*spec)) for spec in ((), sharding.spec[:-1]))
+    automatic = partial(jax.sharding.auto_axes, function, axes=sharding.mesh.explicit_axes)
+    shapes = jax.eval_shape(automatic(out_sharding=one), *operands)
+    return automatic(out_sharding=jax.tree.map(lambda out: tokens if out.ndim else one, shapes))(*operands)
 
 
 def _cross_entropy(options: _Loss, reduction, hidden, kernel, bias, labels, weights):
@@ -668,7 +657,7 @@ def _losses(options: _Loss, hidden, kernel, bias, labels):
     def rows(logits, labels):
         return _loss_rows(options, _cap(options.logits, *logits), labels)[0]
 
-    return _per_token(rows, options.logits, options.block_bytes, [(hidden, kernel, bias)], labels)
+    return _per_token(rows, options.logits, [(hidden, kernel, bias)], labels)
 
 
 def _aux_tangents(options, moved, aux, operands, tangents, labels):
@@ -691,7 +680,7 @@ def _aux_tangents(options, moved, aux, operands, tangents, labels):
 def _loss_and_slopes(options: _Loss, moved, hidden, kernel, bias, labels, weights):
     """Loss and aux per token, and the gradients of the weighted sum in those operands that move."""
     form, dtype = options.logits, weights.dtype
-    shape = _plan(hidden.shape, kernel, form.transposed, dtype, options.block_bytes)
+    shape = _plan(form, hidden, kernel, dtype)
     operands = hidden, kernel, bias, labels, weights
 
     def body(sums, block):
@@ -714,11 +703,12 @@ def _chosen(flags, values):
     return [value for value, flag in zip(values, flags, strict=True) if flag]
 
 
-def _per_token(rows, form: _Logits, block_bytes, sides, *arrays):
+def _per_token(rows, form: _Logits, sides, *arrays):
     """`rows(logits, *arrays)` of all tokens, where each side (hidden, kernel, bias) gives logits, block by block."""
-    tokens = sides[0][0].shape[:-1]
+    hidden, kernel, _ = sides[0]
+    tokens = hidden.shape[:-1]
     dtype = _dtype(*(x for side in sides for x in side))
-    shape = _plan(sides[0][0].shape, sides[0][1], form.transposed, dtype, block_bytes, len(sides))
+    shape = _plan(form, hidden, kernel, dtype, len(sides))
     # In the dtype computed in, so that the blocks of the kernel's gradient are added up in it.
     fixed = [(kernel.astype(dtype), None if bias is None else bias.astype(dtype)) for _, kernel, bias in sides]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(tokens) :]), ([side[0] for side in sides], arrays))
@@ -802,17 +792,17 @@ def _loss_rows(options: _Loss, z, labels):
     nll, residual = _nll(z, labels, axis_name)
     loss, slope, outputs = nll, residual, ()
     if e or options.z_loss or options.has_aux:
-        num_classes = z.shape[1] * _shards(axis_name)
         top, log_total = _normaliser(z, axis_name)
-        logsumexp = top + log_total
+        logsumexp, num_classes = top + log_total, z.shape[1] * _shards(axis_name)
+        outputs = (nll, logsumexp, (_first(z == top, axis_name) == labels).astype(z.dtype))
         if e:
             uniform = log_total - _total(_accurate.gap_below(top, z), axis_name) / num_classes
             # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
-            kept = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll)
-            loss = kept + e * uniform
-        loss += options.z_loss * jnp.square(logsumexp)
-        slope = (1 - e) * residual + (e + 2 * options.z_loss * logsumexp) * _softmax(z, axis_name) - e / num_classes
-        outputs = (nll, logsumexp, (_first(z == top, axis_name) == labels).astype(z.dtype))
+            loss = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll) + e * uniform
+        if e or options.z_loss:
+            loss += options.z_loss * jnp.square(logsumexp)
+            share = e + 2 * options.z_loss * logsumexp
+            slope = (1 - e) * residual + share * _softmax(z, axis_name) - e / num_classes
     return [x[:, 0] for x in (loss, *(outputs if options.has_aux else ()))], slope
 
 
@@ -913,12 +903,12 @@ def _nll_jvp(axis_name, primals, tangents):
     return (nll, residual), (_total(residual * dz, axis_name), p * (w - _total(p * w, axis_name)))
 
 
-def _top_divergence(z, log_probs, indices):
-    """KL(t || s) of a teacher t over k classes: within them, and log1p of the odds against them."""
+def _top_divergence(z, log_probs, temperature, indices):
+    """KL(t || s) of a tempered teacher t over k classes: within them, and log1p of the odds against them."""
     valid = (indices >= 0) & (indices < z.shape[1])
     places = jnp.where(valid, indices, 0)
     within = _accurate.nan_unless(valid, jnp.take_along_axis(z, places, axis=1))
-    loss = categorical.kl_divergence(log_probs.astype(z.dtype), within)
+    loss = categorical.kl_divergence(log_probs.astype(z.dtype) / temperature, within)
     if indices.shape[1] == z.shape[1]:
         return loss
     # A finite logit beyond all use, since a row without any class is no distribution.

@@ -104,8 +104,7 @@ def monte_carlo(key):
 
 def linear(name, signature, **options):
     """A function of hidden and kernel, over any batch of models."""
-    function = getattr(linear_categorical, name)
-    return jnp.vectorize(lambda *args: function(*args, block_bytes=TWO_TOKENS, **options), signature=signature)
+    return jnp.vectorize(partial(getattr(linear_categorical, name), **options), signature=signature)
 
 
 def linear_loss(hidden, kernel, bias, labels, weights):
@@ -117,7 +116,7 @@ def linear_loss(hidden, kernel, bias, labels, weights):
 
 def top_distillation(hidden, kernel, log_probs, indices):
     top = {"top_log_probs": log_probs, "top_indices": indices}
-    return linear_categorical.distillation_loss(hidden, kernel, **top, temperature=2.0, block_bytes=TWO_TOKENS)
+    return linear_categorical.distillation_loss(hidden, kernel, **top, temperature=2.0)
 
 
 CASES = {
@@ -178,7 +177,7 @@ CASES = {
         jnp.vectorize(linear_loss, signature="(n,h),(h,v),(v),(n),(n)->(f)"),
         (HIDDEN, KERNEL, BIAS, TOKEN_CLASS, TOKEN_WEIGHT), (0, 1, 2, 4)),
     "linear_categorical.log_prob": Case(
-        linear("log_prob", "(n),(n,h),(h,v)->(n)"), (TOKEN_CLASS, HIDDEN, KERNEL), (1, 2)),
+        linear("log_prob", "(n),(n,h),(h,v)->(n)", block_bytes=TWO_TOKENS), (TOKEN_CLASS, HIDDEN, KERNEL), (1, 2)),
     "linear_categorical.entropy": Case(linear("entropy", "(n,h),(h,v)->(n)", softcap=9.0), (HIDDEN, KERNEL), (0, 1)),
     "linear_categorical.kl_divergence": Case(
         linear("kl_divergence", "(n,h),(h,v),(n,h),(h,v)->(n)"), (HIDDEN, KERNEL, HIDDEN2, KERNEL2), (0, 1, 2, 3)),

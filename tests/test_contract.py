@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BATCH, CASES, public_functions
+from cases import BATCH, CASES, PLANS, public_functions
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
+import jprob
 from jprob import _checks
 
 U = 2.0**-24
@@ -81,10 +82,10 @@ def test_every_public_function_has_a_case():
     assert {name.split(",")[0] for name in CASES} == set(public_functions())
 
 
-@pytest.mark.parametrize("name", public_functions())
+@pytest.mark.parametrize("name", [*public_functions(), *PLANS])
 def test_the_docstring_is_complete(name):
-    function = public_functions()[name]
-    doc, parameters = function.__doc__, function.__wrapped__.__code__
+    function = getattr(getattr(jprob, name.split(".")[0]), name.split(".")[1])
+    doc, parameters = function.__doc__, inspect.unwrap(function).__code__
     names = parameters.co_varnames[: parameters.co_argcount + parameters.co_kwonlyargcount]
     args = doc[doc.index("Args:") : doc.index("Returns:")]
     for parameter in names:

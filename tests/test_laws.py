@@ -222,3 +222,31 @@ def test_logits_made_in_the_same_program_cost_their_rounding_alone(producer, con
     # An error of 4 u of the logits; a value moves by as much, times at most the largest gap (an entropy, a divergence).
     size = float(jnp.max(jnp.abs(logits)))
     np.testing.assert_allclose(together, apart, rtol=64 * 2.0**-24, atol=4 * 2.0**-24 * size * max(1, 2 * size))
+
+
+def test_second_derivatives_in_a_rematerialised_scan_are_those_outside():
+    """There jax differentiates what a rule calls, and no rule of that; logits that tie are where it shows."""
+    rng = np.random.default_rng(0)
+    hidden, kernel, labels = rng.integers(-1, 2, (8, 3)), rng.integers(-1, 2, (3, CLASSES)), rng.integers(0, CLASSES, 8)
+    args, direction = (hidden * 1.0, kernel * 1.0), (rng.normal(size=(8, 3)), rng.normal(size=(3, CLASSES)))
+    args, direction = jax.tree.map(jnp.float32, (args, direction))
+    functions = [
+        lambda z, y: jnp.square(categorical.cross_entropy(z, y)),
+        lambda z, y: jnp.square(categorical.entropy(z)),
+        lambda z, y: categorical.brier_score(z, y),
+        lambda z, y: categorical.log_softmax(z)[..., 0],
+        lambda z, y: categorical.kl_divergence(z, z[..., ::-1] / 2),
+    ]
+
+    def product(function, remat):
+        def loss(hidden, kernel):
+            body = remat(lambda block: function(block[0] @ kernel, block[1]))
+            return jnp.sum(jax.lax.map(body, (hidden.reshape(4, 2, 3), labels.reshape(4, 2))))
+
+        return jax.jvp(jax.grad(loss, (0, 1)), args, direction)[1]
+
+    for got, want in jax.jit(
+        lambda: [[product(f, remat) for remat in (jax.checkpoint, lambda f: f)] for f in functions]
+    )():
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(g, w, rtol=0, atol=64 * U * float(np.abs(w).max()))

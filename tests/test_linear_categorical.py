@@ -51,10 +51,9 @@ def plain(x, w, b, weights, *, label_smoothing=0.0, z_loss=0.0, reduction="mean"
 
 
 OPTIONS = {
-    "plain": {},
-    "all": {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "temperature": 0.5},
-    "a sum": {"reduction": "sum", "z_loss": 0.01},
-    "none": {"reduction": "none", "label_smoothing": 1.0, "temperature": 2.0},
+    "mean": {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "temperature": 0.5},
+    "sum": {"reduction": "sum", "label_smoothing": 1.0, "temperature": 2.0},
+    "none": {"reduction": "none", "z_loss": 0.01, "softcap": 5.0},
 }
 
 
@@ -77,7 +76,7 @@ def test_the_loss_is_that_of_the_logits(options):
         return linear.cross_entropy(x, kernel, Y, bias=b, weights=weights, has_aux=True, **options, **how)
 
     want = jax.jit(lambda: both(functools.partial(plain, **options)))()
-    ways = [{}, {"block_bytes": FOUR}, {"block_bytes": 5 * V * 4, "transposed_kernel": True}]
+    ways = [{}, {"block_bytes": FOUR, "transposed_kernel": True}]
     for got in jax.jit(lambda: [both(functools.partial(fused, **way)) for way in ways])():
         close(got, want)
 
@@ -126,9 +125,8 @@ def test_the_others_are_those_of_the_logits():
         close(got, want, 256 * U)
 
 
-@pytest.mark.parametrize("k", [2, V])
-def test_a_teacher_of_its_top_classes_is_one_that_excludes_the_others(k):
-    temperature = 2.0
+def test_a_teacher_of_its_top_classes_is_one_that_excludes_the_others():
+    k, temperature = 2, 2.0
     indices = jnp.argsort(normal(N, V), axis=-1)[:, :k]
     log_probs = normal(N, k)
 
@@ -236,6 +234,7 @@ def test_a_token_without_weight_is_as_if_not_there():
     labels, weights = Y.at[3].set(-1).at[7].set(V), WEIGHTS.at[jnp.array([3, 7])].set(0)
     kept = np.delete(np.arange(N), [3, 7])
 
+    @functools.partial(jax.jit, static_argnums=3)
     def value_and_slopes(x, y, weights, block_bytes):
         def loss(x, w):
             return linear.cross_entropy(x, w, y, weights=weights, has_aux=True, block_bytes=block_bytes)
@@ -289,9 +288,12 @@ def test_an_impossible_class_costs_nothing_and_gets_nothing():
             lambda w, b, y: jnp.sum(linear.entropy(X, w, bias=b, block_bytes=FOUR)),
         )]  # fmt: skip
 
-    got, want = losses(W, bias, labels), losses(W[:, keep], None, labels - (labels > 2))
+    got, want, slope = jax.jit(lambda: (
+        losses(W, bias, labels),
+        losses(W[:, keep], None, labels - (labels > 2)),
+        jax.grad(lambda w: sum(losses(w, bias, labels)))(W),
+    ))()  # fmt: skip
     close(got, want)
-    slope = jax.jacrev(losses)(W, bias, labels)[0]
     assert not slope[:, 2].any()
     assert jnp.isinf(linear.log_prob(jnp.full(N, 2), X, W, bias=bias)).all()
 
@@ -428,11 +430,9 @@ def test_a_vocabulary_sharded_inside_shard_map(check_vma):
     close((total, each, nll, log_prob, logsumexp), (want, want, aux.nll, -aux.nll, aux.logsumexp))
     np.testing.assert_array_equal(correct, aux.correct)
 
-    def slopes(i):
-        return jax.grad(lambda *a: mapped(*a)[i], (0, 1, 2, 3))
-
-    for got in jax.jit(lambda *a: [slopes(i)(*a) for i in range(2)])(*SHARDED, SHARDED_Y):
-        close(got, want_slopes, 128 * U)
+    # The sum over tokens and the tokens one by one, at once: twice the same.
+    slopes = jax.jit(jax.grad(lambda *a: sum(mapped(*a)[:2]) / 2, (0, 1, 2, 3)))(*SHARDED, SHARDED_Y)
+    close(slopes, want_slopes, 128 * U)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -442,12 +442,11 @@ def test_tokens_and_vocabulary_sharded_under_the_compiler(axis_type):
     specs = P("data"), P("data", "model"), P("model"), P("data"), P("data")
     args = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((*SHARDED, SHARDED_Y), specs, strict=True)]
     loss = functools.partial(sharded_loss, has_aux=True, block_bytes=4 * 8 * 4)
+    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)).lower(*args).compile()
+    close(program(*args), unsharded(), 128 * U)
     with jax.set_mesh(mesh):
-        program = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)).lower(*args).compile()
-        got = program(*args)
-        entropy = linear.entropy(args[0], args[1], block_bytes=4 * 8 * 4)
-    close(got, unsharded(), 128 * U)
-    close(entropy, linear.entropy(*SHARDED[:2]), 128 * U)
+        draws = linear.sample(jax.random.key(0), args[0], args[1], block_bytes=4 * 8 * 4)
+    np.testing.assert_array_equal(draws, linear.sample(jax.random.key(0), *SHARDED[:2]))
     outside, *bodies = re.split(r"\nENTRY ", program.as_text())[::-1]
     assert "all-gather" in outside
     assert "all-gather" not in bodies[0]
