@@ -770,16 +770,10 @@ def _varying(x, *others):
 
 
 def _cap(form: _Logits, z):
-    """The logits of a product.
-
-    The barrier keeps XLA from computing a tanh or a quotient anew for each sum over the classes, with another rounding:
-    a label could miss its own maximum, and a confident row all its digits.
-    """
-    if form.softcap is None and form.temperature == 1:
-        return z
+    """The logits of a product."""
     if form.softcap is not None:
         z = form.softcap * jnp.tanh(z / form.softcap)
-    return jax.lax.optimization_barrier(z / form.temperature)
+    return z if form.temperature == 1 else z / form.temperature
 
 
 def _loss_rows(options: _Loss, z, labels):
@@ -794,7 +788,7 @@ def _loss_rows(options: _Loss, z, labels):
     if e or options.z_loss or options.has_aux:
         top, log_total = _normaliser(z, axis_name)
         logsumexp, num_classes = top + log_total, z.shape[1] * _shards(axis_name)
-        outputs = (nll, logsumexp, (_first(z == top, axis_name) == labels).astype(z.dtype))
+        outputs = (nll, logsumexp, (_mode(z, axis_name) == labels).astype(z.dtype))
         if e:
             uniform = log_total - _total(_accurate.gap_below(top, z), axis_name) / num_classes
             # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
@@ -828,11 +822,13 @@ def _top(z, axis_name):
     return top if axis_name is None else jax.lax.pmax(top, axis_name)
 
 
-def _first(chosen, axis_name):
-    """The first class that is chosen."""
-    place = jnp.arange(chosen.shape[1], dtype=jnp.int32)[None] + _offset(chosen, axis_name)
-    first = jnp.min(jnp.where(chosen, place, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
-    return first if axis_name is None else jax.lax.pmin(first, axis_name)
+def _mode(z, axis_name):
+    """The first class at the maximum."""
+    place = jax.lax.argmax(z, 1, jnp.int32)[:, None] + _offset(z, axis_name)
+    if axis_name is None:
+        return place
+    local = jax.lax.stop_gradient(jnp.max(z, axis=1, keepdims=True))
+    return jax.lax.pmin(jnp.where(local == jax.lax.pmax(local, axis_name), place, 2**31 - 1), axis_name)
 
 
 def _normaliser(z, axis_name):
@@ -880,16 +876,16 @@ def _label_terms(z, labels, axis_name):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _nll(z, labels, axis_name):
-    """-log p_y with y left out of the sum where it is at the maximum, as in `categorical`, and its gradient p - y.
+    """-log p_y = log1p(others + (exp(gap) - 1)) - gap with y left out of the others, and its gradient p - y.
 
-    p - y is p_j for the others, and minus their sum for y, never p_y - 1. Both are plainly differentiable, since in a
+    Where y is at the maximum, gap is 0, and the sum of the others keeps its digits; elsewhere others is at least 1, and
+    there is no small number to keep. XLA may make a tanh anew for the label alone: then a gap near 0 is as good. p - y
+    is p_j for the others, and minus their sum for y, never p_y - 1. Both are plainly differentiable, since in a
     rematerialised scan jax takes a second derivative of what is written here, and not by the rule.
     """
     exponentials, at_label, others, label_gap = _label_terms(z, labels, axis_name)
-    total = others + jnp.exp(label_gap)
-    at_top = jnp.log1p(others + jnp.expm1(label_gap))
-    nll = jnp.where(label_gap == 0, at_top, jnp.log(total)) - label_gap
-    return nll, jnp.where(at_label, -others, exponentials) / total
+    nll = jnp.log1p(others + jnp.expm1(label_gap)) - label_gap
+    return nll, jnp.where(at_label, -others, exponentials) / (others + jnp.exp(label_gap))
 
 
 @_nll.defjvp
