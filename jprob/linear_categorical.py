@@ -695,7 +695,7 @@ def _loss_and_slopes(options: _Loss, moved, hidden, kernel, bias, labels, weight
 
     starts = [jnp.zeros(kernel.shape, dtype), jnp.zeros(_num_classes(form, kernel), dtype)]
     starts = [_varying(start, *jax.tree.leaves(operands)) for start in _chosen(moved[1:], starts)]
-    sums, (loss, aux, *dx) = _scan(shape, body, starts, (hidden, labels, weights))
+    sums, (loss, aux, *dx) = _scan(shape, body, starts, (hidden, labels, weights), in_place=True)
     return loss, aux, [*dx, *sums]
 
 
@@ -722,25 +722,51 @@ def _per_token(rows, form: _Logits, sides, *arrays):
     return jax.tree.map(lambda x: x.reshape(tokens), out)
 
 
-def _scan(shape: Plan, body, carry, arrays) -> Any:
+def _scan(shape: Plan, body, carry, arrays, *, in_place: bool = False) -> Any:
     """`body(carry, block)` over blocks of arrays, whose results are put together; all at once where one block is all.
 
-    A block takes every `blocks`-th token, so that tokens that lie on different devices stay there.
+    A block takes every `blocks`-th token, so that tokens that lie on different devices stay there. Read and written in
+    place, no array is copied into the order of the blocks; a derivative of that would go over whole arrays a block.
     """
     if shape.blocks == 1 and not shape.remainder:
         return body(carry, arrays)
     whole = shape.blocks * shape.block_size
     kept = jax.checkpoint(body, prevent_cse=False)  # a derivative makes the logits anew and keeps none
-
-    def split(x):
-        return jnp.swapaxes(x[:whole].reshape(shape.block_size, shape.blocks, *x.shape[1:]), 0, 1)
-
-    carry, out = jax.lax.scan(kept, carry, jax.tree.map(split, arrays))
-    out = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(whole, *x.shape[2:]), out)
+    columns = jax.tree.map(lambda x: x[:whole].reshape(shape.block_size, shape.blocks, *x.shape[1:]), arrays)
+    carry, out = (_scan_in_place if in_place else _scan_columns)(kept, carry, columns)
+    out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
     if shape.remainder:
         carry, last = kept(carry, jax.tree.map(lambda x: x[whole:], arrays))
         out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, last)
     return carry, out
+
+
+def _scan_columns(body, carry, arrays):
+    turned = partial(jax.tree.map, lambda x: jnp.swapaxes(x, 0, 1))
+    carry, out = jax.lax.scan(body, carry, turned(arrays))
+    return carry, turned(out)
+
+
+def _scan_in_place(body, carry, arrays):
+    blocks = jax.tree.leaves(arrays)[0].shape[1]
+
+    def column(number):
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 1, keepdims=False), arrays)
+
+    def step(state, number):
+        carry, out = state
+        carry, results = body(carry, column(number))
+        return (carry, jax.tree.map(partial(_put, number), out, results)), None
+
+    # A result is one number per token, or one vector like that of the token: laid out as such an array is. Of the first
+    # block only nothing is taken, so that the compiler leaves it out.
+    like, (_, first) = {x.ndim: x for x in jax.tree.leaves(arrays)}, body(carry, column(0))
+    out = jax.tree.map(lambda x: _varying(jnp.zeros_like(like[x.ndim + 1], x.dtype), x), first)
+    return jax.lax.scan(step, (carry, out), jnp.arange(blocks))[0]
+
+
+def _put(number, all, x):
+    return jax.lax.dynamic_update_index_in_dim(all, x, number, 1)
 
 
 def _dot(a, b, axes, dtype):
