@@ -809,10 +809,10 @@ def _loss_rows(options: _Loss, z, labels):
     transpose of a psum is another psum in a `shard_map` that does not check what varies.
     """
     axis_name, e, labels = options.logits.axis_name, options.label_smoothing, labels[:, None]
-    nll, residual = _nll(z, labels, axis_name)
+    nll, residual, log_total, p = _nll(z, labels, axis_name)
     loss, slope, outputs = nll, residual, ()
     if e or options.z_loss or options.has_aux:
-        top, log_total = _normaliser(z, axis_name)
+        top = _top(z, axis_name)
         logsumexp, num_classes = top + log_total, z.shape[1] * _shards(axis_name)
         outputs = (nll, logsumexp, (_mode(z, axis_name) == labels).astype(z.dtype))
         if e:
@@ -822,7 +822,7 @@ def _loss_rows(options: _Loss, z, labels):
         if e or options.z_loss:
             loss += options.z_loss * jnp.square(logsumexp)
             share = e + 2 * options.z_loss * logsumexp
-            slope = (1 - e) * residual + share * _softmax(z, axis_name) - e / num_classes
+            slope = (1 - e) * residual + share * p - e / num_classes
     return [x[:, 0] for x in (loss, *(outputs if options.has_aux else ()))], slope
 
 
@@ -857,30 +857,11 @@ def _mode(z, axis_name):
     return jax.lax.pmin(jnp.where(local == jax.lax.pmax(local, axis_name), place, 2**31 - 1), axis_name)
 
 
-def _normaliser(z, axis_name):
-    """Maximum and log sum_j exp(z_j - max), as log1p of the sum without one maximum: see `_accurate.rest`.
-
-    The value is that of `rest`; the derivative that of the plain logarithm, whose own value cancels.
-    """
-    top = _top(z, axis_name)
-    total = _total(_exponentials(z, top), axis_name)
-    plain = jnp.log(total)
-    fixed, largest = jax.lax.stop_gradient(z), jnp.finfo(z.dtype).max
-    d = jnp.minimum(fixed - jnp.minimum(top, largest), 0)
-    below = _total(jnp.minimum(-d * largest, jnp.exp(d)), axis_name)
-    others = jnp.maximum(below + (jnp.round(jax.lax.stop_gradient(total) - below) - 1), 0)
-    return top, jnp.log1p(others) + (plain - jax.lax.stop_gradient(plain))
-
-
-def _exponentials(z, top):
-    """exp(z - top), whose plain derivative is right for classes that tie too: see `_accurate.exp_gap`."""
-    largest = jnp.finfo(z.dtype).max
-    return jnp.exp(jnp.minimum(z, largest) - jnp.minimum(top, largest))
-
-
-def _softmax(z, axis_name):
-    exponentials = _exponentials(z, _top(z, axis_name))
-    return exponentials / _total(exponentials, axis_name)
+def _normaliser(z):
+    """Maximum and log sum_j exp(z_j - max). The value is that of `rest`, the derivative that of the plain logarithm."""
+    plain = jnp.log(jnp.sum(_accurate.exp_gap(z, 1), axis=1, keepdims=True))
+    value = jnp.log1p(_accurate.rest(z, 1))
+    return _top(z, None), jax.lax.stop_gradient(value) + (plain - jax.lax.stop_gradient(plain))
 
 
 def _label_terms(z, labels, axis_name):
@@ -904,25 +885,28 @@ def _label_terms(z, labels, axis_name):
 def _nll(z, labels, axis_name):
     """-log p_y = log1p(others + (exp(gap) - 1)) - gap with y left out of the others, and its gradient p - y.
 
+    And log1p(others + (exp(gap) - 1)), the logarithm of the sum of all exponentials, and its gradient p.
+
     Where y is at the maximum, gap is 0, and the sum of the others keeps its digits; elsewhere others is at least 1, and
     there is no small number to keep. XLA may make a tanh anew for the label alone: then a gap near 0 is as good. p - y
-    is p_j for the others, and minus their sum for y, never p_y - 1. Both are plainly differentiable, since in a
+    is p_j for the others, and minus their sum for y, never p_y - 1. All are plainly differentiable, since in a
     rematerialised scan jax takes a second derivative of what is written here, and not by the rule.
     """
     exponentials, at_label, others, label_gap = _label_terms(z, labels, axis_name)
-    nll = jnp.log1p(others + jnp.expm1(label_gap)) - label_gap
-    return nll, jnp.where(at_label, -others, exponentials) / (others + jnp.exp(label_gap))
+    log_total, total = jnp.log1p(others + jnp.expm1(label_gap)), others + jnp.exp(label_gap)
+    p, residual = (jnp.where(at_label, x, exponentials) / total for x in (jnp.exp(label_gap), -others))
+    return log_total - label_gap, residual, log_total, p
 
 
 @_nll.defjvp
 def _nll_jvp(axis_name, primals, tangents):
     """d(p_j - y_j) = p_j (dz_j - <p, dz>): measured from the class with p > 1/2, if there is one, no 1 - p cancels."""
     (z, labels), (dz, _) = primals, tangents
-    nll, residual = _nll(z, labels, axis_name)
-    p = _softmax(z, axis_name)
+    nll, residual, log_total, p = _nll(z, labels, axis_name)
     large = jax.lax.stop_gradient(jnp.clip((p - 0.5) * jnp.finfo(p.dtype).max, 0, 1))
     w = (1 - large) * (dz - _total(large * dz, axis_name))
-    return (nll, residual), (_total(residual * dz, axis_name), p * (w - _total(p * w, axis_name)))
+    dp, (dnll, dlog_total) = p * (w - _total(p * w, axis_name)), (_total(x * dz, axis_name) for x in (residual, p))
+    return (nll, residual, log_total, p), (dnll, dp, dlog_total, dp)
 
 
 def _top_divergence(z, log_probs, temperature, indices):
@@ -935,5 +919,5 @@ def _top_divergence(z, log_probs, temperature, indices):
         return loss
     # A finite logit beyond all use, since a row without any class is no distribution.
     outside = z.at[jnp.arange(z.shape[0])[:, None], places].set(jnp.finfo(z.dtype).min / 8)
-    (top_in, log_in), (top_out, log_out) = (_normaliser(x, None) for x in (within, outside))
+    (top_in, log_in), (top_out, log_out) = (_normaliser(x) for x in (within, outside))
     return loss + jax.nn.softplus(((top_out - top_in) + (log_out - log_in))[:, 0])
