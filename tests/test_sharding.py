@@ -24,7 +24,6 @@ PARAMS = {
 }
 # With an epsilon of 1 an update errs no more than its gradient. A usual one divides a gradient near 0 by itself.
 ADAM = optax.adam(0.1, eps=1.0)
-KEY = jax.random.key(7)
 OPTIONS = {"num_steps": 12, "batch_size": 16}
 VALIDATED = {"validate_every": 6, "average_decay": 0.9}
 ROWS, COLUMNS = {"kernel": ("d",), "out": ("d",)}, {"kernel": (None, "d"), "out": ("d",)}
@@ -43,7 +42,7 @@ def nll(params, batch, key):
 
 @cache
 def mesh(axis_type=AxisType.Auto):
-    return jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+    return jax.make_mesh((jax.device_count(),), ("d",), axis_types=(axis_type,))
 
 
 def spread(tree, *axes):
@@ -59,11 +58,11 @@ def places(tree):
 
 
 def ran(params, data, nll=nll, **options):
-    return mle.run(nll, ADAM, mle.init(params, ADAM, KEY), data, **(OPTIONS | options))
+    return mle.run(nll, ADAM, mle.init(params, ADAM, jax.random.key(7)), data, **(OPTIONS | options))
 
 
 def fitted(params, data, nll=nll, **options):
-    return mle.fit(nll, ADAM, params, data, KEY, **(OPTIONS | {"progress": "none"} | options))
+    return mle.fit(nll, ADAM, params, data, jax.random.key(7), **(OPTIONS | {"progress": "none"} | options))
 
 
 @cache
@@ -100,7 +99,7 @@ def test_spread_over_a_mesh_it_is_the_same_and_all_stays_where_it_was(axes, trai
     params, data = placed(axes), spread((X, Y), "d")
     state, history = train(params, data, watched, validation=spread((X[:16], Y[:16]), "d"), **VALIDATED)[:2]
     assert_close((state, history), on_one_device())
-    before = mle.init(params, ADAM, KEY).optimizer_state[0]
+    before = mle.init(params, ADAM, jax.random.key(7)).optimizer_state[0]
     assert places(state.params) == places(state.average.ema) == places(state.best.params) == places(params)
     assert places((state.optimizer_state[0].mu, state.optimizer_state[0].nu)) == places((before.mu, before.nu))
     # No device takes more than its share of a batch, be it to train or to validate.
@@ -119,7 +118,7 @@ def test_a_batch_that_the_devices_cannot_share_is_trained_on_all_the_same():
 
 def test_seeds_spread_over_a_mesh_are_the_same_members():
     train = jax.vmap(lambda key: mle.run(nll, ADAM, mle.init(PARAMS, ADAM, key), (X, Y), num_steps=12, batch_size=16))
-    keys = jax.random.split(KEY, 16)
+    keys = jax.random.split(jax.random.key(7), 16)
     got, want = train(spread(keys, "d")), train(keys)
     assert_close(got, want)
     share = NamedSharding(mesh(), PartitionSpec("d"))
@@ -158,7 +157,7 @@ def test_a_checkpoint_goes_on_where_the_next_run_places_it(first, tmp_path):
     (other,) = cases.values()
     untouched = fitted(*other, checkpoint_dir=tmp_path).state
     assert_same_bits(untouched, saved)
-    assert places(untouched.params) == places(mle.init(other[0], ADAM, KEY).params)
+    assert places(untouched.params) == places(mle.init(other[0], ADAM, jax.random.key(7)).params)
     longer = fitted(*other, checkpoint_dir=tmp_path, num_steps=24)
     assert_close(longer[:2], ran(*other, num_steps=24))
     assert places(longer.state.params) == places(untouched.params)

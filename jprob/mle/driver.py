@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Key, PyTree
 
@@ -150,7 +151,7 @@ def fit(
             store = stack.enter_context(checkpoint.opened(checkpoint_dir, description, keep))
             saved = _resumed(plan, feed, store, state)
         start = saved or checkpoint.Saved(0, state, History._make([np.zeros(0, np.float32)] * 5), feed.position())
-        show = stack.enter_context(_progress(plan, progress))
+        show = stack.enter_context(_progress(plan, "none" if jax.process_index() else progress))
         return _train(plan, feed, store, start, caught, show)
 
 
@@ -243,18 +244,31 @@ def _train(plan, feed, store, start, caught, show):
         if reason or not failing:
             edge, num_pieces = chunk, len(pieces)
         show(chunk.step, pieces[-1].loss[-1], pace)
-        if reason or caught:
+        if reason or _caught_by_any(caught):
             break
-        if time.monotonic() - saved_at >= plan.save_every_seconds:
+        if _of_the_first(time.monotonic() - saved_at) >= plan.save_every_seconds:
             _save(store, edge, pieces[:num_pieces])
             pace.since, saved_at = None, time.monotonic()
     where = _save(store, edge, pieces[:num_pieces])
-    if caught:
+    if number := _caught_by_any(caught):
         advice = "; the same call goes on from there" if store else ""
-        name = signal.Signals(caught[0]).name
+        name = signal.Signals(number).name
         _tell(f"stopped by {name} at step {edge.step} of {plan.num_steps}; {where}{advice}")
-        raise SystemExit(128 + caught[0])
+        raise SystemExit(128 + number)
     return Result(edge.state, jax.tree.map(jnp.asarray, _joined(pieces)), reason)
+
+
+def _caught_by_any(caught):
+    """The number of a signal that any process caught, or 0: one that ended alone would leave the others waiting."""
+    number = caught[0] if caught else 0
+    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def _of_the_first(seconds):
+    """A time as the first process has it: all must ask for the same chunks, and save them together."""
+    if jax.process_count() == 1:
+        return seconds
+    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
 
 
 def _end(plan, step, state):
@@ -315,7 +329,7 @@ def _size(pace, room, interval):
 def _keep_time(pace, num_rows):
     now = time.monotonic()
     if pace.since is not None:
-        seconds = max(now - pace.since, 1e-6)
+        seconds = _of_the_first(max(now - pace.since, 1e-6))
         pace.seconds = seconds / num_rows
         pace.total_rows += num_rows
         pace.total_seconds += seconds
@@ -543,7 +557,8 @@ def _json(name, value):
 
 
 def _tell(line):
-    print(f"fit: {line}", file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+        print(f"fit: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
