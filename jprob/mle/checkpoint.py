@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from .. import _checks
 from .loop import History, State
@@ -75,7 +76,7 @@ def describe(name: str, tree: Any) -> dict[str, str]:
 
 @contextlib.contextmanager
 def opened(directory: str | os.PathLike[str], run: Mapping[str, Any], keep: int) -> Iterator[Store]:
-    """Opens a folder, made if need be, for this process alone.
+    """Opens a folder, made if need be, for this run alone; all its processes open it together.
 
     Raises:
       ImportError: orbax is not installed.
@@ -83,17 +84,20 @@ def opened(directory: str | os.PathLike[str], run: Mapping[str, Any], keep: int)
     """
     ocp = _orbax()
     directory = Path(directory).absolute()
-    _check_writable(directory)
     options = ocp.CheckpointManagerOptions(
         enable_async_checkpointing=False,  # what `save` returns from is on disk: a kill takes nothing from it
         cleanup_tmp_directories=True,  # left by a process that was killed
     )
-    with _locked(directory):
+    with contextlib.ExitStack() as stack:
+        with _together():
+            _check_writable(directory)
+            if jax.process_index() == 0:
+                stack.enter_context(_locked(directory))
         with _quiet():
             store = Store(directory, ocp.CheckpointManager(directory, options=options), run, keep, {})
             store.scores.update({step: _score(store, step) for step in store.manager.all_steps()})
-        with contextlib.closing(store.manager):
-            yield store
+        stack.enter_context(contextlib.closing(store.manager))
+        yield store
 
 
 def latest(store: Store, template: State) -> Saved | None:
@@ -112,7 +116,7 @@ def latest(store: Store, template: State) -> Saved | None:
     """
     steps = sorted(store.scores, reverse=True)
     for step in steps:
-        description = _attempt(store, step, _description)
+        description = _attempt(store, step, _check_seal) and _attempt(store, step, _description)
         if description is None:
             continue
         _refuse_another_run(store, step, description["run"])
@@ -135,7 +139,8 @@ def save(store: Store, saved: Saved) -> None:
     score = float(scores[-1]) if scores.size and np.isfinite(scores[-1]) else math.inf
     with _quiet():
         try:
-            _write(store, saved, score)
+            with _together():
+                _write(store, saved, score)
         except Exception as error:  # of any class: each of orbax's storage layers has its own
             _remove_unfinished(store.directory)  # a full disk wants it back
             good = f"the last good one is {_folder(store, max(store.scores))}" if store.scores else "there is none"
@@ -159,13 +164,29 @@ def _orbax():
 
 def _check_writable(directory):
     """Now rather than after an hour of training."""
-    probe = directory / f"probe-{os.getpid()}"
+    probe = directory / f"probe-{jax.process_index()}-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise OSError(f"fit: checkpoint_dir {directory} cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _together():
+    """What fails in one process fails in all of them, rather than leaving the others to wait for it."""
+    if jax.process_count() == 1:
+        yield
+        return
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+    if failed.size:
+        raise error or OSError(f"fit: process {failed[0]} of {jax.process_count()} could not go on")
 
 
 @contextlib.contextmanager
@@ -208,23 +229,28 @@ def _quiet():
 def _attempt(store, step, read, *arguments):
     """What `read` gives; None where it fails, whatever with, and then this checkpoint does not count as sound."""
     try:
-        with _quiet():
+        with _quiet(), _together():
             return read(store, step, *arguments)
     except Exception as error:
         del store.scores[step]
-        print(f"fit: checkpoint {_folder(store, step)} cannot be read: {_reason(error)}", file=sys.stderr)
+        if jax.process_index() == 0:
+            print(f"fit: checkpoint {_folder(store, step)} cannot be read: {_reason(error)}", file=sys.stderr)
         return None
 
 
-def _description(store, step):
-    """Of a checkpoint with its seal unbroken. One without was written just before its process was killed."""
+def _check_seal(store, step):
+    """It is unbroken, or there is none: then the checkpoint was written just before its process was killed."""
     folder = _folder(store, step)
     seal = folder / _SEAL
-    if seal.exists():
+    if jax.process_index() == 0 and seal.exists():
         sums, wanted = _sums(folder), json.loads(seal.read_bytes())
         for name in wanted | sums:
             if wanted.get(name) != sums.get(name):
                 raise ValueError(f"{name} is {'damaged' if name in sums else 'missing'}")
+    return True
+
+
+def _description(store, step):
     ocp = _orbax()
     items = store.manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
     return {name: items.description[name] for name in ("run", "score", "position", "history")}
@@ -298,6 +324,11 @@ def _write(store, saved, score):
         store.manager.delete(saved.step)  # it could not be read
     items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
     store.manager.save(saved.step, args=items, force=True)  # also before a later one that cannot be read
+    if jax.process_index() == 0:
+        _seal(folder)
+
+
+def _seal(folder):
     unfinished = folder / f"{_SEAL}.tmp"
     unfinished.write_text(json.dumps(_sums(folder)))
     unfinished.replace(folder / _SEAL)

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Key, PyTree
 
 from .. import _checks
@@ -35,9 +37,12 @@ from .loop import (
     State,
     _average_params,
     _begin,
+    _is_placed,
     _judge,
     _keys,
     _num_examples,
+    _places,
+    _put_back,
     _score,
     _summary,
     init,
@@ -132,12 +137,12 @@ def fit(
     >>> print(f"{result.state.params:.3f}", result.history.loss.shape, result.reason)
     3.000 (20,) num_steps
     """
-    plan = _Plan(nll, optimizer, num_steps, batch_size, record_every, jax.device_put(validation), validate_every,
+    plan = _Plan(nll, optimizer, num_steps, batch_size, record_every, _on_device(validation), validate_every,
                  patience, micro_batches, average_decay, max_skipped, save_every_seconds)  # fmt: skip
     _check(plan, key, keep, progress)
     state = _begin(init(params, optimizer, key), average_decay, validates=validation is not None)
-    state = jax.tree.map(_strong, state)
     feed = _feed(plan, data)
+    state = _on_one_mesh(jax.tree.map(_strong, state), None if _is_source(data) else data)
     with contextlib.ExitStack() as stack:
         caught = stack.enter_context(_signals())
         store, saved = None, None
@@ -146,7 +151,7 @@ def fit(
             store = stack.enter_context(checkpoint.opened(checkpoint_dir, description, keep))
             saved = _resumed(plan, feed, store, state)
         start = saved or checkpoint.Saved(0, state, History._make([np.zeros(0, np.float32)] * 5), feed.position())
-        show = stack.enter_context(_progress(plan, progress))
+        show = stack.enter_context(_progress(plan, "none" if jax.process_index() else progress))
         return _train(plan, feed, store, start, caught, show)
 
 
@@ -239,18 +244,31 @@ def _train(plan, feed, store, start, caught, show):
         if reason or not failing:
             edge, num_pieces = chunk, len(pieces)
         show(chunk.step, pieces[-1].loss[-1], pace)
-        if reason or caught:
+        if reason or _caught_by_any(caught):
             break
-        if time.monotonic() - saved_at >= plan.save_every_seconds:
+        if _of_the_first(time.monotonic() - saved_at) >= plan.save_every_seconds:
             _save(store, edge, pieces[:num_pieces])
             pace.since, saved_at = None, time.monotonic()
     where = _save(store, edge, pieces[:num_pieces])
-    if caught:
+    if number := _caught_by_any(caught):
         advice = "; the same call goes on from there" if store else ""
-        name = signal.Signals(caught[0]).name
+        name = signal.Signals(number).name
         _tell(f"stopped by {name} at step {edge.step} of {plan.num_steps}; {where}{advice}")
-        raise SystemExit(128 + caught[0])
+        raise SystemExit(128 + number)
     return Result(edge.state, jax.tree.map(jnp.asarray, _joined(pieces)), reason)
+
+
+def _caught_by_any(caught):
+    """The number of a signal that any process caught, or 0: one that ended alone would leave the others waiting."""
+    number = caught[0] if caught else 0
+    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def _of_the_first(seconds):
+    """A time as the first process has it: all must ask for the same chunks, and save them together."""
+    if jax.process_count() == 1:
+        return seconds
+    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
 
 
 def _end(plan, step, state):
@@ -289,7 +307,9 @@ def _chunks(plan, feed, start, pace):
             rows += more
         step += size * calls * plan.record_every
         if plan.validation is not None and step % interval == 0:
-            state, score = _validate(plan.nll, state, plan.validation, plan.batch_size // plan.micro_batches)
+            places, length = _places("fit", plan.validation), plan.batch_size // plan.micro_batches
+            state, score = _validate(plan.nll, state, plan.validation, places, length)
+        state = _put_back(start.state, state)
         if size not in pace.sizes:
             pace.sizes.add(size)
             pace.since = None
@@ -309,17 +329,17 @@ def _size(pace, room, interval):
 def _keep_time(pace, num_rows):
     now = time.monotonic()
     if pace.since is not None:
-        seconds = max(now - pace.since, 1e-6)
+        seconds = _of_the_first(max(now - pace.since, 1e-6))
         pace.seconds = seconds / num_rows
         pace.total_rows += num_rows
         pace.total_seconds += seconds
     pace.since = now
 
 
-@partial(jax.jit, static_argnames=("nll", "batch_size"))
-def _validate(nll, state, validation, batch_size):
+@partial(jax.jit, static_argnames=("nll", "places", "batch_size"))
+def _validate(nll, state, validation, places, batch_size):
     scored = state.params if state.average is None else _average_params(state)
-    score = _score(nll, scored, validation, state.key, batch_size)
+    score = _score(nll, scored, validation, places, state.key, batch_size)
     return _judge(state, scored, score), score
 
 
@@ -393,7 +413,7 @@ def _feed(plan, data):
     if not all(hasattr(x, "shape") for x in jax.tree.leaves(data, is_leaf=lambda x: isinstance(x, Iterator))):
         expected = "arrays, a function of the step, or an iterable with state_dict and load_state_dict"
         raise ValueError(f"fit: data must be {expected}, got {_checks.describe(data)}")
-    return _array_feed(plan, jax.device_put(data))
+    return _array_feed(plan, _on_device(data))
 
 
 def _array_feed(plan, data):
@@ -435,7 +455,7 @@ def _row(plan, state, batches):
     metrics, sizes = None, []
     for number, batch in enumerate(batches):
         sizes.append(_num_examples("fit", "a batch of data", batch))
-        batch, before = jax.device_put(batch), state.step
+        batch, before = _on_device(batch), state.step
         state, row = _step(plan.nll, plan.optimizer, state, batch, plan.micro_batches, plan.average_decay)
         if metrics is None:
             metrics = jax.tree.map(lambda x: jnp.zeros(plan.record_every, x.dtype), row)
@@ -484,6 +504,30 @@ def _strong(x):
     return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(x, x.dtype)
 
 
+def _is_source(data):
+    """Of batches, rather than arrays."""
+    return callable(data) or hasattr(data, "state_dict")
+
+
+def _on_device(data):
+    """What lies on devices stays where it is."""
+    return jax.tree.map(lambda x: x if isinstance(x, Array) else jax.device_put(x), data)
+
+
+def _on_one_mesh(state, data):
+    """The state with a copy on every device of what was not placed, if anything was placed on a mesh.
+
+    The first chunk would bring it there, and the second need a program of its own, since its arguments lie elsewhere.
+    """
+    placed = [x.sharding for x in jax.tree.leaves((state, data)) if _is_placed(x)]
+    meshes = [sharding.mesh for sharding in placed if isinstance(sharding, NamedSharding)]
+    if not meshes:
+        return state
+    # `device_put` takes no key to the devices of other processes.
+    copied = jax.jit(lambda x: x, out_shardings=NamedSharding(meshes[0], PartitionSpec()))
+    return jax.tree.map(lambda x: x if x.committed else copied(x), state)
+
+
 def _description(plan, state, data, config):
     """What a checkpoint must have in common with the run that goes on from it."""
     names = ("batch_size", "record_every", "validate_every", "micro_batches", "average_decay")
@@ -491,7 +535,7 @@ def _description(plan, state, data, config):
         "jprob": importlib.metadata.version("jprob"),
         **_flat("config", _json("config", config or {})),
         **{name: getattr(plan, name) for name in names},
-        **({"data": "batches"} if callable(data) or hasattr(data, "state_dict") else checkpoint.describe("data", data)),
+        **({"data": "batches"} if _is_source(data) else checkpoint.describe("data", data)),
         **checkpoint.describe("validation", plan.validation),
         **checkpoint.describe("", state),
         "key": f"{jax.random.key_impl(state.key)} {jax.random.key_data(state.key).tolist()}",  # its value, too
@@ -513,7 +557,8 @@ def _json(name, value):
 
 
 def _tell(line):
-    print(f"fit: {line}", file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+        print(f"fit: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real
 
 from .. import _checks
@@ -180,8 +182,6 @@ def step(
     return _count(*_update(nll, optimizer, micro_batches, average_decay, state, batch, weights))
 
 
-@partial(jax.jit, static_argnames=("nll", "optimizer", "num_steps", "batch_size", "record_every", "validate_every",
-                                   "patience", "micro_batches", "average_decay"))  # fmt: skip
 def run(
     nll: Nll,
     optimizer: optax.GradientTransformation,
@@ -204,6 +204,10 @@ def run(
     the epoch follows from `state.step`, so that runs of a and of b steps one after the other are the run of a + b
     steps, bit for bit. `jax.vmap` trains many members at once, over keys, params, learning rates or data; each has its
     own order, and stops by itself.
+
+    It is one program, which runs where its arguments lie. Data spread over a mesh by their leading axis give batches
+    spread alike, if `batch_size` is a multiple of the devices there; params may be spread, too, and keys under `vmap`.
+    Nothing else changes but roundings. The axes of the mesh are to be automatic.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats. It is static
@@ -228,12 +232,13 @@ def run(
 
     Returns:
       The state after the last step, and the `History`: [num_steps / record_every] rows, [num_steps / validate_every]
-      scores. A step where loss, gradient or update is not finite is skipped, as by `step`.
+      scores. A step where loss, gradient or update is not finite is skipped, as by `step`. Params and the state of the
+      optimizer lie where they lay, spread as they were; the average and the best of the params, as these.
 
     Raises:
       ValueError: the arrays of `data` or of `validation` differ in their leading axis or hold no example, a number is
         not positive or not a multiple as said above, `validation` and `validate_every` do not come together or
-        `patience` without them, or whatever `step` raises.
+        `patience` without them, the data are spread over explicit axes, or whatever `step` raises.
 
     >>> x = jnp.array([1.0, 2.0, 6.0])
     >>> nll = lambda mean, x, key: jnp.square(x - mean) / 2
@@ -247,6 +252,15 @@ def run(
     >>> print(state.step, state.best.step, history.validation)
     30 25 [2.833... 2.833... nan nan]
     """
+    places = _places("run", data), _places("run", validation)
+    after, history = _run(nll, optimizer, state, data, validation, places, num_steps, batch_size, record_every,
+                          validate_every, patience, micro_batches, average_decay)  # fmt: skip
+    return _put_back(state, after), history
+
+
+@partial(jax.jit, static_argnums=(0, 1, *range(5, 13)))
+def _run(nll, optimizer, state, data, validation, places, num_steps, batch_size, record_every, validate_every,
+         patience, micro_batches, average_decay):  # fmt: skip
     _arguments.options("run", num_steps=num_steps, batch_size=batch_size, record_every=record_every,
                        validation=validation, validate_every=validate_every, patience=patience,
                        micro_batches=micro_batches, average_decay=average_decay)  # fmt: skip
@@ -258,10 +272,11 @@ def run(
 
     def one(state, row):
         if size % batch_size == 0:
-            return update(state, jax.tree.map(lambda x: x[row], data), None)
+            return update(state, _spread(jax.tree.map(lambda x: x[row], data), places[0]), None)
         counted = row < size
         # A batch is filled up with its own first example: with weight 0, but of a kind that `nll` can bear.
-        return update(state, jax.tree.map(lambda x: x[jnp.where(counted, row, row[0])], data), counted)
+        filled = jax.tree.map(lambda x: x[jnp.where(counted, row, row[0])], data)
+        return update(state, _spread(filled, places[0]), counted)
 
     def record(state, rows):
         return _count(*jax.lax.scan(one, state, rows))
@@ -278,7 +293,7 @@ def run(
     def train_and_validate(state, rows):
         state, metrics = train(state, rows)
         scored = state.params if state.average is None else _average_params(state)
-        score = _score(nll, scored, validation, state.key, batch_size // micro_batches)
+        score = _score(nll, scored, validation, places[1], state.key, batch_size // micro_batches)
         return _judge(state, scored, score), (metrics, score)
 
     if validation is None:
@@ -287,6 +302,54 @@ def run(
     block = train_and_validate if patience is None else _unless_stale(train_and_validate, patience)
     state, (metrics, scores) = jax.lax.scan(block, state, rows.reshape(-1, validate_every, batch_size))
     return state, History(*(x.ravel() for x in metrics), validation=scores)
+
+
+def _places(function, data):
+    """How each array is spread by its leading axis, and in how many parts: no program can ask that of its arguments."""
+
+    def place(x):
+        sharding = x.sharding if _is_placed(x) else None
+        if not isinstance(sharding, NamedSharding) or not x.size:
+            return None, 1
+        num_parts = x.shape[0] // sharding.shard_shape(x.shape)[0]
+        if num_parts > 1 and AxisType.Explicit in sharding.mesh.axis_types:
+            raise ValueError(f"{function}: data must be spread over a mesh with AxisType.Auto, got {sharding.mesh}")
+        return sharding, num_parts
+
+    return tuple(map(place, jax.tree.leaves(data)))
+
+
+def _is_placed(x):
+    return isinstance(x, Array) and not isinstance(x, Tracer) and x.committed
+
+
+def _spread(batch, places):
+    """The batch, spread as the data are. Taken out of them as it is, all of it would come to every device."""
+
+    def spread(x, place):
+        sharding, num_parts = place
+        wanted = num_parts > 1 and x.shape[0] % num_parts == 0
+        return jax.lax.with_sharding_constraint(x, sharding) if wanted else x
+
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef.unflatten(map(spread, leaves, places))
+
+
+def _put_back(before, after):
+    """The state with params and what belongs to them spread as before: the compiler is free to choose otherwise."""
+
+    def put_back(old, new):
+        return jax.device_put(new, old.sharding) if _is_placed(old) and new.sharding != old.sharding else new
+
+    def all_back(new):
+        return jax.tree.map(put_back, before.params, new)
+
+    return after._replace(
+        params=all_back(after.params),
+        optimizer_state=jax.tree.map(put_back, before.optimizer_state, after.optimizer_state),
+        average=after.average and after.average._replace(ema=all_back(after.average.ema)),
+        best=after.best and after.best._replace(params=all_back(after.best.params)),
+    )
 
 
 def _keys(key):
@@ -425,14 +488,14 @@ def _summary(metrics, sizes):
     return Metrics(*means, skipped=jnp.sum(metrics.skipped, dtype=jnp.int32))
 
 
-def _score(nll, params, data, key, batch_size):
+def _score(nll, params, data, places, key, batch_size):
     size = _num_examples("run", "validation", data)
     length = min(size, batch_size)
     key = jax.random.fold_in(_keys(key)[1], 2**32 - 1)  # a number that no step has
 
     def one(_, number):
         start = jnp.minimum(number * length, size - length)
-        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
+        batch = _spread(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data), places)
         # The last batch begins early enough to be full, with examples that have counted already.
         counted = start + jnp.arange(length) >= number * length
         return None, _weighted_sum(_losses(nll, params, batch, jax.random.fold_in(key, number)), counted)[0]

@@ -1,0 +1,172 @@
+"""Placement is all there is to it: data, params or seeds spread over a mesh train as on one device, to rounding."""
+
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jprob import mle
+from jprob.mle import driver
+
+SIZE, FEATURES, HIDDEN = 48, 8, 16
+_rng = np.random.default_rng(0)
+X = np.asarray(_rng.normal(size=(SIZE, FEATURES)), np.float32)
+Y = np.asarray(_rng.normal(size=SIZE), np.float32)
+PARAMS = {
+    "kernel": np.asarray(_rng.normal(size=(FEATURES, HIDDEN)) / 3, np.float32),
+    "bias": np.zeros(HIDDEN, np.float32),
+    "out": np.asarray(_rng.normal(size=HIDDEN) / 4, np.float32),
+}
+# With an epsilon of 1 an update errs no more than its gradient. A usual one divides a gradient near 0 by itself.
+ADAM = optax.adam(0.1, eps=1.0)
+OPTIONS = {"num_steps": 12, "batch_size": 16}
+VALIDATED = {"validate_every": 6, "average_decay": 0.9}
+ROWS, COLUMNS = {"kernel": ("d",), "out": ("d",)}, {"kernel": (None, "d"), "out": ("d",)}
+
+
+@pytest.fixture(autouse=True)
+def _chunks_of_one_row(monkeypatch):
+    """So that a fit compiles one program, and begins a chunk at each step."""
+    monkeypatch.setattr(driver, "_SECONDS_OF_A_CHUNK", 0.0)
+
+
+def nll(params, batch, key):
+    x, y = batch
+    return jnp.square(jnp.tanh(x @ params["kernel"] + params["bias"]) @ params["out"] - y) / 2
+
+
+@cache
+def mesh(axis_type=AxisType.Auto):
+    return jax.make_mesh((jax.device_count(),), ("d",), axis_types=(axis_type,))
+
+
+def spread(tree, *axes):
+    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec(*axes)))
+
+
+def placed(axes):
+    return {name: spread(leaf, *axes.get(name, ())) for name, leaf in PARAMS.items()}
+
+
+def places(tree):
+    return jax.tree.map(lambda x: (x.sharding, x.committed), tree)
+
+
+def ran(params, data, nll=nll, **options):
+    return mle.run(nll, ADAM, mle.init(params, ADAM, jax.random.key(7)), data, **(OPTIONS | options))
+
+
+def fitted(params, data, nll=nll, **options):
+    return mle.fit(nll, ADAM, params, data, jax.random.key(7), **(OPTIONS | {"progress": "none"} | options))
+
+
+@cache
+def on_one_device():
+    return ran(PARAMS, (X, Y), validation=(X[:16], Y[:16]), **VALIDATED)
+
+
+def arrays(tree):
+    return [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
+
+
+def assert_close(got, want):
+    """A gradient errs by the roundings of sums over 16 examples and 16 features, 32 of its size. A tenth of that comes
+    to the params at each step, with one rounding of their own: in 12 steps less than 60."""
+    for g, w in zip(arrays(got), arrays(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=60 * 2.0**-24 * float(np.abs(w).max(initial=0)))
+
+
+def assert_same_bits(got, want):
+    for g, w in zip(arrays(got), arrays(want), strict=True):
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
+
+
+@pytest.mark.parametrize(("axes", "train"), [({}, ran), (ROWS, ran), (COLUMNS, ran), (COLUMNS, fitted)])
+def test_spread_over_a_mesh_it_is_the_same_and_all_stays_where_it_was(axes, train):
+    seen = []
+
+    def watched(params, batch, key):
+        jax.debug.inspect_array_sharding(batch[0], callback=seen.append)
+        return nll(params, batch, key)
+
+    params, data = placed(axes), spread((X, Y), "d")
+    state, history = train(params, data, watched, validation=spread((X[:16], Y[:16]), "d"), **VALIDATED)[:2]
+    assert_close((state, history), on_one_device())
+    before = mle.init(params, ADAM, jax.random.key(7)).optimizer_state[0]
+    assert places(state.params) == places(state.average.ema) == places(state.best.params) == places(params)
+    assert places((state.optimizer_state[0].mu, state.optimizer_state[0].nu)) == places((before.mu, before.nu))
+    # No device takes more than its share of a batch, be it to train or to validate.
+    assert len(seen) == 2
+    assert {sharding.shard_shape((16, FEATURES)) for sharding in seen} == {(2, FEATURES)}
+
+
+def test_a_batch_that_the_devices_cannot_share_is_trained_on_all_the_same():
+    """Batches of 10, the last of 48 examples short, in two parts."""
+    options = {"batch_size": 10, "micro_batches": 2, "record_every": 3}
+    got, want = (ran(params, data, **options) for params, data in
+                 [(placed(ROWS), spread((X, Y), "d")), (PARAMS, (X, Y))])  # fmt: skip
+    assert_close(got, want)
+    assert places(got[0].params) == places(placed(ROWS))
+
+
+def test_seeds_spread_over_a_mesh_are_the_same_members():
+    train = jax.vmap(lambda key: mle.run(nll, ADAM, mle.init(PARAMS, ADAM, key), (X, Y), num_steps=12, batch_size=16))
+    keys = jax.random.split(jax.random.key(7), 16)
+    got, want = train(spread(keys, "d")), train(keys)
+    assert_close(got, want)
+    share = NamedSharding(mesh(), PartitionSpec("d"))
+    for leaf in jax.tree.leaves((got[0].params, got[0].optimizer_state, got[1].loss)):
+        assert leaf.sharding.is_equivalent_to(share, leaf.ndim)
+
+
+def test_batches_made_in_place_are_trained_on_in_place():
+    def batch_at(step, put=lambda batch: spread(batch, "d")):
+        rows = (np.arange(16) + 16 * step) % SIZE
+        return put((X[rows], Y[rows]))
+
+    got = fitted(placed(COLUMNS), batch_at)
+    want = fitted(PARAMS, lambda step: batch_at(step, lambda batch: batch))
+    assert_close(got[:2], want[:2])
+    assert places(got.state.params) == places(placed(COLUMNS))
+
+
+def test_chunks_of_one_length_are_one_program_though_they_begin_elsewhere(caplog):
+    """After the first, all of the state lies on the mesh; before, only what was placed."""
+    with jax.log_compiles():
+        fitted(placed(COLUMNS), spread((X, Y), "d"), lambda params, batch, key: nll(params, batch, key))
+    assert sum(record.getMessage().startswith("Compiling jit(_run)") for record in caplog.records) == 1
+
+
+def test_fit_trains_on_the_device_where_data_lie():
+    device = jax.devices()[3]
+    state = fitted(PARAMS, jax.device_put((X, Y), device)).state
+    assert {x.device for x in arrays(state)} == {device}
+
+
+@pytest.mark.parametrize("first", ["one device", "a mesh"])
+def test_a_checkpoint_goes_on_where_the_next_run_places_it(first, tmp_path):
+    cases = {"one device": (PARAMS, (X, Y)), "a mesh": (placed(COLUMNS), spread((X, Y), "d"))}
+    saved = fitted(*cases.pop(first), checkpoint_dir=tmp_path).state
+    (other,) = cases.values()
+    untouched = fitted(*other, checkpoint_dir=tmp_path).state
+    assert_same_bits(untouched, saved)
+    assert places(untouched.params) == places(mle.init(other[0], ADAM, jax.random.key(7)).params)
+    longer = fitted(*other, checkpoint_dir=tmp_path, num_steps=24)
+    assert_close(longer[:2], ran(*other, num_steps=24))
+    assert places(longer.state.params) == places(untouched.params)
+
+
+def test_data_spread_over_explicit_axes_are_refused():
+    explicit = mesh(AxisType.Explicit)
+    data = jax.device_put((X, Y), NamedSharding(explicit, PartitionSpec("d")))
+    message = f"run: data must be spread over a mesh with AxisType.Auto, got {explicit}"
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        ran(PARAMS, data)
+    assert "\n" not in str(caught.value)
