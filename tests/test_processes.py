@@ -1,4 +1,4 @@
-"""Two processes with a mesh over both train as one does; they stop together, and go on together."""
+"""Two processes with a mesh over both do what one does; in training they stop together, and go on together."""
 
 import os
 import re
@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_sharding import (
     ADAM,
     COLUMNS,
@@ -29,10 +30,11 @@ from test_sharding import (
     spread,
 )
 
-from jprob import mle
+from jprob import linear_categorical, mle
 from jprob.mle import driver
 
 ROOT = Path(__file__).parent.parent
+_rng = np.random.default_rng(1)
 
 
 def fitted(folder, axes, **options):
@@ -41,16 +43,20 @@ def fitted(folder, axes, **options):
     return mle.fit(nll, ADAM, placed(axes), data, jax.random.key(7), progress="none", **options)
 
 
-def train(number, port, folder, heartbeat, saves_often, last_step, last_signal):
-    """In a process of its own, with two devices. It sends itself a signal, if any, once a step is saved."""
+def join(number, port, heartbeat=100):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, number, heartbeat_timeout_seconds=heartbeat)
+
+
+def train(number, port, folder, heartbeat=100, saves_often=False, last_step=-1, last_signal=0):
+    """In a process of its own, with two devices. The second gets a signal, if any, once a step is saved."""
+    join(number, port, heartbeat)
     driver._SECONDS_OF_A_CHUNK = 0.0
     save = driver.checkpoint.save
 
     def save_and_send(store, saved):
         save(store, saved)
-        if saved.step == last_step:
+        if number and saved.step == last_step:
             signal.raise_signal(last_signal)
             time.sleep(1)  # for the thread that waits for it
 
@@ -62,8 +68,8 @@ def train(number, port, folder, heartbeat, saves_often, last_step, last_signal):
     np.savez(f"{folder}.{number}.npz", *arrays((copied, result.history)))
 
 
-def two(folder, heartbeat=100, saves_often=False, last_step=-1, last_signal=0):
-    """The exit codes of two processes, the second of which gets the signal, and what they told."""
+def two(call, folder, *arguments):
+    """The exit codes of two processes that run `call(number, port, folder, *arguments)`, and what they told."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,8 +83,7 @@ def two(folder, heartbeat=100, saves_often=False, last_step=-1, last_signal=0):
     }
 
     def started(number):
-        given = (number, port, str(folder), heartbeat, saves_often, last_step if number else -1, int(last_signal))
-        code = f"from test_processes import train; train{given}"
+        code = f"from test_processes import {call}; {call}{(number, port, str(folder), *arguments)}"
         return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
 
     both = [started(number) for number in range(2)]
@@ -96,7 +101,7 @@ def lines(told):
 
 def test_two_processes_stop_and_go_on_together_and_one_goes_on_from_them(tmp_path, capfd):
     folder = tmp_path / "run"
-    codes, told = two(folder, saves_often=True, last_step=3, last_signal=signal.SIGTERM)
+    codes, told = two("train", folder, 100, True, 3, int(signal.SIGTERM))
     assert codes == [143, 143], told
     (line,) = lines(told[0])
     where = f"saved in {folder}"
@@ -108,12 +113,12 @@ def test_two_processes_stop_and_go_on_together_and_one_goes_on_from_them(tmp_pat
     assert lines(told[1]) == []
 
     # The first one waits for the other, until nothing has been heard of it for 10 seconds.
-    codes, told = two(folder, heartbeat=10, saves_often=True, last_step=8, last_signal=signal.SIGKILL)
+    codes, told = two("train", folder, 10, True, 8, int(signal.SIGKILL))
     assert codes[1] == -signal.SIGKILL, told
     assert codes[0] != 0
     assert lines(told[0])[0] == f"fit: going on from step {stopped[1]} of 12, {where}"
 
-    codes, told = two(folder)
+    codes, told = two("train", folder)
     assert codes == [0, 0], told
     assert re.fullmatch(f"fit: going on from step [89] of 12, {where}", *lines(told[0])), told[0]
     assert lines(told[1]) == []
@@ -125,3 +130,35 @@ def test_two_processes_stop_and_go_on_together_and_one_goes_on_from_them(tmp_pat
     for number in range(2):
         with np.load(f"{folder}.{number}.npz") as ending:
             assert_same_bits([ending[name] for name in ending.files], result[:2])
+
+
+def share_vocabulary(number, port, folder):
+    """In a process of its own: a loss whose tokens and classes lie on two processes, by the compiler and by name."""
+    join(number, port)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    specs = PartitionSpec("data"), PartitionSpec(None, "model"), PartitionSpec("data")
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(VOCABULARY, specs, strict=True)]
+
+    def of_a_shard(hidden, kernel, labels):
+        total = fused(hidden, kernel, labels, reduction="sum", axis_name="model")
+        return jax.lax.psum(total, "data") / len(VOCABULARY[2])
+
+    by_name = jax.shard_map(of_a_shard, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    both = [jax.jit(jax.value_and_grad(f, (0, 1)), out_shardings=everywhere)(*placed) for f in (fused, by_name)]
+    np.savez(f"{folder}.{number}.npz", *jax.tree.leaves(both))
+
+
+VOCABULARY = X, _rng.normal(size=(X.shape[1], 50)).astype(np.float32), _rng.integers(0, 50, len(X)).astype(np.int32)
+fused = partial(linear_categorical.cross_entropy, block_bytes=8 * 50 * 4)  # 8 tokens, so that there are blocks
+
+
+def test_two_processes_share_a_vocabulary(tmp_path):
+    codes, told = two("share_vocabulary", tmp_path / "loss")
+    assert codes == [0, 0], told
+    want = jax.tree.leaves(jax.value_and_grad(fused, (0, 1))(*VOCABULARY))
+    for number in range(2):
+        with np.load(tmp_path / f"loss.{number}.npz") as got:
+            for name, wanted in zip(got.files, 2 * want, strict=True):
+                # Sums over 48 tokens or 50 classes, in two orders.
+                np.testing.assert_allclose(got[name], wanted, rtol=0, atol=48 * 2.0**-24 * float(np.abs(wanted).max()))
