@@ -88,7 +88,7 @@ def assert_same_bits(got, want):
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
 
 
-@pytest.mark.parametrize(("axes", "train"), [({}, ran), (ROWS, ran), (COLUMNS, ran), (COLUMNS, fitted)])
+@pytest.mark.parametrize(("axes", "train"), [({}, ran), (COLUMNS, ran), (ROWS, fitted)])
 def test_spread_over_a_mesh_it_is_the_same_and_all_stays_where_it_was(axes, train):
     seen = []
 
@@ -109,7 +109,7 @@ def test_spread_over_a_mesh_it_is_the_same_and_all_stays_where_it_was(axes, trai
 
 def test_a_batch_that_the_devices_cannot_share_is_trained_on_all_the_same():
     """Batches of 10, the last of 48 examples short, in two parts."""
-    options = {"batch_size": 10, "micro_batches": 2, "record_every": 3}
+    options = {"batch_size": 10, "micro_batches": 2}
     got, want = (ran(params, data, **options) for params, data in
                  [(placed(ROWS), spread((X, Y), "d")), (PARAMS, (X, Y))])  # fmt: skip
     assert_close(got, want)
@@ -159,7 +159,7 @@ def test_a_checkpoint_goes_on_where_the_next_run_places_it(first, tmp_path):
     assert_same_bits(untouched, saved)
     assert places(untouched.params) == places(mle.init(other[0], ADAM, jax.random.key(7)).params)
     longer = fitted(*other, checkpoint_dir=tmp_path, num_steps=24)
-    assert_close(longer[:2], ran(*other, num_steps=24))
+    assert_close(longer[:2], fitted(*other, num_steps=24)[:2])
     assert places(longer.state.params) == places(untouched.params)
 
 
