@@ -79,7 +79,7 @@ def test_verdicts_follow_from_the_numbers(change, falsified):
     assert verdicts == ["falsified" if i in falsified else "holds" for i in range(5)]
     assert len(section.plots) == 2
     assert len(section.tables[0].rows) == 1
-    assert bool(section.counter_evidence) == bool(falsified & {0, 3})
+    assert bool(section.counter_evidence) == bool(falsified & {0, 2, 3})
 
 
 def test_what_a_compiler_does_not_tell_stays_open():
