@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int, Integer, Key, Real
 
 from . import _accurate, _checks, _sums, categorical
 
-_BLOCK_BYTES = 2**26
+_BLOCK_BYTES, _BLOCK_TOKENS = 2**26, 512
 _REDUCTIONS = ("mean", "sum", "none")
 _FORM = ("softcap", "temperature", "transposed_kernel", "block_bytes")
 
@@ -127,7 +127,7 @@ def cross_entropy(
       transposed_kernel: static; whether the kernel is [V, H], as a table of embeddings is. It is not copied.
       reduction: static: "mean" (divided by the sum of the weights), "sum", or "none" (each loss times its weight).
       has_aux: static; whether to return `Aux` too.
-      block_bytes: static, bytes of a block of logits: 64 MiB by default, or the kernel's size if that is more.
+      block_bytes: static, bytes of a block of logits: 64 MiB by default, or 512 tokens if that is more.
       axis_name: static; the mesh axis of an enclosing `shard_map` over which the classes of kernel and bias are
         sharded. Labels count through all of them, and hidden, labels and weights are the same on the whole axis.
 
@@ -479,8 +479,8 @@ def plan(
     """How `cross_entropy` would go through these tokens: nothing is computed.
 
     A block has the largest number of tokens whose logits keep to `block_bytes`, or somewhat fewer where these divide
-    all tokens evenly. By default that is 64 MiB, or the kernel's size in the dtype computed in if that is more:
-    each block adds to the kernel's gradient, and smaller ones would spend their time reading and writing it.
+    all tokens evenly. By default that is 64 MiB, or 512 tokens if that is more: each block adds to the kernel's
+    gradient, and smaller ones would spend their time reading and writing it.
 
     Args:
       hidden: [..., H], an array or a `jax.ShapeDtypeStruct`.
@@ -506,7 +506,7 @@ def plan(
 def _plan(form, hidden, kernel, dtype, per_token=1) -> Plan:
     """`per_token` rows of logits belong to a token."""
     num_tokens, row = math.prod(hidden.shape[:-1]), _num_classes(form, kernel) * dtype.itemsize * per_token
-    most = (form.block_bytes or max(_BLOCK_BYTES, math.prod(kernel.shape) * dtype.itemsize)) // row
+    most = form.block_bytes // row if form.block_bytes else max(_BLOCK_BYTES // row, _BLOCK_TOKENS)
     size = min(num_tokens, max(1, most))
     size = next((n for n in range(size, size // 2, -1) if num_tokens % n == 0), size)
     blocks, remainder = divmod(num_tokens, size) if size else (1, 0)

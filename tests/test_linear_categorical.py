@@ -381,9 +381,10 @@ def test_a_plan(tokens, block_bytes, want):
     assert plan.bytes == plan.block_size * V * 4
 
 
-def test_a_large_kernel_has_larger_blocks():
-    kernel = jax.ShapeDtypeStruct((4096, 131_072), jnp.bfloat16)
-    assert linear.plan(jax.ShapeDtypeStruct((2**15, 4096), jnp.bfloat16), kernel).block_size == 1024
+@pytest.mark.parametrize(("num_classes", "tokens"), [(1000, 16_384), (32_000, 512), (131_072, 512)])
+def test_a_block_is_64_mebibytes_or_512_tokens(num_classes, tokens):
+    kernel = jax.ShapeDtypeStruct((4096, num_classes), jnp.bfloat16)
+    assert linear.plan(jax.ShapeDtypeStruct((2**15, 4096), jnp.bfloat16), kernel).block_size == tokens
 
 
 def test_donated_operands():
