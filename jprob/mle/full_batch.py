@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Bool, Float, Int, Key, PyTree
 
 from .. import _checks, mvn
-from .loop import Nll, _losses, _num_examples, _weighted_mean, _weighted_sum
+from .loop import Nll, _losses, _num_examples, _weighted_mean, _weighted_sum, _without_weightless
 
 # Pairs of steps that L-BFGS remembers: with 50, ill-conditioned problems take about half the steps of the usual 10.
 _MEMORY = 50
@@ -256,13 +256,12 @@ def _flat(function, params):
 
 
 def _examples(function, data, weights):
-    """Data and weights, with the first example that counts in the place of those that do not."""
+    """Data and weights, none of which lets through an example that does not count."""
     size = _num_examples(function, "data", data)
     if weights is None:
         return data, jnp.ones(size)
     weights = _checks.weights(function, "the examples", (size,), weights)
-    counted = jnp.where(weights > 0, jnp.arange(size), jnp.argmax(weights > 0))
-    return jax.tree.map(lambda x: x[counted], data), weights
+    return _without_weightless(data, weights), weights
 
 
 def _product(left, right):

@@ -177,8 +177,7 @@ def step(
     state = _begin(state, average_decay, validates=False)
     if weights is not None:
         weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
-        counted = jnp.where(weights > 0, jnp.arange(size), jnp.argmax(weights > 0))
-        batch = jax.tree.map(lambda x: x[counted], batch)
+        batch = _without_weightless(batch, weights)
     return _count(*_update(nll, optimizer, micro_batches, average_decay, state, batch, weights))
 
 
@@ -436,6 +435,12 @@ def _losses(nll, params, batch, key):
         raise ValueError(f"step: nll must return one value for each of {size} examples, got {_checks.describe(losses)}")
     _checks.floating("step", **{"what nll returns": losses})
     return losses
+
+
+def _without_weightless(examples, weights):
+    """With the first example that counts in the place of those of weight 0: of a kind that `nll` can bear."""
+    counted = jnp.where(weights > 0, jnp.arange(weights.size), jnp.argmax(weights > 0))
+    return jax.tree.map(lambda x: x[counted], examples)
 
 
 def _weighted_mean(losses, weights):
