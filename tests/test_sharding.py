@@ -1,6 +1,8 @@
-"""Placement is all there is to it: data, params or seeds spread over a mesh train as on one device, to rounding."""
+"""Placement is all there is to it: data, params or seeds spread over a mesh train as on one device, to rounding.
 
-import re
+The mesh is that of `jax.make_mesh`, with explicit axes, or one with automatic axes: no law knows of the difference.
+"""
+
 from functools import cache
 
 import jax
@@ -26,6 +28,7 @@ PARAMS = {
 ADAM = optax.adam(0.1, eps=1.0)
 OPTIONS = {"num_steps": 12, "batch_size": 16}
 VALIDATED = {"validate_every": 6, "average_decay": 0.9}
+AUTOMATIC = (AxisType.Auto,)
 ROWS, COLUMNS = {"kernel": ("d",), "out": ("d",)}, {"kernel": (None, "d"), "out": ("d",)}
 
 
@@ -41,20 +44,26 @@ def nll(params, batch, key):
 
 
 @cache
-def mesh(axis_type=AxisType.Auto):
-    return jax.make_mesh((jax.device_count(),), ("d",), axis_types=(axis_type,))
+def mesh(axis_types=None):
+    return jax.make_mesh((jax.device_count(),), ("d",), axis_types)
 
 
-def spread(tree, *axes):
-    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec(*axes)))
+def spread(tree, *axes, axis_types=None):
+    return jax.device_put(tree, NamedSharding(mesh(axis_types), PartitionSpec(*axes)))
 
 
-def placed(axes):
-    return {name: spread(leaf, *axes.get(name, ())) for name, leaf in PARAMS.items()}
+def placed(axes, axis_types=None):
+    return {name: spread(leaf, *axes.get(name, ()), axis_types=axis_types) for name, leaf in PARAMS.items()}
 
 
 def places(tree):
     return jax.tree.map(lambda x: (x.sharding, x.committed), tree)
+
+
+def assert_same_places(got, want):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.sharding.mesh == w.sharding.mesh
+        assert g.sharding.is_equivalent_to(w.sharding, g.ndim)
 
 
 def ran(params, data, nll=nll, **options):
@@ -88,17 +97,23 @@ def assert_same_bits(got, want):
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
 
 
-@pytest.mark.parametrize(("axes", "train"), [({}, ran), (COLUMNS, ran), (ROWS, fitted)])
-def test_spread_over_a_mesh_it_is_the_same_and_all_stays_where_it_was(axes, train):
+@pytest.mark.parametrize(
+    ("axes", "train", "axis_types"),
+    [({}, ran, None), (COLUMNS, ran, AUTOMATIC), (COLUMNS, ran, None), (ROWS, fitted, AUTOMATIC), (ROWS, fitted, None)],
+)
+def test_spread_over_a_mesh_it_is_the_same_and_all_stays_where_it_was(axes, train, axis_types):
     seen = []
 
     def watched(params, batch, key):
+        assert AxisType.Explicit not in jax.typeof(batch[0]).sharding.mesh.axis_types
         jax.debug.inspect_array_sharding(batch[0], callback=seen.append)
         return nll(params, batch, key)
 
-    params, data = placed(axes), spread((X, Y), "d")
-    state, history = train(params, data, watched, validation=spread((X[:16], Y[:16]), "d"), **VALIDATED)[:2]
+    params = placed(axes, axis_types)
+    data, validation = spread(((X, Y), (X[:16], Y[:16])), "d", axis_types=axis_types)
+    state, history = train(params, data, watched, validation=validation, **VALIDATED)[:2]
     assert_close((state, history), on_one_device())
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(state)} == {mesh(axis_types)}
     before = mle.init(params, ADAM, jax.random.key(7)).optimizer_state[0]
     assert places(state.params) == places(state.average.ema) == places(state.best.params) == places(params)
     assert places((state.optimizer_state[0].mu, state.optimizer_state[0].nu)) == places((before.mu, before.nu))
@@ -116,14 +131,16 @@ def test_a_batch_that_the_devices_cannot_share_is_trained_on_all_the_same():
     assert places(got[0].params) == places(placed(ROWS))
 
 
-def test_seeds_spread_over_a_mesh_are_the_same_members():
+@pytest.mark.parametrize("axis_types", [None, AUTOMATIC])
+def test_seeds_spread_over_a_mesh_are_the_same_members(axis_types):
     train = jax.vmap(lambda key: mle.run(nll, ADAM, mle.init(PARAMS, ADAM, key), (X, Y), num_steps=12, batch_size=16))
     keys = jax.random.split(jax.random.key(7), 16)
-    got, want = train(spread(keys, "d")), train(keys)
+    got, want = train(spread(keys, "d", axis_types=axis_types)), train(keys)
     assert_close(got, want)
-    share = NamedSharding(mesh(), PartitionSpec("d"))
+    share = NamedSharding(mesh(axis_types), PartitionSpec("d"))
     for leaf in jax.tree.leaves((got[0].params, got[0].optimizer_state, got[1].loss)):
         assert leaf.sharding.is_equivalent_to(share, leaf.ndim)
+        assert leaf.sharding.mesh == share.mesh
 
 
 def test_batches_made_in_place_are_trained_on_in_place():
@@ -135,6 +152,7 @@ def test_batches_made_in_place_are_trained_on_in_place():
     want = fitted(PARAMS, lambda step: batch_at(step, lambda batch: batch))
     assert_close(got[:2], want[:2])
     assert places(got.state.params) == places(placed(COLUMNS))
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(fitted(PARAMS, batch_at).state)} == {mesh()}
 
 
 def test_chunks_of_one_length_are_one_program_though_they_begin_elsewhere(caplog):
@@ -163,10 +181,26 @@ def test_a_checkpoint_goes_on_where_the_next_run_places_it(first, tmp_path):
     assert places(longer.state.params) == places(untouched.params)
 
 
-def test_data_spread_over_explicit_axes_are_refused():
-    explicit = mesh(AxisType.Explicit)
-    data = jax.device_put((X, Y), NamedSharding(explicit, PartitionSpec("d")))
-    message = f"run: data must be spread over a mesh with AxisType.Auto, got {explicit}"
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        ran(PARAMS, data)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_one_step_stays_where_it_was(jit):
+    """Half of the examples count, in two parts."""
+    weights = jnp.arange(SIZE) % 2
+
+    @jit
+    def stepped(params, data, weights):
+        return mle.step(nll, ADAM, mle.init(params, ADAM, jax.random.key(7)), data, weights=weights, micro_batches=2)
+
+    got, want = stepped(placed(COLUMNS), *spread(((X, Y), weights), "d")), stepped(PARAMS, (X, Y), weights)
+    assert_close(got, want)
+    assert_same_places(got[0].params, placed(COLUMNS))
+
+
+def test_what_was_traced_with_explicit_axes_has_them_still():
+    """In a program of the caller's own, and where all that is made lies on a mesh."""
+    trained = jax.jit(lambda params, data: ran(params, data, validation=data, **VALIDATED))
+    with jax.set_mesh(mesh()):
+        state, history = trained(placed(COLUMNS), spread((X, Y), "d"))
+    assert_close((state, history), ran(PARAMS, (X, Y), validation=(X, Y), **VALIDATED))
+    for tree in (state.params, state.average.ema, state.best.params, state.optimizer_state[0].mu):
+        assert_same_places(tree, placed(COLUMNS))
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves((state, history))} == {mesh()}

@@ -25,11 +25,10 @@ import numpy as np
 import optax
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Key, PyTree
 
 from .. import _checks
-from . import _arguments, _order, checkpoint
+from . import _arguments, _order, checkpoint, sharding
 from .loop import (
     History,
     Metrics,
@@ -37,13 +36,11 @@ from .loop import (
     State,
     _average_params,
     _begin,
-    _is_placed,
     _judge,
     _keys,
     _num_examples,
-    _places,
-    _put_back,
     _score,
+    _spread_as,
     _summary,
     init,
     run,
@@ -96,9 +93,10 @@ def fit(
     to the bits of a run that was never stopped; `num_steps` and `patience` may have changed. SIGTERM and Ctrl-C end
     the process after the current chunk of training, with all that it reached saved; a second Ctrl-C ends it at once.
 
-    What was placed on devices stays there, spread as it was. Where `jax.distributed` joins several processes, all of
-    them make the same call, with params or data on a mesh over all devices and one `checkpoint_dir` that all see: the
-    first prints, and a signal to any one ends all. A checkpoint goes on in any placement, and any number of processes.
+    What was placed on devices stays there, spread as it was, on axes of either kind as for `run`. Where
+    `jax.distributed` joins several processes, all of them make the same call, with params or data on a mesh over all
+    devices and one `checkpoint_dir` that all see: the first prints, and a signal to any one ends all. A checkpoint goes
+    on in any placement, and any number of processes.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats.
@@ -141,13 +139,17 @@ def fit(
     >>> print(f"{result.state.params:.3f}", result.history.loss.shape, result.reason)
     3.000 (20,) num_steps
     """
-    plan = _Plan(nll, optimizer, num_steps, batch_size, record_every, _on_device(validation), validate_every,
-                 patience, micro_batches, average_decay, max_skipped, save_every_seconds)  # fmt: skip
-    _check(plan, key, keep, progress)
-    state = _begin(init(params, optimizer, key), average_decay, validates=validation is not None)
-    feed = _feed(plan, data)
-    state = _on_one_mesh(jax.tree.map(_strong, state), None if _is_source(data) else data)
-    with contextlib.ExitStack() as stack:
+    plan = _Plan(nll, optimizer, num_steps, batch_size, record_every, validation, validate_every, patience,
+                 micro_batches, average_decay, max_skipped, save_every_seconds)  # fmt: skip
+    _check(plan, data, key, keep, progress)
+    given = _begin(init(params, optimizer, key), average_decay, validates=validation is not None)
+    given = jax.tree.map(_strong, given)
+    arrays = None if _is_source(data) else data
+    mesh = sharding.explicit_mesh((given, arrays, validation))
+    with sharding.automatic_axes(mesh), contextlib.ExitStack() as stack:
+        plan = plan._replace(validation=sharding.automatic(_on_device(validation), mesh))
+        feed = _feed(plan, data, mesh)
+        state = sharding.on_one_mesh(*sharding.automatic((given, arrays), mesh))
         caught = stack.enter_context(_signals())
         store, saved = None, None
         if checkpoint_dir is not None:
@@ -156,7 +158,9 @@ def fit(
             saved = _resumed(plan, feed, store, state)
         start = saved or checkpoint.Saved(0, state, History._make([np.zeros(0, np.float32)] * 5), feed.position())
         show = stack.enter_context(_progress(plan, "none" if jax.process_index() else progress))
-        return _train(plan, feed, store, start, caught, show)
+        result = _train(plan, feed, store, start, caught, show)
+    state, history = sharding.explicit((result.state, result.history), mesh or feed.mesh())
+    return Result(state, history, result.reason)
 
 
 class _Plan(NamedTuple):
@@ -184,12 +188,14 @@ class _Feed(NamedTuple):
       batch: the next batch from a state, and its weights.
       position: where the next batch comes from, in values of JSON.
       seek: goes to such a position, which was reached after a number of steps.
+      mesh: that of the batches so far, if its axes are explicit.
     """
 
     advance: Callable[[State, int], tuple[State, list[Metrics]]]
     batch: Callable[[State], tuple[PyTree, Array | None]]
     position: Callable[[], Any] = lambda: None
     seek: Callable[[Any, int], None] = lambda position, step: None
+    mesh: Callable[[], Any] = lambda: None
 
 
 class _Chunk(NamedTuple):
@@ -311,9 +317,9 @@ def _chunks(plan, feed, start, pace):
             rows += more
         step += size * calls * plan.record_every
         if plan.validation is not None and step % interval == 0:
-            places, length = _places("fit", plan.validation), plan.batch_size // plan.micro_batches
+            places, length = sharding.places(plan.validation), plan.batch_size // plan.micro_batches
             state, score = _validate(plan.nll, state, plan.validation, places, length)
-        state = _put_back(start.state, state)
+        state = sharding.put_back(_spread_as(start.state, state), state)
         if size not in pace.sizes:
             pace.sizes.add(size)
             pace.since = None
@@ -409,15 +415,12 @@ def _metrics_and_gradient(plan, state, batch, weights):
     return looked_at(state, batch, weights)
 
 
-def _feed(plan, data):
+def _feed(plan, data, mesh):
     if callable(data):
         return _batch_feed(plan, lambda position, step: map(data, itertools.count(step)), lambda: None)
     if hasattr(data, "state_dict"):
         return _batch_feed(plan, partial(_endless, data), lambda: _json("state_dict() of data", data.state_dict()))
-    if not all(hasattr(x, "shape") for x in jax.tree.leaves(data, is_leaf=lambda x: isinstance(x, Iterator))):
-        expected = "arrays, a function of the step, or an iterable with state_dict and load_state_dict"
-        raise ValueError(f"fit: data must be {expected}, got {_checks.describe(data)}")
-    return _array_feed(plan, _on_device(data))
+    return _array_feed(plan, sharding.automatic(_on_device(data), mesh))
 
 
 def _array_feed(plan, data):
@@ -438,20 +441,25 @@ def _array_feed(plan, data):
 
 
 def _batch_feed(plan, batches, position):
-    coming = batches(None, 0)
+    coming, mesh = batches(None, 0), None
 
     def seek(position, step):
         nonlocal coming
         coming = batches(position, step)
 
+    def arrived(batch):
+        nonlocal mesh
+        mesh = sharding.explicit_mesh(batch)
+        return sharding.automatic(_on_device(batch), mesh)
+
     def advance(state, num_steps):
         rows = []
         for _ in range(num_steps // plan.record_every):
-            state, row = _row(plan, state, itertools.islice(coming, plan.record_every))
+            state, row = _row(plan, state, map(arrived, itertools.islice(coming, plan.record_every)))
             rows.append(row)
         return state, rows
 
-    return _Feed(advance, lambda state: (next(coming), None), position, seek)
+    return _Feed(advance, lambda state: (arrived(next(coming)), None), position, seek, lambda: mesh)
 
 
 def _row(plan, state, batches):
@@ -459,7 +467,7 @@ def _row(plan, state, batches):
     metrics, sizes = None, []
     for number, batch in enumerate(batches):
         sizes.append(_num_examples("fit", "a batch of data", batch))
-        batch, before = _on_device(batch), state.step
+        before = state.step
         state, row = _step(plan.nll, plan.optimizer, state, batch, plan.micro_batches, plan.average_decay)
         if metrics is None:
             metrics = jax.tree.map(lambda x: jnp.zeros(plan.record_every, x.dtype), row)
@@ -493,10 +501,14 @@ def _endless(data, position, step):
             raise ValueError("fit: data must give batches each time they are iterated, got none")
 
 
-def _check(plan, key, keep, progress):
+def _check(plan, data, key, keep, progress):
     counts = ("num_steps", "batch_size", "record_every", "validate_every", "patience", "micro_batches", "max_skipped")
     given = {name: getattr(plan, name) for name in (*counts, "validation", "average_decay")}
     _arguments.options("fit", keep=keep, **given)
+    leaves = jax.tree.leaves(data, is_leaf=lambda x: isinstance(x, Iterator))
+    if not _is_source(data) and not all(hasattr(x, "shape") for x in leaves):
+        expected = "arrays, a function of the step, or an iterable with state_dict and load_state_dict"
+        raise ValueError(f"fit: data must be {expected}, got {_checks.describe(data)}")
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise ValueError(f"fit: key must be made by jax.random.key, got {_checks.describe(key)}")
     if progress not in ("auto", "none"):
@@ -516,20 +528,6 @@ def _is_source(data):
 def _on_device(data):
     """What lies on devices stays where it is."""
     return jax.tree.map(lambda x: x if isinstance(x, Array) else jax.device_put(x), data)
-
-
-def _on_one_mesh(state, data):
-    """The state with a copy on every device of what was not placed, if anything was placed on a mesh.
-
-    The first chunk would bring it there, and the second need a program of its own, since its arguments lie elsewhere.
-    """
-    placed = [x.sharding for x in jax.tree.leaves((state, data)) if _is_placed(x)]
-    meshes = [sharding.mesh for sharding in placed if isinstance(sharding, NamedSharding)]
-    if not meshes:
-        return state
-    # `device_put` takes no key to the devices of other processes.
-    copied = jax.jit(lambda x: x, out_shardings=NamedSharding(meshes[0], PartitionSpec()))
-    return jax.tree.map(lambda x: x if x.committed else copied(x), state)
 
 
 def _description(plan, state, data, config):

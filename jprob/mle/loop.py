@@ -14,12 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real
 
 from .. import _checks
-from . import _arguments, _order
+from . import _arguments, _order, sharding
 
 Nll = Callable[[PyTree, PyTree, Array], Array]
 
@@ -177,8 +175,13 @@ def step(
     state = _begin(state, average_decay, validates=False)
     if weights is not None:
         weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
-        batch = _without_weightless(batch, weights)
-    return _count(*_update(nll, optimizer, micro_batches, average_decay, state, batch, weights))
+    mesh = sharding.explicit_mesh((state, batch))
+    with sharding.automatic_axes(mesh):
+        began, batch, weights = sharding.automatic((state, batch, weights), mesh)
+        if weights is not None:
+            batch = _without_weightless(batch, weights)
+        after, metrics = _count(*_update(nll, optimizer, micro_batches, average_decay, began, batch, weights))
+    return sharding.put_back(state, after, mesh), sharding.explicit(metrics, mesh)
 
 
 def run(
@@ -206,7 +209,8 @@ def run(
 
     It is one program, which runs where its arguments lie. Data spread over a mesh by their leading axis give batches
     spread alike, if `batch_size` is a multiple of the devices there; params may be spread, too, and keys under `vmap`.
-    Nothing else changes but roundings. The axes of the mesh are to be automatic.
+    Nothing else changes but roundings. Where the axes of the mesh are explicit, `nll` sees them as automatic, as it
+    does in `step`: `jax.sharding.explicit_axes` lets it see them as they are. What comes out has them explicit.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats. It is static
@@ -237,7 +241,7 @@ def run(
     Raises:
       ValueError: the arrays of `data` or of `validation` differ in their leading axis or hold no example, a number is
         not positive or not a multiple as said above, `validation` and `validate_every` do not come together or
-        `patience` without them, the data are spread over explicit axes, or whatever `step` raises.
+        `patience` without them, or whatever `step` raises.
 
     >>> x = jnp.array([1.0, 2.0, 6.0])
     >>> nll = lambda mean, x, key: jnp.square(x - mean) / 2
@@ -251,10 +255,12 @@ def run(
     >>> print(state.step, state.best.step, history.validation)
     30 25 [2.833... 2.833... nan nan]
     """
-    places = _places("run", data), _places("run", validation)
-    after, history = _run(nll, optimizer, state, data, validation, places, num_steps, batch_size, record_every,
-                          validate_every, patience, micro_batches, average_decay)  # fmt: skip
-    return _put_back(state, after), history
+    arguments = state, data, validation
+    places, mesh = (sharding.places(data), sharding.places(validation)), sharding.explicit_mesh(arguments)
+    with sharding.automatic_axes(mesh):
+        after, history = _run(nll, optimizer, *sharding.automatic(arguments, mesh), places, num_steps, batch_size,
+                              record_every, validate_every, patience, micro_batches, average_decay)  # fmt: skip
+    return sharding.put_back(_spread_as(state, after), after, mesh), sharding.explicit(history, mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 1, *range(5, 13)))
@@ -271,11 +277,11 @@ def _run(nll, optimizer, state, data, validation, places, num_steps, batch_size,
 
     def one(state, row):
         if size % batch_size == 0:
-            return update(state, _spread(jax.tree.map(lambda x: x[row], data), places[0]), None)
+            return update(state, sharding.spread(jax.tree.map(lambda x: x[row], data), places[0]), None)
         counted = row < size
         # A batch is filled up with its own first example: with weight 0, but of a kind that `nll` can bear.
         filled = jax.tree.map(lambda x: x[jnp.where(counted, row, row[0])], data)
-        return update(state, _spread(filled, places[0]), counted)
+        return update(state, sharding.spread(filled, places[0]), counted)
 
     def record(state, rows):
         return _count(*jax.lax.scan(one, state, rows))
@@ -303,51 +309,11 @@ def _run(nll, optimizer, state, data, validation, places, num_steps, batch_size,
     return state, History(*(x.ravel() for x in metrics), validation=scores)
 
 
-def _places(function, data):
-    """How each array is spread by its leading axis, and in how many parts: no program can ask that of its arguments."""
-
-    def place(x):
-        sharding = x.sharding if _is_placed(x) else None
-        if not isinstance(sharding, NamedSharding) or not x.size:
-            return None, 1
-        num_parts = x.shape[0] // sharding.shard_shape(x.shape)[0]
-        if num_parts > 1 and AxisType.Explicit in sharding.mesh.axis_types:
-            raise ValueError(f"{function}: data must be spread over a mesh with AxisType.Auto, got {sharding.mesh}")
-        return sharding, num_parts
-
-    return tuple(map(place, jax.tree.leaves(data)))
-
-
-def _is_placed(x):
-    return isinstance(x, Array) and not isinstance(x, Tracer) and x.committed
-
-
-def _spread(batch, places):
-    """The batch, spread as the data are. Taken out of them as it is, all of it would come to every device."""
-
-    def spread(x, place):
-        sharding, num_parts = place
-        wanted = num_parts > 1 and x.shape[0] % num_parts == 0
-        return jax.lax.with_sharding_constraint(x, sharding) if wanted else x
-
-    leaves, treedef = jax.tree.flatten(batch)
-    return treedef.unflatten(map(spread, leaves, places))
-
-
-def _put_back(before, after):
-    """The state with params and what belongs to them spread as before: the compiler is free to choose otherwise."""
-
-    def put_back(old, new):
-        return jax.device_put(new, old.sharding) if _is_placed(old) and new.sharding != old.sharding else new
-
-    def all_back(new):
-        return jax.tree.map(put_back, before.params, new)
-
-    return after._replace(
-        params=all_back(after.params),
-        optimizer_state=jax.tree.map(put_back, before.optimizer_state, after.optimizer_state),
-        average=after.average and after.average._replace(ema=all_back(after.average.ema)),
-        best=after.best and after.best._replace(params=all_back(after.best.params)),
+def _spread_as(before, after):
+    """The arrays before, in the structure after: an average and a best of the params are to lie as these."""
+    return before._replace(
+        average=after.average and optax.EmaState(before.step, before.params),
+        best=after.best and Best(before.params, before.step, before.step),
     )
 
 
@@ -500,7 +466,7 @@ def _score(nll, params, data, places, key, batch_size):
 
     def one(_, number):
         start = jnp.minimum(number * length, size - length)
-        batch = _spread(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data), places)
+        batch = sharding.spread(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data), places)
         # The last batch begins early enough to be full, with examples that have counted already.
         counted = start + jnp.arange(length) >= number * length
         return None, _weighted_sum(_losses(nll, params, batch, jax.random.fold_in(key, number)), counted)[0]
