@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_sharding import (
     ADAM,
@@ -24,6 +27,7 @@ from test_sharding import (
     arrays,
     assert_close,
     assert_same_bits,
+    mesh,
     nll,
     on_one_device,
     placed,
@@ -32,7 +36,7 @@ from test_sharding import (
 )
 
 from jprob import linear_categorical, mle
-from jprob.mle import driver
+from jprob.mle import checkpoint, driver
 
 ROOT = Path(__file__).parent.parent
 _rng = np.random.default_rng(1)
@@ -133,6 +137,99 @@ def test_two_processes_stop_and_go_on_together_and_one_goes_on_from_them(tmp_pat
     for number in range(2):
         with np.load(f"{folder}.{number}.npz") as ending:
             assert_same_bits([ending[name] for name in ending.files], result[:2])
+
+
+class Shares:
+    """Batches of which each process gives its half, or one that is alone all."""
+
+    def __init__(self, number):
+        self.number, self.given = number, 0
+
+    def at(self, step):
+        size = 16 // jax.process_count()
+        rows = (16 * step + size * self.number + np.arange(size)) % len(X)
+        share = partial(jax.make_array_from_process_local_data, NamedSharding(mesh(), PartitionSpec("d")))
+        return jax.tree.map(share, (X[rows], Y[rows], np.full(size, step)))
+
+    def __iter__(self):
+        while self.given < 9:
+            self.given += 1
+            yield self.at(self.given - 1)
+        self.given = 0
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, position):
+        self.given = position["given"]
+
+
+def trained_on_shares(number, kind, spoilt_from=99, **options):
+    """Spoilt are the batches, from a step on, by what makes no finite gradient in one leaf."""
+    data = Shares(number) if kind == "iterable" else Shares(number).at
+
+    def spoilt(params, batch, key):
+        return nll(params, batch[:2], key) + jnp.where(batch[2] >= spoilt_from, jnp.nan, 0.0) * params["out"].sum()
+
+    options = {"num_steps": 12, "batch_size": 16, "max_skipped": 3, "progress": "none"} | options
+    return mle.fit(spoilt, ADAM, placed(COLUMNS), data, jax.random.key(7), **options)
+
+
+def feed(number, port, folder, kind, ending):
+    """In a process of its own. What ends the training, if anything, comes to the second alone."""
+    join(number, port, 10)
+    driver._SECONDS_OF_A_CHUNK = 0.0
+    write = checkpoint._write
+
+    def write_unless_it_ends(store, saved, score):
+        if number and ending == "full disk" and saved.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        write(store, saved, score)
+        if number and ending == "kill" and saved.step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint._write = write_unless_it_ends
+    try:
+        result = trained_on_shares(number, kind, checkpoint_dir=folder, save_every_seconds=1e-9)
+        untouched = trained_on_shares(number, kind)
+        for got, want in zip(arrays(result[:2]), arrays(untouched[:2]), strict=True):
+            assert_same_bits(*([shard.data for shard in x.addressable_shards] for x in (got, want)))
+        trained_on_shares(number, kind, spoilt_from=5, checkpoint_dir=f"{folder}-spoilt")
+    except (OSError, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+
+
+def test_a_disk_that_is_full_for_one_ends_both_in_one_line_and_any_number_go_on(tmp_path, capfd):
+    folder = tmp_path / "run"
+    codes, told = two("feed", folder, "function", "full disk")
+    assert codes == [0, 0], told
+    for errors, reason in zip(told, ("process 1 of 2 could not go on", os.strerror(27)), strict=True):
+        message = f"fit: checkpoint {folder}/4 cannot be written: {reason}; the last good one is {folder}/3"
+        assert lines(errors) == [message]
+        assert "Traceback" not in errors
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}
+    trained_on_shares(0, "function", num_steps=4, checkpoint_dir=folder)
+    assert capfd.readouterr().err == f"fit: going on from step 3 of 4, saved in {folder}\n"
+
+
+@pytest.mark.parametrize("kind", ["function", "iterable"])
+def test_each_process_gives_its_share_of_the_batches_and_what_one_is_killed_in_goes_on(kind, tmp_path):
+    folder = tmp_path / "run"
+    codes, told = two("feed", folder, kind, "kill")
+    assert codes[1] == -signal.SIGKILL, told
+    assert codes[0] != 0
+    (gone,) = lines(told[0])
+    assert gone.endswith(f"; if another process has gone, start all again: they go on from step 7, saved in {folder}")
+
+    codes, told = two("feed", folder, kind, "")
+    assert codes == [0, 0], told
+    assert "Traceback" not in told[0] + told[1]
+    failed = (
+        "fit: 3 steps in a row failed, from step 5 on: loss nan, the gradient is not finite in params['out'];"
+        f" the state of step 5 is saved in {folder}-spoilt"
+    )
+    assert lines(told[0]) == [f"fit: going on from step 7 of 12, saved in {folder}", failed]
+    assert lines(told[1]) == [failed]
 
 
 def share_vocabulary(number, port, folder):

@@ -1,11 +1,16 @@
 """Checkpoints of `fit` on disk; the only file that knows orbax.
 
-A checkpoint is a folder named after its step. orbax writes it aside and renames it at the end, so that it is there as a
-whole or not at all. In it lie the arrays of state and history and a description of the run that they belong to. Last
-comes a seal, the sums of all files, by which a checkpoint that was damaged later is known before it is read.
+A checkpoint is a folder named after its step. It is written aside and renamed at the end, so that it is there as a
+whole or not at all. In it lie the arrays of state and history, by orbax, a description of the run that they belong to,
+and a seal, the sums of all files, by which a checkpoint that was damaged later is known before it is read.
+
+Of several processes each writes its share of the arrays, and the first all else. They go from one part of that to the
+next together: one that fails alone would leave the others waiting for it. So what orbax does about that, in managers
+and checkpointers that meet within, is not used.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -27,7 +32,7 @@ from jax.experimental import multihost_utils
 from .. import _checks
 from .loop import History, State
 
-_SEAL = "seal.json"
+_ARRAYS, _DESCRIPTION, _SEAL, _UNFINISHED = "arrays", "description.json", "seal.json", ".unfinished"
 
 
 class Saved(NamedTuple):
@@ -51,16 +56,18 @@ class Store(NamedTuple):
 
     Attributes:
       directory: the folder.
-      manager: orbax's own.
+      handler: orbax's own, of arrays.
       run: names and values of JSON that describe this run. A checkpoint of another run is refused.
       keep: how many of the newest checkpoints to keep, beside the best.
+      found: the steps of the checkpoints that were there, sound or not.
       scores: the last validation score of each checkpoint that is sound as far as is known; inf where there is none.
     """
 
     directory: Path
-    manager: Any
+    handler: Any
     run: Mapping[str, Any]
     keep: int
+    found: list[int]
     scores: dict[int, float]
 
 
@@ -78,25 +85,27 @@ def describe(name: str, tree: Any) -> dict[str, str]:
 def opened(directory: str | os.PathLike[str], run: Mapping[str, Any], keep: int) -> Iterator[Store]:
     """Opens a folder, made if need be, for this run alone; all its processes open it together.
 
+    Checkpoints that cannot be read are named on stderr.
+
     Raises:
       ImportError: orbax is not installed.
       OSError: the folder cannot be written, or another process trains there.
     """
     ocp = _orbax()
     directory = Path(directory).absolute()
-    options = ocp.CheckpointManagerOptions(
-        enable_async_checkpointing=False,  # what `save` returns from is on disk: a kill takes nothing from it
-        cleanup_tmp_directories=True,  # left by a process that was killed
-    )
     with contextlib.ExitStack() as stack:
         with _together():
             _check_writable(directory)
             if jax.process_index() == 0:
                 stack.enter_context(_locked(directory))
-        with _quiet():
-            store = Store(directory, ocp.CheckpointManager(directory, options=options), run, keep, {})
-            store.scores.update({step: _score(store, step) for step in store.manager.all_steps()})
-        stack.enter_context(contextlib.closing(store.manager))
+                _remove_unfinished(directory)
+        handler = stack.enter_context(contextlib.closing(ocp.StandardCheckpointHandler()))
+        found = _of_the_first(_steps(directory))
+        store = Store(directory, handler, run, keep, found, dict.fromkeys(found, math.inf))
+        for step in found:
+            description = _attempt(store, step, _description)
+            if description is not None:
+                store.scores[step] = description["score"]
         yield store
 
 
@@ -114,8 +123,7 @@ def latest(store: Store, template: State) -> Saved | None:
       ValueError: the checkpoint belongs to another run; the message names the first difference.
       OSError: there are checkpoints, and none can be read.
     """
-    steps = sorted(store.scores, reverse=True)
-    for step in steps:
+    for step in sorted(store.scores, reverse=True):
         description = _attempt(store, step, _check_seal) and _attempt(store, step, _description)
         if description is None:
             continue
@@ -124,8 +132,9 @@ def latest(store: Store, template: State) -> Saved | None:
         if arrays is not None:
             state, history = arrays
             return Saved(step, state, history, description["position"])
-    if steps:
-        raise OSError(f"fit: no checkpoint in {store.directory} can be read; tried {', '.join(map(str, steps))}")
+    if store.found:
+        tried = ", ".join(map(str, reversed(store.found)))
+        raise OSError(f"fit: no checkpoint in {store.directory} can be read; tried {tried}")
     return None
 
 
@@ -137,21 +146,31 @@ def save(store: Store, saved: Saved) -> None:
     """
     scores = saved.history.validation
     score = float(scores[-1]) if scores.size and np.isfinite(scores[-1]) else math.inf
+    reason = None
     with _quiet():
         try:
-            with _together():
-                _write(store, saved, score)
+            _write(store, saved, score)
         except Exception as error:  # of any class: each of orbax's storage layers has its own
-            _remove_unfinished(store.directory)  # a full disk wants it back
-            good = f"the last good one is {_folder(store, max(store.scores))}" if store.scores else "there is none"
-            message = f"fit: checkpoint {_folder(store, saved.step)} cannot be written: {_reason(error)}; {good}"
-            raise OSError(message) from error
-        store.scores[saved.step] = score
-        _drop_old(store)
+            reason = _reason(error)
+        if reason is not None:
+            gc.collect()  # what orbax had begun would complain when it is collected later
+            if jax.process_index() == 0:
+                _remove_unfinished(store.directory)  # a full disk wants it back
+    if reason is not None:
+        good = f"the last good one is {_folder(store, max(store.scores))}" if store.scores else "there is none"
+        raise OSError(f"fit: checkpoint {_folder(store, saved.step)} cannot be written: {reason}; {good}")
+    store.scores[saved.step] = score
+    _drop_old(store)
 
 
 def _folder(store, step):
     return store.directory / str(step)
+
+
+def _arrays_of(folder):
+    from etils import epath  # orbax bears no other kind of path
+
+    return epath.Path(folder / _ARRAYS)
 
 
 def _orbax():
@@ -189,6 +208,14 @@ def _together():
         raise error or OSError(f"fit: process {failed[0]} of {jax.process_count()} could not go on")
 
 
+def _of_the_first(steps):
+    """A list as the first process has it: others may look at a folder that their file system remembers."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    return multihost_utils.broadcast_one_to_all(np.resize(np.array(steps, np.int32), count)).tolist()
+
+
 @contextlib.contextmanager
 def _locked(directory):
     """Keeps a second process with the same call out. The system drops the lock however this process ends."""
@@ -215,14 +242,16 @@ def _quiet():
     orbax logs it too; and it closes its event loop when one array has failed, of which the others, still being written
     or read, complain by way of the hook.
     """
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     sys.unraisablehook = lambda fault: None if "Event loop is closed" in str(fault.exc_value) else hook(fault)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         sys.unraisablehook = hook
 
 
@@ -239,11 +268,9 @@ def _attempt(store, step, read, *arguments):
 
 
 def _check_seal(store, step):
-    """It is unbroken, or there is none: then the checkpoint was written just before its process was killed."""
-    folder = _folder(store, step)
-    seal = folder / _SEAL
-    if jax.process_index() == 0 and seal.exists():
-        sums, wanted = _sums(folder), json.loads(seal.read_bytes())
+    if jax.process_index() == 0:
+        folder = _folder(store, step)
+        sums, wanted = _sums(folder), json.loads((folder / _SEAL).read_bytes())
         for name in wanted | sums:
             if wanted.get(name) != sums.get(name):
                 raise ValueError(f"{name} is {'damaged' if name in sums else 'missing'}")
@@ -251,18 +278,8 @@ def _check_seal(store, step):
 
 
 def _description(store, step):
-    ocp = _orbax()
-    items = store.manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
-    return {name: items.description[name] for name in ("run", "score", "position", "history")}
-
-
-def _score(store, step):
-    ocp = _orbax()
-    try:
-        items = store.manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
-        return float(items.description["score"])
-    except Exception:  # `latest` tells of it, should it come to that
-        return math.inf
+    description = json.loads((_folder(store, step) / _DESCRIPTION).read_bytes())
+    return {name: description[name] for name in ("run", "score", "position", "history")}
 
 
 def _refuse_another_run(store, step, there):
@@ -279,11 +296,11 @@ def _arrays(store, step, template, lengths):
         "state": {name: _target(leaf) for name, leaf in _leaves(template).items()},
         "history": {name: np.empty(length, dtype) for name, (length, dtype) in lengths.items() if length},
     }
-    items = store.manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(targets)))
+    arrays = store.handler.restore(_arrays_of(_folder(store, step)), args=ocp.args.StandardRestore(targets))
     leaves, treedef = jax.tree.flatten(template)
-    leaves = [_like(leaf, items.arrays["state"].get(str(i))) for i, leaf in enumerate(leaves)]
+    leaves = [_like(leaf, arrays["state"].get(str(i))) for i, leaf in enumerate(leaves)]
     empty = {name: np.empty(0, dtype) for name, (_, dtype) in lengths.items()}
-    return treedef.unflatten(leaves), History(**(empty | items.arrays.get("history", {})))
+    return treedef.unflatten(leaves), History(**(empty | arrays.get("history", {})))
 
 
 def _leaves(state):
@@ -311,8 +328,7 @@ def _like(leaf, restored):
 
 
 def _write(store, saved, score):
-    ocp, folder = _orbax(), _folder(store, saved.step)
-    history = saved.history._asdict()
+    ocp, folder, history = _orbax(), _folder(store, saved.step), saved.history._asdict()
     description = {
         "run": store.run,
         "score": score,
@@ -320,23 +336,37 @@ def _write(store, saved, score):
         "history": {name: (len(values), values.dtype.name) for name, values in history.items()},
     }
     arrays = {"state": _leaves(saved.state), "history": {name: x for name, x in history.items() if x.size}}
-    if saved.step in store.manager.all_steps():
-        store.manager.delete(saved.step)  # it could not be read
-    items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
-    store.manager.save(saved.step, args=items, force=True)  # also before a later one that cannot be read
-    if jax.process_index() == 0:
-        _seal(folder)
+    unfinished = folder.with_name(f"{folder.name}{_UNFINISHED}")
+    is_first = jax.process_index() == 0
+    with _together():
+        if is_first:
+            (unfinished / _ARRAYS).mkdir(parents=True)
+    with _together():
+        store.handler.save(_arrays_of(unfinished), args=ocp.args.StandardSave(arrays))
+    with _together():
+        if is_first:
+            store.handler.finalize(_arrays_of(unfinished))
+            (unfinished / _DESCRIPTION).write_text(json.dumps(description))
+            (unfinished / _SEAL).write_text(json.dumps(_sums(unfinished)))
+            if folder.exists():
+                _remove(folder)  # it could not be read
+            unfinished.rename(folder)
 
 
-def _seal(folder):
-    unfinished = folder / f"{_SEAL}.tmp"
-    unfinished.write_text(json.dumps(_sums(folder)))
-    unfinished.replace(folder / _SEAL)
+def _steps(directory):
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def _remove(folder):
+    """What is left of it when the process is killed meanwhile is no checkpoint."""
+    leaving = folder.with_name(f"{folder.name}-removed{_UNFINISHED}")
+    folder.rename(leaving)
+    shutil.rmtree(leaving)
 
 
 def _remove_unfinished(directory):
     for _ in range(20):
-        left = list(directory.glob("*.orbax-checkpoint-tmp*"))
+        left = list(directory.glob(f"*{_UNFINISHED}"))
         if not left:
             return
         for folder in left:
@@ -345,7 +375,7 @@ def _remove_unfinished(directory):
 
 
 def _sums(folder):
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(_SEAL))
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _SEAL)
     return {str(path.relative_to(folder)): _sum(path) for path in files}
 
 
@@ -356,13 +386,17 @@ def _sum(path):
 
 def _drop_old(store):
     kept = {*sorted(store.scores)[-store.keep :], min(store.scores, key=lambda step: (store.scores[step], -step))}
-    for step in store.manager.all_steps():
-        if step not in kept:
-            store.manager.delete(step)
-            store.scores.pop(step, None)
+    for step in store.scores.keys() - kept:
+        del store.scores[step]
+    if jax.process_index() == 0:
+        for step in _steps(store.directory):
+            if step not in kept:
+                _remove(_folder(store, step))
 
 
 def _reason(error):
     """One line, and the system's own words where orbax quotes no more than an error's number."""
-    number = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(number[1])) if number else f"{type(error).__name__}: {error}".splitlines()[0]
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(number[1]))
+    text = str(error).removeprefix("fit: ") if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]

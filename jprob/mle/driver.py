@@ -104,7 +104,8 @@ def fit(
       params: initial parameters, any pytree of floating-point arrays.
       data: all examples, as for `run`. Or, where they are too many for the device, batches: a function
         `batch_at(step) -> batch`, or an iterable with `state_dict()`, in values of JSON, and `load_state_dict(it)`,
-        which is iterated anew at its end.
+        which is iterated anew at its end. Of several processes each gives its share of a batch, as
+        `jax.make_array_from_process_local_data` takes it.
       key: random key of the run.
       num_steps: steps from the first one on, a multiple of `record_every` and of `validate_every`.
       batch_size: examples per step; where `data` are batches, it is for validation alone.
@@ -129,7 +130,8 @@ def fit(
       ValueError: a fault of the arguments, or a checkpoint of another run, whose first difference is named.
       FloatingPointError: `max_skipped` is reached. The step and the leaf of the gradient where it began are named; the
         state before is saved.
-      OSError: the folder cannot be written, its disk is full, or no checkpoint in it can be read.
+      OSError: the folder cannot be written, its disk is full, be it for one process of several, or no checkpoint in it
+        can be read.
       ImportError: `checkpoint_dir` is given and orbax is not installed.
       SystemExit: with code 143 on SIGTERM and 130 on Ctrl-C, where `fit` is called in the main thread.
 
@@ -158,7 +160,12 @@ def fit(
             saved = _resumed(plan, feed, store, state)
         start = saved or checkpoint.Saved(0, state, History._make([np.zeros(0, np.float32)] * 5), feed.position())
         show = stack.enter_context(_progress(plan, "none" if jax.process_index() else progress))
-        result = _train(plan, feed, store, start, caught, show)
+        try:
+            result = _train(plan, feed, store, start, caught, show)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() > 1:
+                _tell_of_the_others(error, store)
+            raise
     state, history = sharding.explicit((result.state, result.history), mesh or feed.mesh())
     return Result(state, history, result.reason)
 
@@ -556,6 +563,15 @@ def _json(name, value):
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise ValueError(f"fit: {name} must be made of values of JSON: {error}") from None
+
+
+def _tell_of_the_others(error, store):
+    """What can be done, before jax, in many words, ends those that are left once one has gone."""
+    saved = "nothing is saved"
+    if store and store.scores:
+        saved = f"they go on from step {max(store.scores)}, saved in {store.directory}"
+    reason = str(error).splitlines()[0]
+    print(f"fit: {reason}; if another process has gone, start all again: {saved}", file=sys.stderr, flush=True)
 
 
 def _tell(line):
