@@ -142,6 +142,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, tmp_path,
         shutil.rmtree(tmp_path / "copy")
 
 
+def test_an_older_one_that_cannot_be_read_is_named_as_the_folder_is_opened(tmp_path, capfd):
+    with opened(tmp_path, RUN, 3) as store:
+        for step in (10, 20):
+            save(store, saved(step))
+    damaged(tmp_path / "10/description.json", "truncate")
+    with opened(tmp_path, RUN, 3) as store:
+        assert latest(store, saved().state).step == 20
+    assert re.fullmatch(rf"fit: checkpoint {tmp_path}/10 cannot be read: .+\n", capfd.readouterr().err)
+
+
 def test_if_all_are_damaged_they_are_named_and_nothing_starts_anew(tmp_path, capfd):
     with opened(tmp_path, RUN, 3) as store:
         for step in (10, 20):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {"jprob": {"jax", "jaxtyping", "numpy"}, "jprob/mle": {"jax", "jaxtyping", "numpy", "optax", "jprob"}}
-ALONE = {"checkpoint.py": {"orbax", "etils"}, "driver.py": {"rich"}}  # optional, and known to this file alone
+ALONE = {"checkpoint.py": {"orbax", "etils"}, "terminal.py": {"rich"}}  # optional, and known to this file alone
 FILES = [*ROOT.glob("jprob/*.py"), *ROOT.glob("jprob/mle/*.py"), *ROOT.glob("experiments/studies/*.py")]
 
 

@@ -203,7 +203,8 @@ def test_where_no_search_finds_a_way_it_ends_and_says_so():
     fit = fit_full_batch(nll, jnp.array(3.0), x)
     assert not fit.converged
     assert fit.steps < 100
-    np.testing.assert_allclose(fit.params, jnp.median(x), atol=1e-4)
+    # Away from the kink the loss, a mean of 15, rises by 1 / 15 at least; its roundings, 16 each, tell no less apart.
+    assert abs(fit.params - jnp.median(x)) <= 15 * 2 * 16 * U * fit.loss
 
 
 def test_a_search_that_finds_no_lower_point_moves_nothing():
@@ -448,7 +449,7 @@ def test_without_any_weight_all_is_nan():
 def test_a_fault_says_what_was_expected(function, change, message):
     given = {"nll": lambda p, x, key: jnp.sum(p) * x, "params": jnp.zeros(3), "data": jnp.zeros(3)} | change
     weights = {"weights": given["weights"]} if "weights" in given else {}
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises(ValueError, match=re.escape(f"{function.__name__}: {message}")) as caught:
         function(given["nll"], given["params"], given["data"], **weights)
     assert "\n" not in str(caught.value)
 

@@ -395,8 +395,9 @@ def _drop_old(store):
 
 
 def _reason(error):
-    """One line, and the system's own words where orbax quotes no more than an error's number."""
+    """One line: the system's own words, also where orbax quotes no more than an error's number."""
     if number := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(number[1]))
-    text = str(error).removeprefix("fit: ") if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return text.splitlines()[0]
+    if isinstance(error, OSError):
+        return error.strerror or str(error).removeprefix("fit: ")
+    return f"{type(error).__name__}: {error}".splitlines()[0]

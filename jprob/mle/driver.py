@@ -1,18 +1,16 @@
 """`fit`, for a person at a terminal: `run` in chunks, with progress, checkpoints, and an orderly end on Ctrl-C.
 
-All input and output of `jprob.mle` is here and in `checkpoint`. The host asks the device for the next chunk before it
-waits for the last one, so that the device never waits for the host.
+What it tells is in `terminal`, what it hears in `signals`, what it keeps in `checkpoint`. The host asks the device for
+the next chunk before it waits for the last one, so that the device never waits for the host.
 """
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,9 +26,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Key, PyTree
 
 from .. import _checks
-from . import _arguments, _order, checkpoint, sharding
+from . import _arguments, _order, checkpoint, sharding, signals, terminal
 from .loop import (
     History,
+    Losses,
     Metrics,
     Nll,
     State,
@@ -48,7 +47,6 @@ from .loop import (
 )
 
 _SECONDS_OF_A_CHUNK = 0.3
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 class Result(NamedTuple):
@@ -141,8 +139,8 @@ def fit(
     >>> print(f"{result.state.params:.3f}", result.history.loss.shape, result.reason)
     3.000 (20,) num_steps
     """
-    plan = _Plan(nll, optimizer, num_steps, batch_size, record_every, validation, validate_every, patience,
-                 micro_batches, average_decay, max_skipped, save_every_seconds)  # fmt: skip
+    plan = _Plan(Losses("fit", nll), optimizer, num_steps, batch_size, record_every, validation, validate_every,
+                 patience, micro_batches, average_decay, max_skipped, save_every_seconds)  # fmt: skip
     _check(plan, data, key, keep, progress)
     given = _begin(init(params, optimizer, key), average_decay, validates=validation is not None)
     given = jax.tree.map(_strong, given)
@@ -152,14 +150,14 @@ def fit(
         plan = plan._replace(validation=sharding.automatic(_on_device(validation), mesh))
         feed = _feed(plan, data, mesh)
         state = sharding.on_one_mesh(*sharding.automatic((given, arrays), mesh))
-        caught = stack.enter_context(_signals())
+        caught = stack.enter_context(signals.caught())
         store, saved = None, None
         if checkpoint_dir is not None:
             description = _description(plan, state, data, config)
             store = stack.enter_context(checkpoint.opened(checkpoint_dir, description, keep))
             saved = _resumed(plan, feed, store, state)
         start = saved or checkpoint.Saved(0, state, History._make([np.zeros(0, np.float32)] * 5), feed.position())
-        show = stack.enter_context(_progress(plan, "none" if jax.process_index() else progress))
+        show = stack.enter_context(terminal.progress(plan, "none" if jax.process_index() else progress))
         try:
             result = _train(plan, feed, store, start, caught, show)
         except jax.errors.JaxRuntimeError as error:
@@ -240,7 +238,7 @@ def _resumed(plan, feed, store, state):
         if saved.step > plan.num_steps:
             raise ValueError(f"fit: {store.directory} has a checkpoint of step {saved.step}, past {plan.num_steps}")
         words = "ended before, at" if _end(plan, saved.step, saved.state) else "going on from"
-        _tell(f"{words} step {saved.step} of {plan.num_steps}, saved in {store.directory}")
+        terminal.tell(f"{words} step {saved.step} of {plan.num_steps}, saved in {store.directory}")
         feed.seek(saved.position, saved.step)
     return saved
 
@@ -270,7 +268,7 @@ def _train(plan, feed, store, start, caught, show):
     if number := _caught_by_any(caught):
         advice = "; the same call goes on from there" if store else ""
         name = signal.Signals(number).name
-        _tell(f"stopped by {name} at step {edge.step} of {plan.num_steps}; {where}{advice}")
+        terminal.tell(f"stopped by {name} at step {edge.step} of {plan.num_steps}; {where}{advice}")
         raise SystemExit(128 + number)
     return Result(edge.state, jax.tree.map(jnp.asarray, _joined(pieces)), reason)
 
@@ -572,89 +570,3 @@ def _tell_of_the_others(error, store):
         saved = f"they go on from step {max(store.scores)}, saved in {store.directory}"
     reason = str(error).splitlines()[0]
     print(f"fit: {reason}; if another process has gone, start all again: {saved}", file=sys.stderr, flush=True)
-
-
-def _tell(line):
-    if jax.process_index() == 0:
-        print(f"fit: {line}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Yields a list to which SIGINT and SIGTERM are added as they arrive. A second SIGINT ends the process at once.
-
-    A handler in Python waits until the main thread comes back from XLA, which may compile for minutes. So there is a
-    thread, at the other end of the descriptor to which the interpreter writes a signal's number the moment it arrives.
-    """
-    caught = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught  # no other thread may have handlers
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    thread = threading.Thread(target=_watch, args=(reader, caught), daemon=True)
-    thread.start()
-    try:
-        yield caught
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(descriptor)
-        os.close(writer)  # the thread reads the end, and returns
-        thread.join()
-        os.close(reader)
-
-
-def _watch(reader, caught):
-    while data := os.read(reader, 1):
-        if data[0] in (signal.SIGINT, signal.SIGTERM):
-            caught.append(data[0])
-        if caught.count(signal.SIGINT) == 2:
-            show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a bar hides it
-            os.write(2, show_cursor + b"\nfit: ended at once by a second Ctrl-C; what was saved before stays\n")
-            os._exit(128 + signal.SIGINT)
-
-
-@contextlib.contextmanager
-def _progress(plan, progress):
-    """Yields `show(step, loss, pace)`. A terminal without rich gets lines, like a log."""
-    if progress == "none":
-        yield lambda step, loss, pace: None
-    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and importlib.util.find_spec("rich"):
-        with _bar(plan) as show:
-            yield show
-    else:
-        yield _lines(plan)
-
-
-@contextlib.contextmanager
-def _bar(plan):
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress
-
-    columns = ("fit: step", MofNCompleteColumn(), BarColumn(), "{task.fields[note]}")
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=plan.num_steps, note="compiling")
-        yield lambda step, loss, pace: bar.update(task, completed=step, note=_note(plan, step, loss, pace))
-
-
-def _lines(plan):
-    told = time.monotonic()
-
-    def show(step, loss, pace):
-        nonlocal told
-        if step == plan.num_steps or time.monotonic() - told >= _SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            _tell(f"step {step} of {plan.num_steps}, {_note(plan, step, loss, pace)}")
-
-    return show
-
-
-def _note(plan, step, loss, pace):
-    if not pace.total_rows:
-        return f"loss {loss:.4g}"
-    speed = pace.total_rows * plan.record_every / pace.total_seconds
-    left = round((plan.num_steps - step) / speed)
-    return f"loss {loss:.4g}, {speed:.4g} steps/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Bool, Float, Int, Key, PyTree
 
 from .. import _checks, mvn
-from .loop import Nll, _losses, _num_examples, _weighted_mean, _weighted_sum, _without_weightless
+from .loop import Losses, Nll, _num_examples, _weighted_mean, _weighted_sum, _without_weightless
 
 # Pairs of steps that L-BFGS remembers: with 50, ill-conditioned problems take about half the steps of the usual 10.
 _MEMORY = 50
@@ -119,11 +119,11 @@ def fit_full_batch(
     flat, unravel = _flat("fit_full_batch", params)
     data, weights = _examples("fit_full_batch", data, weights)
     key = jax.random.key(0) if key is None else key
-    solver = optax.lbfgs(memory_size=_MEMORY)
+    losses, solver = Losses("fit_full_batch", nll), optax.lbfgs(memory_size=_MEMORY)
 
     def objective(flat):
         # One dtype throughout, that of the params, whatever nll makes of them.
-        return _weighted_mean(_losses(nll, unravel(flat), data, key), weights).astype(flat.dtype)
+        return _weighted_mean(losses(unravel(flat), data, key), weights).astype(flat.dtype)
 
     def goes_on(search):
         finite = jnp.isfinite(search.loss) & jnp.isfinite(search.gradient_norm)
@@ -198,7 +198,7 @@ def covariance(
     key = jax.random.key(0) if key is None else key
 
     def losses(flat):
-        return _losses(nll, unravel(flat), data, key).astype(flat.dtype)
+        return Losses("covariance", nll)(unravel(flat), data, key).astype(flat.dtype)
 
     hessian = jax.hessian(lambda flat: _weighted_sum(losses(flat), weights)[0])(flat)
     factor = mvn.scale_tril(precision=hessian)

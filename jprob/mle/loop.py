@@ -175,12 +175,12 @@ def step(
     state = _begin(state, average_decay, validates=False)
     if weights is not None:
         weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
-    mesh = sharding.explicit_mesh((state, batch))
+    losses, mesh = Losses("step", nll), sharding.explicit_mesh((state, batch))
     with sharding.automatic_axes(mesh):
         began, batch, weights = sharding.automatic((state, batch, weights), mesh)
         if weights is not None:
             batch = _without_weightless(batch, weights)
-        after, metrics = _count(*_update(nll, optimizer, micro_batches, average_decay, began, batch, weights))
+        after, metrics = _count(*_update(losses, optimizer, micro_batches, average_decay, began, batch, weights))
     return sharding.put_back(state, after, mesh), sharding.explicit(metrics, mesh)
 
 
@@ -273,7 +273,8 @@ def _run(nll, optimizer, state, data, validation, places, num_steps, batch_size,
     size = _num_examples("run", "data", data)
     state = _begin(state, average_decay, validates=validation is not None)
     rows = _order.batches(_keys(state.key)[0], state.step, size, num_steps, batch_size)
-    update = partial(_update, nll, optimizer, micro_batches, average_decay)
+    losses = Losses("run", nll)
+    update = partial(_update, losses, optimizer, micro_batches, average_decay)
 
     def one(state, row):
         if size % batch_size == 0:
@@ -298,7 +299,7 @@ def _run(nll, optimizer, state, data, validation, places, num_steps, batch_size,
     def train_and_validate(state, rows):
         state, metrics = train(state, rows)
         scored = state.params if state.average is None else _average_params(state)
-        score = _score(nll, scored, validation, places[1], state.key, batch_size // micro_batches)
+        score = _score(losses, scored, validation, places[1], state.key, batch_size // micro_batches)
         return _judge(state, scored, score), (metrics, score)
 
     if validation is None:
@@ -372,7 +373,7 @@ def _count(state, measured):
 
 def _loss_and_gradient(nll, params, batch, key, weights, micro_batches):
     if micro_batches == 1:
-        return jax.value_and_grad(lambda params: _weighted_mean(_losses(nll, params, batch, key), weights))(params)
+        return jax.value_and_grad(lambda params: _weighted_mean(nll(params, batch, key), weights))(params)
     parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), (batch, weights))
 
     size = micro_batches * _num_examples("step", "batch", jax.tree.map(lambda x: x[0], parts))
@@ -381,7 +382,7 @@ def _loss_and_gradient(nll, params, batch, key, weights, micro_batches):
         number, (batch, weights) = part
 
         def objective(params):
-            total, weight = _weighted_sum(_losses(nll, params, batch, jax.random.fold_in(key, number)), weights)
+            total, weight = _weighted_sum(nll(params, batch, jax.random.fold_in(key, number)), weights)
             return total / size, weight / size  # a gradient of the sum itself would overflow in float16
 
         shares, more = jax.value_and_grad(objective, has_aux=True)(params)
@@ -394,13 +395,21 @@ def _loss_and_gradient(nll, params, batch, key, weights, micro_batches):
     return total / weight, jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), gradient, params)
 
 
-def _losses(nll, params, batch, key):
-    size = _num_examples("step", "batch", batch)
-    losses = jnp.asarray(nll(params, batch, key))
-    if losses.shape != (size,):
-        raise ValueError(f"step: nll must return one value for each of {size} examples, got {_checks.describe(losses)}")
-    _checks.floating("step", **{"what nll returns": losses})
-    return losses
+class Losses(NamedTuple):
+    """`nll`, of which `function` demands one number per example; equal to another of the same two, as jit wants it."""
+
+    function: str
+    nll: Nll
+
+    def __call__(self, params: PyTree, batch: PyTree, key: Array) -> Float[Array, " batch"]:
+        """What `nll` gives."""
+        size = _num_examples(self.function, "batch", batch)
+        losses = jnp.asarray(self.nll(params, batch, key))
+        if losses.shape != (size,):
+            expected = f"nll must return one value for each of {size} examples"
+            raise ValueError(f"{self.function}: {expected}, got {_checks.describe(losses)}")
+        _checks.floating(self.function, **{"what nll returns": losses})
+        return losses
 
 
 def _without_weightless(examples, weights):
@@ -469,7 +478,7 @@ def _score(nll, params, data, places, key, batch_size):
         batch = sharding.spread(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data), places)
         # The last batch begins early enough to be full, with examples that have counted already.
         counted = start + jnp.arange(length) >= number * length
-        return None, _weighted_sum(_losses(nll, params, batch, jax.random.fold_in(key, number)), counted)[0]
+        return None, _weighted_sum(nll(params, batch, jax.random.fold_in(key, number)), counted)[0]
 
     return jnp.sum(jax.lax.scan(one, None, jnp.arange(-(-size // length)))[1]) / size
 
