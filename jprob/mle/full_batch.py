@@ -20,6 +20,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Bool, Float, Int, Key, PyTree
 
 from .. import _checks, mvn
+from . import sharding
 from .loop import Losses, Nll, _num_examples, _weighted_mean, _weighted_sum, _without_weightless
 
 # Pairs of steps that L-BFGS remembers: with 50, ill-conditioned problems take about half the steps of the usual 10.
@@ -116,28 +117,9 @@ def fit_full_batch(
         raise ValueError(f"fit_full_batch: gradient_tolerance must not be negative, got {gradient_tolerance}")
     if max_steps < 1:
         raise ValueError(f"fit_full_batch: max_steps must be at least 1, got {max_steps}")
-    flat, unravel = _flat("fit_full_batch", params)
-    data, weights = _examples("fit_full_batch", data, weights)
     key = jax.random.key(0) if key is None else key
-    losses, solver = Losses("fit_full_batch", nll), optax.lbfgs(memory_size=_MEMORY)
-
-    def objective(flat):
-        # One dtype throughout, that of the params, whatever nll makes of them.
-        return _weighted_mean(losses(unravel(flat), data, key), weights).astype(flat.dtype)
-
-    def goes_on(search):
-        finite = jnp.isfinite(search.loss) & jnp.isfinite(search.gradient_norm)
-        in_time = (search.steps < max_steps) & (search.stale < _PATIENCE)
-        return finite & in_time & (search.gradient_norm > gradient_tolerance)
-
-    def one(search):
-        # Under vmap, whoever is done searches on with the others, in vain; without a gradient, that ends at once.
-        gradient = jnp.where(goes_on(search), search.gradient, 0)
-        return _line_search(solver, objective, search._replace(gradient=gradient))
-
-    end = jax.lax.while_loop(goes_on, one, _start(solver, objective, flat))
-    converged = end.gradient_norm <= gradient_tolerance
-    return FullBatchFit(unravel(end.flat), end.loss, end.gradient_norm, end.steps, converged)
+    fitted = partial(_fitted, nll, gradient_tolerance, max_steps, key)
+    return sharding.with_automatic_axes(fitted, params, data, weights)
 
 
 @partial(jax.jit, static_argnames=("nll", "kind"))
@@ -193,22 +175,8 @@ def covariance(
     """
     if kind not in ("fisher", "sandwich"):
         raise ValueError(f"covariance: kind must be one of fisher, sandwich, got {kind!r}")
-    flat, unravel = _flat("covariance", params)
-    data, weights = _examples("covariance", data, weights)
     key = jax.random.key(0) if key is None else key
-
-    def losses(flat):
-        return Losses("covariance", nll)(unravel(flat), data, key).astype(flat.dtype)
-
-    hessian = jax.hessian(lambda flat: _weighted_sum(losses(flat), weights)[0])(flat)
-    factor = mvn.scale_tril(precision=hessian)
-    matrix = _product(factor, factor.T)
-    if kind == "sandwich":
-        gradients = jnp.sqrt(weights.astype(flat.dtype))[:, None] * jax.jacfwd(losses)(flat)
-        # From a product with its own transpose comes no negative variance.
-        half = _product(_product(gradients, factor), factor.T)
-        matrix = _product(half.T, half)
-    return Covariance(unravel(jnp.sqrt(jnp.diagonal(matrix))), matrix)
+    return sharding.with_automatic_axes(partial(_covariance, nll, kind, key), params, data, weights)
 
 
 class _Search(NamedTuple):
@@ -223,6 +191,48 @@ class _Search(NamedTuple):
     stale: Array  # steps since the loss or the gradient norm was last below all before it
     lowest: Array  # those two
     flattest: Array
+
+
+def _fitted(nll, gradient_tolerance, max_steps, key, params, data, weights):
+    flat, unravel = _flat("fit_full_batch", params)
+    data, weights = _examples("fit_full_batch", data, weights)
+    losses, solver = Losses("fit_full_batch", nll), optax.lbfgs(memory_size=_MEMORY)
+
+    def objective(flat):
+        # One dtype throughout, that of the params, whatever nll makes of them.
+        return _weighted_mean(losses(unravel(flat), data, key), weights).astype(flat.dtype)
+
+    def goes_on(search):
+        finite = jnp.isfinite(search.loss) & jnp.isfinite(search.gradient_norm)
+        in_time = (search.steps < max_steps) & (search.stale < _PATIENCE)
+        return finite & in_time & (search.gradient_norm > gradient_tolerance)
+
+    def one(search):
+        # Under vmap, whoever is done searches on with the others, in vain; without a gradient, that ends at once.
+        gradient = jnp.where(goes_on(search), search.gradient, 0)
+        return _line_search(solver, objective, search._replace(gradient=gradient))
+
+    end = jax.lax.while_loop(goes_on, one, _start(solver, objective, flat))
+    converged = end.gradient_norm <= gradient_tolerance
+    return FullBatchFit(unravel(end.flat), end.loss, end.gradient_norm, end.steps, converged)
+
+
+def _covariance(nll, kind, key, params, data, weights):
+    flat, unravel = _flat("covariance", params)
+    data, weights = _examples("covariance", data, weights)
+
+    def losses(flat):
+        return Losses("covariance", nll)(unravel(flat), data, key).astype(flat.dtype)
+
+    hessian = jax.hessian(lambda flat: _weighted_sum(losses(flat), weights)[0])(flat)
+    factor = mvn.scale_tril(precision=hessian)
+    matrix = _product(factor, factor.T)
+    if kind == "sandwich":
+        gradients = jnp.sqrt(weights.astype(flat.dtype))[:, None] * jax.jacfwd(losses)(flat)
+        # From a product with its own transpose comes no negative variance.
+        half = _product(_product(gradients, factor), factor.T)
+        matrix = _product(half.T, half)
+    return Covariance(unravel(jnp.sqrt(jnp.diagonal(matrix))), matrix)
 
 
 def _start(solver, objective, flat):

@@ -6,7 +6,7 @@ types that a sharding is a part of.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -78,6 +78,14 @@ def automatic_axes(mesh: Mesh | AbstractMesh | None) -> Iterator[None]:
         return
     with jax.sharding.use_abstract_mesh(_automatic(mesh).abstract_mesh):
         yield
+
+
+def with_automatic_axes(function: Callable[..., Any], *arguments: PyTree) -> Any:
+    """What a function of arrays gives where the explicit axes of their mesh are automatic, with explicit axes again."""
+    mesh = explicit_mesh(arguments)
+    with automatic_axes(mesh):
+        out = function(*automatic(arguments, mesh))
+    return explicit(out, mesh)
 
 
 def automatic(tree: PyTree, mesh: Mesh | AbstractMesh | None) -> PyTree:
