@@ -1,6 +1,7 @@
 """The fused loss is the dense one: values, gradients and corner cases, in blocks, sharded, and in memory."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -161,7 +162,7 @@ def test_draws_and_modes_do_not_depend_on_the_blocks():
     np.testing.assert_array_equal(draw(0.0), jnp.argmax(x @ W + B, -1))
 
 
-@pytest.mark.parametrize("v", [1, 3, 1000, 32_001])
+@pytest.mark.parametrize("v", [1, 2, 3, 1000, 4097, 32_001])
 def test_equal_logits_give_log_v_to_the_last_digit(v):
     x, w, y = jnp.zeros((3, 2)), jnp.zeros((2, v)), jnp.array([0, v // 2, v - 1])
     loss, aux = linear.cross_entropy(x, w, y, reduction="none", has_aux=True, block_bytes=4 * v)
@@ -227,6 +228,77 @@ def test_errors_are_at_most_those_of_the_plain_form(dtype, size):
         errors(fused, x, w, b), errors(usual, *(a.astype(jnp.float32) for a in (x, w, b))), strict=True
     ):
         assert got <= peer + slack
+
+
+SETTINGS = {
+    "bias": True, "weights": True, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "temperature": 0.5,
+    "transposed_kernel": True, "reduction": "sum",
+}  # fmt: skip
+# Each setting in three of five trials, no two in the same three, and a trial of none: so of any two settings there is a
+# trial with both, with either alone, and with neither.
+TRIALS = [
+    {name: SETTINGS[name] for name, trials in zip(SETTINGS, itertools.combinations(range(5), 3), strict=False)
+     if trial in trials} for trial in range(-1, 5)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", TRIALS, ids=[",".join(trial) for trial in TRIALS])
+def test_errors_of_settings_together_are_at_most_those_of_the_plain_form(settings):
+    """In blocks, against float64 through the product: values and gradients of all operands."""
+    form = {name: settings[name] for name in ("softcap", "temperature") if name in settings}
+    others = {name: settings.get(name, 0.0) for name in ("label_smoothing", "z_loss")}
+    operands = X, 3 * W, B, WEIGHTS
+
+    def usual(x, w, b, weights):
+        z = jnp.matmul(x, w) + (b if "bias" in settings else 0)
+        if "softcap" in form:
+            z = form["softcap"] * jnp.tanh(z / form["softcap"])
+        z /= form.get("temperature", 1.0)
+        log_probs, e = jax.nn.log_softmax(z), others["label_smoothing"]
+        loss = -(1 - e) * jnp.take_along_axis(log_probs, Y[:, None], 1)[:, 0] - e * jnp.mean(log_probs, axis=1)
+        loss += others["z_loss"] * jnp.square(jax.nn.logsumexp(z, axis=1))
+        weights = weights if "weights" in settings else jnp.ones_like(weights)
+        return jnp.sum(weights * loss) / (1 if "reduction" in settings else jnp.sum(weights))
+
+    def fused(x, w, b, weights):
+        how = {name: settings[name] for name in ("transposed_kernel", "reduction") if name in settings}
+        how |= {"bias": b} if "bias" in settings else {}
+        how |= {"weights": weights} if "weights" in settings else {}
+        kernel = w.T if "transposed_kernel" in settings else w
+        return linear.cross_entropy(x, kernel, Y, block_bytes=FOUR, **others, **form, **how)
+
+    def results(loss, operands):
+        value, slopes = jax.jit(jax.value_and_grad(loss, range(4)))(*operands)
+        return [np.asarray(a, np.float64) for a in (value, *slopes)]
+
+    with jax.enable_x64(True):
+        truth = results(usual, [jnp.asarray(np.asarray(a), jnp.float64) for a in operands])
+    for got, peer, want in zip(results(fused, operands), results(usual, operands), truth, strict=True):
+        # Two roundings of the same sum differ by a few u.
+        slack = 4 * U * np.abs(want).max()
+        assert np.abs(got - want).max() <= np.abs(peer - want).max() + slack
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 7, 8, 11])
+def test_any_number_of_tokens_beside_a_block_of_four(tokens):
+    """Fewer than a block, one, and more; none, one and one less than a block that remain."""
+    x, y, kernels = normal(tokens, H), Y[:1].repeat(tokens), (W, W[:, :1])
+    how = {"block_bytes": FOUR}
+    assert linear.plan(x, W, **how).block_size == min(4, tokens)
+
+    def both(loss):
+        return [jax.value_and_grad(loss, (0, 1))(x, w) for w in kernels]
+
+    def fused(x, w):
+        return linear.cross_entropy(x, w, jnp.minimum(y, w.shape[1] - 1), block_bytes=16 * w.shape[1])
+
+    def dense(x, w):
+        return jnp.mean(categorical.cross_entropy(x @ w, jnp.minimum(y, w.shape[1] - 1)))
+
+    got, want = jax.jit(lambda: (both(fused), both(dense)))()
+    close(got, want)
+    one_class = jax.tree.leaves(got[1])
+    assert not any(value.any() for value in one_class)
 
 
 def test_a_token_without_weight_is_as_if_not_there():
