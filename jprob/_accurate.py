@@ -1,8 +1,9 @@
 """The accurate pieces that the public functions share.
 
-`z` is an array of logits in the dtype computed in, `axis` its class axis, counted from the front. A sum over classes
-keeps that axis with length 1. `gap` is z - max z, never positive; `rest` is the sum of exp(gap) over all classes but
-one maximum, so that 1 + rest is the normaliser and rest alone holds the digits that `1 + rest` rounds away.
+`z` is an array of logits in the dtype computed in, `axis` its class axis, counted from the front, or `Sharded` where
+several devices share the classes. A sum over classes keeps that axis with length 1. `gap` is z - max z, never positive;
+`rest` is the sum of exp(gap) over all classes but one maximum, so that 1 + rest is the normaliser and rest alone holds
+the digits that `1 + rest` rounds away.
 
 Masks are arithmetic (factors 0 and 1, minimums) where they meet an exponential: XLA on CPU fuses exp into the sum over
 classes only while the expression holds no select, and otherwise writes all the exponentials to memory.
@@ -10,6 +11,7 @@ classes only while the expression holds no select, and otherwise writes all the 
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,27 @@ def compute_dtype(*arrays: Array | jnp.dtype | float) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
+class Sharded(NamedTuple):
+    """A class axis inside `shard_map`: each device of the mesh axis `name` has its part of the classes on `axis`."""
+
+    axis: int
+    name: str
+
+
+def total(x: Array, axis: int | Sharded) -> Array:
+    """Sum over all classes."""
+    if isinstance(axis, int):
+        return jnp.sum(x, axis=axis, keepdims=True)
+    return jax.lax.psum(jnp.sum(x, axis=axis.axis, keepdims=True), axis.name)
+
+
+def maximum(z: Array, axis: int | Sharded) -> Array:
+    """Maximum over all classes; that of several devices is a constant to a derivative, since `pmax` has none."""
+    if isinstance(axis, int):
+        return jnp.max(z, axis=axis, keepdims=True)
+    return jax.lax.pmax(jax.lax.stop_gradient(jnp.max(z, axis=axis.axis, keepdims=True)), axis.name)
+
+
 def nan_unless(ok: Array, x: Array) -> Array:
     """x where `ok`, NaN elsewhere, in the gradient too.
 
@@ -31,9 +54,9 @@ def nan_unless(ok: Array, x: Array) -> Array:
     return x * (1 + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype)))
 
 
-def gap(z: Array, axis: int) -> Array:
+def gap(z: Array, axis: int | Sharded) -> Array:
     """z - max z."""
-    return gap_below(jnp.max(z, axis=axis, keepdims=True), z)
+    return gap_below(maximum(z, axis), z)
 
 
 def gap_below(top: Array, z: Array) -> Array:
@@ -44,8 +67,9 @@ def gap_below(top: Array, z: Array) -> Array:
 
 
 def _below(top: Array, z: Array) -> Array:
-    """The gap with a finite value below a logit of +inf, where exp of it is 0 too. Not to be differentiated."""
-    return jnp.minimum(z - jnp.minimum(top, jnp.finfo(z.dtype).max), 0)
+    """The gap with a finite value below a logit of +inf, where exp of it is 0 too. Of a plain derivative, also at 0."""
+    largest = jnp.finfo(z.dtype).max
+    return jnp.minimum(z, largest) - jnp.minimum(top, largest)
 
 
 def finite_top(z: Array, axis: int) -> Array:
@@ -55,14 +79,13 @@ def finite_top(z: Array, axis: int) -> Array:
     return jnp.where(jnp.any(certain, axis=axis, keepdims=True), limit, z)
 
 
-def exp_gap(z: Array, axis: int) -> Array:
+def exp_gap(z: Array, axis: int | Sharded) -> Array:
     """exp(gap): 1 for a maximum.
 
     Its plain derivative is right too, up to a common factor, also for classes that tie: where a scan is rematerialised,
     jax takes a second derivative of this, and not by the rules of those that call it.
     """
-    top, largest = jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True)), jnp.finfo(z.dtype).max
-    return jnp.exp(jnp.minimum(z, largest) - jnp.minimum(top, largest))
+    return jnp.exp(_below(jax.lax.stop_gradient(maximum(z, axis)), z))
 
 
 def below_top(gap: Array) -> Array:
@@ -78,24 +101,27 @@ def _lifted(gap: Array) -> Array:
     return -gap * jnp.finfo(gap.dtype).max
 
 
-def rest(z: Array, axis: int) -> Array:
+def rest(z: Array, axis: int | Sharded) -> Array:
     """Sum of exp(gap) over all classes but one maximum.
 
     Logits that come from a tanh or a quotient XLA on CPU may compute anew for each sum, with another rounding, so that
-    a logit misses its own maximum: then the maximum is among the rest, is not counted as a tie, and 1 is taken off.
+    a logit misses its own maximum. Below it, it is among the rest, is not counted as a tie, and 1 is taken off.
     """
-    d = _below(jnp.max(z, axis=axis, keepdims=True), z)
+    d = _below(maximum(z, axis), z)
+    exponentials = jnp.exp(d)
     # exp(gap) is at most 1, so that the minimum leaves every maximum out and changes no other class.
-    below = jnp.sum(jnp.minimum(jax.lax.stop_gradient(_lifted(d)), jnp.exp(d)), axis=axis, keepdims=True)
-    ties = jnp.round(jnp.sum(jnp.exp(d), axis=axis, keepdims=True) - below)
-    return jnp.maximum(below + (jax.lax.stop_gradient(ties) - 1), 0)
+    below = total(jnp.minimum(jax.lax.stop_gradient(jnp.maximum(_lifted(d), 0)), exponentials), axis)
+    at_top = total(exponentials, axis) - below
+    # Rounded in value alone: where the maximum is a constant to a derivative, the classes at it are none.
+    ties = at_top + jax.lax.stop_gradient(jnp.round(at_top) - at_top)
+    return jnp.maximum(below + (ties - 1), 0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax(z: Array, axis: int) -> Array:
+def softmax(z: Array, axis: int | Sharded) -> Array:
     """p_i = exp(gap_i) / sum_j exp(gap_j). d p_i = p_i (dz_i - <p, dz>)."""
     e = exp_gap(z, axis)
-    return e / jnp.sum(e, axis=axis, keepdims=True)
+    return e / total(e, axis)
 
 
 @softmax.defjvp
@@ -107,7 +133,7 @@ def _softmax_jvp(axis, primals, tangents):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def log_softmax(z: Array, axis: int) -> Array:
+def log_softmax(z: Array, axis: int | Sharded) -> Array:
     """log p_i = gap_i - log1p(rest), both of one sign. d log p_i = dz_i - <p, dz>."""
     return gap(z, axis) - jnp.log1p(rest(z, axis))
 
@@ -119,7 +145,7 @@ def _log_softmax_jvp(axis, primals, tangents):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def top_complement(z: Array, axis: int) -> Array:
+def top_complement(z: Array, axis: int | Sharded) -> Array:
     """1 - max p = rest / (1 + rest), which 1 - p would round to 0 once p is within u of 1."""
     others = rest(z, axis)
     return others / (1 + others)
@@ -130,16 +156,16 @@ def _top_complement_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
     p = softmax(z, axis)
     dp = p * centred(p, dz, axis)
-    return top_complement(z, axis), -jnp.sum(unique_top(z, axis) * dp, axis=axis, keepdims=True)
+    return top_complement(z, axis), -total(unique_top(z, axis) * dp, axis)
 
 
-def unique_top(z: Array, axis: int) -> Array:
+def unique_top(z: Array, axis: int | Sharded) -> Array:
     """1 for the maximum where nothing ties with it, else 0 everywhere (then no class has p > 1/2)."""
     top = 1 - below_top(gap(z, axis))
-    return top * (jnp.sum(top, axis=axis, keepdims=True) == 1)
+    return top * (total(top, axis) == 1)
 
 
-def centred(p: Array, v: Array, axis: int) -> Array:
+def centred(p: Array, v: Array, axis: int | Sharded) -> Array:
     """v_i - <p, v>, linear in v, each entry of its matrix (delta_ij - p_j) accurate.
 
     Only 1 - p of a class with p > 1/2 could cancel. With v measured from that class, `a`, its own entry is 0: what is
@@ -147,8 +173,8 @@ def centred(p: Array, v: Array, axis: int) -> Array:
     """
     large = jnp.finfo(p.dtype).max
     a = jax.lax.stop_gradient(jnp.clip((p - 0.5) * large, 0, 1))
-    w = (1 - a) * (v - jnp.sum(a * v, axis=axis, keepdims=True))
-    return w - jnp.sum(p * w, axis=axis, keepdims=True)
+    w = (1 - a) * (v - total(a * v, axis))
+    return w - total(p * w, axis)
 
 
 @jax.custom_jvp
@@ -166,11 +192,11 @@ def _weigh_jvp(primals, tangents):
     return out, sum(terms, jnp.zeros_like(out))
 
 
-def weighed_gaps(weights: Array, gap: Array, axis: int) -> Array:
+def weighed_gaps(weights: Array, gap: Array, axis: int | Sharded) -> Array:
     """sum_i weight_i gap_i over classes with a positive weight, by arithmetic: `weigh` for a sum of many classes."""
     largest = jnp.finfo(gap.dtype).max
     floor = -jnp.minimum(jnp.abs(weights) * largest, 4) * largest  # 0 where the weight is, else -inf
-    return jnp.sum(weights * jnp.maximum(gap, floor), axis=axis, keepdims=True)
+    return total(weights * jnp.maximum(gap, floor), axis)
 
 
 def exp_remainder(t: Array) -> Array:

@@ -490,12 +490,17 @@ def _canonical_pair(function, p_logits, q_logits, axis, where, names=("p_logits"
 
 
 def _temper(function, z, axis, temperature):
-    """(z - max z) / T. Division comes last, so that the limits at T = 0 and T = inf exist."""
+    """(z - max z) / T, checked."""
     _checks.broadcasts(function, "temperature", temperature, z)
     if temperature.ndim >= z.ndim - axis and temperature.shape[axis - z.ndim] != 1 and z.shape[axis] != 1:
         got = _checks.describe(temperature)
         raise ValueError(f"{function}: temperature must have length 1 on the class axis {axis} of logits, got {got}")
     _checks.expect(temperature >= 0, temperature, f"{function}: temperature {{value}} is negative")
+    return _tempered(z, axis, temperature)
+
+
+def _tempered(z, axis, temperature):
+    """(z - max z) / T. Division comes last, so that the limits at T = 0 and T = inf exist."""
     d = _accurate.gap(_finite(z, axis), axis)
     moving = (d < 0) & (d > -jnp.inf)
     # The two selects keep 0 / 0 and inf / inf out of the value, and for 0 < T < inf out of the gradient.
@@ -690,7 +695,7 @@ def _entropy(z, axis):
     """H = log1p(rest) + sum p_i (m - z_i): no term is negative."""
     p, d = _accurate.softmax(z, axis), _finite_gap(z, axis)
     log_total = jnp.log1p(_accurate.rest(z, axis))
-    return log_total - jnp.sum(p * d, axis=axis, keepdims=True)
+    return log_total - _accurate.total(p * d, axis)
 
 
 @_entropy.defjvp
@@ -698,8 +703,8 @@ def _entropy_jvp(axis, primals, tangents):
     """dH = -sum p_i (log p_i + H) dz_i, and log p_i + H = d_i - <p, d>."""
     (z,), (dz,) = primals, tangents
     p, d = _accurate.softmax(z, axis), _finite_gap(z, axis)
-    slope = p * (jnp.sum(p * d, axis=axis, keepdims=True) - d)
-    return _entropy(z, axis), jnp.sum(slope * dz, axis=axis, keepdims=True)
+    slope = p * (_accurate.total(p * d, axis) - d)
+    return _entropy(z, axis), _accurate.total(slope * dz, axis)
 
 
 def _bounded(z, axis):
@@ -709,7 +714,7 @@ def _bounded(z, axis):
     row without a possible class becomes NaN.
     """
     largest = jnp.finfo(z.dtype).max
-    top = jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True))
+    top = jax.lax.stop_gradient(_accurate.maximum(z, axis))
     shift = jnp.where(jnp.abs(top) > math.sqrt(largest), jnp.minimum(top, largest), 0)
     return jnp.maximum(jnp.minimum(z, largest) - shift, -_room(z)), jnp.minimum(top, largest) - shift
 
@@ -748,19 +753,19 @@ def _pair(p_logits, q_logits, axis) -> _Pair:
     """By arithmetic alone where a sum over classes follows, see `_accurate`."""
     (p_logits, p_top), (q_logits, q_top) = _bounded(p_logits, axis), _bounded(q_logits, axis)
     gap_p, gap_q = p_logits - p_top, q_logits - q_top
-    total_p, total_q = (jnp.sum(jnp.exp(gap), axis=axis, keepdims=True) for gap in (gap_p, gap_q))
+    total_p, total_q = (_accurate.total(jnp.exp(gap), axis) for gap in (gap_p, gap_q))
     high, low = _accurate.difference(q_logits, p_logits)
 
     def mean_from(reference):
         d = (high - reference) + low
-        return jnp.sum(jnp.exp(gap_p) * d, axis=axis, keepdims=True) / total_p
+        return _accurate.total(jnp.exp(gap_p) * d, axis) / total_p
 
     # Measured from near its mean, the difference keeps its digits whatever shift is common to all logits.
     top_high, top_low = _accurate.difference(q_top, p_top)
     reference = top_high + mean_from(top_high)
     mean = mean_from(reference)
     room = _room(gap_p)
-    excluded = jnp.max(jnp.minimum(-q_logits, p_logits + room), axis=axis, keepdims=True) > room / 2
+    excluded = _accurate.maximum(jnp.minimum(-q_logits, p_logits + room), axis) > room / 2
     shift = ((reference - top_high) - top_low) + mean
     return _Pair(gap_p, gap_q, total_p, total_q, ((high - reference) + low) - mean, shift, excluded)
 
@@ -779,7 +784,7 @@ def _kl_divergence(p_logits, q_logits, axis):
     # Where d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
     term = jnp.exp(pair.gap_p) * (_accurate.near_exp_remainder(near) - beyond)
     term += jnp.exp(shifted) - jnp.exp(shifted - beyond)
-    excess = jnp.sum(term, axis=axis, keepdims=True) / pair.total_p
+    excess = _accurate.total(term, axis) / pair.total_p
     far = jnp.log(pair.total_q / pair.total_p) - pair.mean
     return jnp.where(pair.excluded, jnp.inf, jnp.where(far > 1, far, jnp.log1p(excess)))
 
@@ -792,7 +797,7 @@ def _kl_divergence_jvp(axis, primals, tangents):
     # A side that is not differentiated must not meet the infinite slopes of an infinite divergence: 0 * inf is NaN.
     moved = [(s, dz) for s, dz in zip(slopes, tangents, strict=True) if type(dz) is not SymbolicZero]
     out = _kl_divergence(p_logits, q_logits, axis)
-    return out, sum((jnp.sum(s * dz, axis=axis, keepdims=True) for s, dz in moved), jnp.zeros_like(out))
+    return out, sum((_accurate.total(s * dz, axis) for s, dz in moved), jnp.zeros_like(out))
 
 
 def _kl_slope_p(p_logits, q_logits, axis):
@@ -829,7 +834,7 @@ def _balanced(slope, logits, axis):
     """Slopes that add up to 0: that of the one class with p > 1/2 is taken from the others, whose digits it lacks."""
     top = _accurate.unique_top(logits, axis)
     others = jnp.where(top == 1, 0, slope)
-    return others - top * jnp.sum(others, axis=axis, keepdims=True)
+    return others - top * _accurate.total(others, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -12,9 +12,12 @@ dtype once, at the end. The errors are those of `categorical`, in units u = 2**-
 between the logits of a token, of the logits as computed: the product itself is rounded as any product of matrices.
 
 `cross_entropy` alone reduces over tokens, since that is what saves a product: its sum is one number, so that the
-gradients of hidden and kernel come out of the same pass that makes the loss, from 3 products instead of 4. It is also
-made for a vocabulary sharded inside `shard_map`, by `axis_name`. Tokens and kernels that are sharded under the
-compiler need nothing: a block takes its tokens from all over the batch, so that every device has its share of each.
+gradients of hidden and kernel come out of the same pass that makes the loss, from 3 products instead of 4.
+
+Operands that are sharded under the compiler need nothing: a block takes its tokens from all over the batch, so that
+every device has its share of each. Inside `shard_map`, `axis_name` says over which axis of the mesh the vocabulary is
+sharded: each device then makes the logits of its own classes, and what leaves it are a few numbers per token. Classes
+that only fill up the last devices get a bias of -inf, and are as if not there.
 """
 
 import math
@@ -32,7 +35,8 @@ from . import _accurate, _checks, _sums, categorical
 
 _BLOCK_BYTES, _BLOCK_TOKENS = 2**26, 512
 _REDUCTIONS = ("mean", "sum", "none")
-_FORM = ("softcap", "temperature", "transposed_kernel", "block_bytes")
+_FORM = ("softcap", "temperature", "transposed_kernel", "block_bytes", "axis_name")
+_NOISE = 128  # classes that draw with one key
 
 
 class Aux(NamedTuple):
@@ -78,7 +82,7 @@ class _Logits(NamedTuple):
     temperature: float = 1.0
     transposed: bool = False
     block_bytes: int | None = None
-    axis_name: str | None = None
+    axis: int | _accurate.Sharded = 1
 
 
 class _Loss(NamedTuple):
@@ -90,7 +94,7 @@ class _Loss(NamedTuple):
     has_aux: bool
 
 
-@partial(jax.jit, static_argnames=(*_FORM, "axis_name", "label_smoothing", "z_loss", "reduction", "has_aux"))
+@partial(jax.jit, static_argnames=(*_FORM, "label_smoothing", "z_loss", "reduction", "has_aux"))
 def cross_entropy(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
@@ -117,10 +121,10 @@ def cross_entropy(
       hidden: [..., H], one vector a token, in any floating dtype.
       kernel: [H, V], whose columns are the classes.
       labels: y, integer classes in [0, V), in the shape [...] of the tokens.
-      bias: [V], added to the logits; -inf marks an impossible class.
+      bias: [V], added to the logits; -inf marks an impossible class, with any softcap.
       weights: [...], one weight per token, not negative; a mask is one. A token of weight 0 is as if not there: it adds
         nothing to any value or gradient (that in its weight is 0 too), also if its hidden is NaN or its label is -1.
-      label_smoothing: e in [0, 1], static. The target becomes (1 - e) y + e / V.
+      label_smoothing: e in [0, 1], static. The target becomes (1 - e) y + e / V, V the number of possible classes.
       z_loss: static, at least 0. Adds z_loss * logsumexp(z)^2 per token, which keeps the normaliser near 1.
       softcap: c, static: logits are limited to [-c, c] by c tanh(x / c). None for no limit.
       temperature: T, static, with 0 < T < inf.
@@ -129,7 +133,8 @@ def cross_entropy(
       has_aux: static; whether to return `Aux` too.
       block_bytes: static, bytes of a block of logits: 64 MiB by default, or 512 tokens if that is more.
       axis_name: static; the mesh axis of an enclosing `shard_map` over which the classes of kernel and bias are
-        sharded. Labels count through all of them, and hidden, labels and weights are the same on the whole axis.
+        sharded, in equal parts (a bias of -inf fills up the last). Labels count through all of them, and hidden, labels
+        and weights are the same on the whole axis, as the result is.
 
     Returns:
       The loss in nats, at least float32: one number, or one per token for "none". With `has_aux`, the pair (loss, Aux).
@@ -165,7 +170,7 @@ def cross_entropy(
     return _placed(partial(_cross_entropy, loss, reduction), hidden, kernel, bias, labels, weights)
 
 
-@partial(jax.jit, static_argnames=(*_FORM, "axis_name"))
+@partial(jax.jit, static_argnames=_FORM)
 def log_prob(
     labels: Integer[Array, "*tokens"],
     hidden: Float[Array, "*tokens H"],
@@ -206,7 +211,7 @@ def log_prob(
     labels = _labels("log_prob", form, hidden, kernel, labels)
 
     def rows(logits, labels):
-        return -_nll(_cap(form, *logits), labels[:, None], axis_name)[0][:, 0]
+        return -_nll(_cap(form, *logits), labels[:, None], form.axis)[0][:, 0]
 
     return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], labels)
 
@@ -222,6 +227,7 @@ def entropy(
     temperature: float = 1.0,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, "*tokens"]:
     """Shannon entropy H = -sum_i p_i log p_i of each token's p = softmax(z).
 
@@ -234,6 +240,7 @@ def entropy(
       temperature: T, static, with 0 < T < inf.
       transposed_kernel: static; whether the kernel is [V, H].
       block_bytes: static, as in `cross_entropy`.
+      axis_name: static, as in `cross_entropy`.
 
     Returns:
       One value per token, at least float32, in [0, log V]. Relative error at most (16 + R) u, as for
@@ -246,9 +253,9 @@ def entropy(
     [3. 3.]
     """
     unit = _checks.nats_to("entropy", base)
-    form = _form("entropy", softcap, temperature, transposed_kernel, block_bytes)
+    form = _form("entropy", softcap, temperature, transposed_kernel, block_bytes, axis_name)
     _check_operands("entropy", form, hidden, kernel, bias)
-    rows = lambda logits: categorical.entropy(_cap(form, *logits)) * unit  # noqa: E731
+    rows = lambda logits: categorical._entropy(_cap(form, *logits), form.axis)[:, 0] * unit  # noqa: E731
     return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
 
 
@@ -266,6 +273,7 @@ def kl_divergence(
     temperature: float = 1.0,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, "*tokens"]:
     """Kullback-Leibler divergence KL(p || q) = sum_i p_i log(p_i / q_i) of each token's distributions.
 
@@ -281,6 +289,7 @@ def kl_divergence(
       temperature: T, static, with 0 < T < inf, for both.
       transposed_kernel: static; whether both kernels are [V, H].
       block_bytes: static, as in `cross_entropy`, for the logits of both together.
+      axis_name: static, as in `cross_entropy`: both kernels are sharded alike.
 
     Returns:
       One value per token, at least float32, never negative: 0 where p = q, inf where q excludes a class that p does
@@ -294,11 +303,11 @@ def kl_divergence(
     0.5108
     """
     unit = _checks.nats_to("kl_divergence", base)
-    form = _form("kl_divergence", softcap, temperature, transposed_kernel, block_bytes)
+    form = _form("kl_divergence", softcap, temperature, transposed_kernel, block_bytes, axis_name)
     sides = _two_sides("kl_divergence", form, "pq", (p_hidden, p_kernel, p_bias), (q_hidden, q_kernel, q_bias))
 
     def rows(logits):
-        return categorical.kl_divergence(*(_cap(form, z) for z in logits)) * unit
+        return _kl_divergence(form, *logits) * unit
 
     return _placed(partial(_per_token, rows, form), sides)
 
@@ -318,6 +327,7 @@ def distillation_loss(
     softcap: float | None = None,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, "*tokens"]:
     """Distillation loss T^2 KL(teacher_T || student_T) of each token, both distributions tempered by T.
 
@@ -338,6 +348,7 @@ def distillation_loss(
       softcap: static, as in `cross_entropy`, for the logits of both, before T divides them.
       transposed_kernel: static; whether both kernels are [V, H].
       block_bytes: static, as in `cross_entropy`, for the logits of both together.
+      axis_name: static, as in `cross_entropy`: both kernels are sharded alike, and indices count through all classes.
 
     Returns:
       One value per token in nats, at least float32, never negative; inf where the student excludes a class that the
@@ -357,7 +368,7 @@ def distillation_loss(
     [0.44377...]
     """
     name = "distillation_loss"
-    form = _form(name, softcap, temperature, transposed_kernel, block_bytes)
+    form = _form(name, softcap, temperature, transposed_kernel, block_bytes, axis_name)
     student = (student_hidden, student_kernel, student_bias)
     square = float(temperature) ** 2
     if teacher_hidden is not None and teacher_kernel is not None and top_log_probs is None and top_indices is None:
@@ -365,7 +376,7 @@ def distillation_loss(
         sides = _two_sides(name, form, ("student", "teacher"), student, teacher)
 
         def rows(logits):
-            return categorical.kl_divergence(*(_cap(form, z) for z in logits[::-1])) * square
+            return _kl_divergence(form, *logits[::-1]) * square
 
         return _placed(partial(_per_token, rows, form), sides)
     if top_log_probs is None or top_indices is None or teacher_hidden is not None or teacher_kernel is not None:
@@ -376,12 +387,12 @@ def distillation_loss(
     indices = _check_top(form, student_hidden, student_kernel, top_log_probs, top_indices)
 
     def top_rows(logits, log_probs, indices):
-        return _top_divergence(_cap(form, *logits), log_probs, temperature, indices) * square
+        return _top_divergence(form, _cap(form, *logits), log_probs, indices) * square
 
     return _placed(partial(_per_token, top_rows, form), [student], top_log_probs, indices)
 
 
-@partial(jax.jit, static_argnames=("transposed_kernel", "block_bytes"))
+@partial(jax.jit, static_argnames=("transposed_kernel", "block_bytes", "axis_name"))
 def mode(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
@@ -389,6 +400,7 @@ def mode(
     bias: Float[Array, "_"] | None = None,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
+    axis_name: str | None = None,
 ) -> Int[Array, "*tokens"]:
     """The most probable class of each token; of several, the first.
 
@@ -398,6 +410,7 @@ def mode(
       bias: [V], added to the logits; -inf marks an impossible class.
       transposed_kernel: static; whether the kernel is [V, H].
       block_bytes: static, as in `cross_entropy`.
+      axis_name: static, as in `cross_entropy`. The result counts through all classes.
 
     Returns:
       One class per token, of dtype int32: an index, which no rounding (no u) enters beyond that of the logits.
@@ -408,13 +421,13 @@ def mode(
     >>> print(mode(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])))
     [1 0]
     """
-    form = _form("mode", None, 1.0, transposed_kernel, block_bytes)
+    form = _form("mode", None, 1.0, transposed_kernel, block_bytes, axis_name)
     _check_operands("mode", form, hidden, kernel, bias)
-    rows = lambda logits: categorical.mode(*logits)  # noqa: E731
+    rows = lambda logits: _mode(logits[0], form.axis)[:, 0]  # noqa: E731
     return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
 
 
-@partial(jax.jit, static_argnames=("softcap", "transposed_kernel", "block_bytes"))
+@partial(jax.jit, static_argnames=("softcap", "transposed_kernel", "block_bytes", "axis_name"))
 def sample(
     key: Key[Array, ""],
     hidden: Float[Array, "*tokens H"],
@@ -425,12 +438,14 @@ def sample(
     temperature: float | Float[Array, ""] = 1.0,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
+    axis_name: str | None = None,
 ) -> Int[Array, "*tokens"]:
     """Draws one class per token with the probabilities softmax(z), as the arg-max of logits plus Gumbel noise.
 
     Args:
-      key: a random key. Each token draws with a key of its own, made of this one and the token's number, so that the
-        blocks do not change the draw.
+      key: a random key. Each token draws with a key of its own, made of this one and the token's number, and every 128
+        classes with one made of that and their number: neither blocks nor a sharded vocabulary change the draw. Where
+        `shard_map` shards the tokens, each device counts its own from 0, and needs a key of its own.
       hidden: [..., H], one vector a token, in any floating dtype.
       kernel: [H, V], whose columns are the classes.
       bias: [V], added to the logits; -inf marks an impossible class.
@@ -438,6 +453,7 @@ def sample(
       temperature: T >= 0, one number: 0 draws the mode (any of several that tie), inf any possible class.
       transposed_kernel: static; whether the kernel is [V, H].
       block_bytes: static, as in `cross_entropy`.
+      axis_name: static, as in `cross_entropy`. The result counts through all classes.
 
     Returns:
       Independent draws, of dtype int32. The noise has the full resolution of the dtype computed in, so that classes
@@ -454,19 +470,21 @@ def sample(
     """
     if jnp.ndim(temperature) != 0:
         raise ValueError(f"sample: temperature must be one number, got {_checks.describe(temperature)}")
-    form = _form("sample", softcap, 1.0, transposed_kernel, block_bytes)
+    form = _form("sample", softcap, 1.0, transposed_kernel, block_bytes, axis_name)
     _check_operands("sample", form, hidden, kernel, bias)
+    heat = jnp.asarray(temperature)
+    _checks.expect(heat >= 0, heat, "sample: temperature {value} is negative")
     number = jnp.arange(math.prod(hidden.shape[:-1]), dtype=jnp.uint32).reshape(hidden.shape[:-1])
 
     def draw(sides, number, key, temperature):
         def rows(logits, number):
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number)
-            each = lambda key, z: categorical.sample(key, z, temperature=temperature)  # noqa: E731
-            return jax.vmap(each)(keys, _cap(form, *logits))
+            z = _cap(form, *logits)
+            z = categorical._tempered(z, form.axis, temperature.astype(z.dtype))
+            return _mode(z + _noise(_folded(key, number), z, form.axis), form.axis)[:, 0]
 
         return _per_token(rows, form, sides, number)
 
-    return _placed(draw, [(hidden, kernel, bias)], number, key, temperature)
+    return _placed(draw, [(hidden, kernel, bias)], number, key, heat)
 
 
 def plan(
@@ -520,7 +538,8 @@ def _form(function, softcap, temperature, transposed, block_bytes, axis_name=Non
         raise ValueError(f"{function}: temperature must be a finite number above 0, got {temperature}")
     if block_bytes is not None and (not isinstance(block_bytes, int) or block_bytes <= 0):
         raise ValueError(f"{function}: block_bytes must be a positive integer, got {block_bytes!r}")
-    return _Logits(softcap, temperature, transposed, block_bytes, axis_name)
+    axis = 1 if axis_name is None else _accurate.Sharded(1, axis_name)
+    return _Logits(softcap, temperature, transposed, block_bytes, axis)
 
 
 def _check_operands(function, form, hidden, kernel, bias, side=""):
@@ -560,9 +579,8 @@ def _labels(function, form, hidden, kernel, labels, weights=None):
         raise ValueError(f"{function}: labels must be integer classes, got {_checks.describe(labels)}")
     _checks.same_shape(function, "hidden without its last axis", "labels", hidden.shape[:-1], labels)
     labels = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
-    shards = 1 if form.axis_name is None else jax.lax.axis_size(form.axis_name)
     counted = labels if weights is None else jnp.where(weights == 0, 0, labels)
-    _checks.labels_in_range(function, counted, _num_classes(form, kernel) * shards)
+    _checks.labels_in_range(function, counted, _num_classes(form, kernel) * _shards(form.axis))
     return labels
 
 
@@ -575,7 +593,7 @@ def _check_top(form, hidden, kernel, log_probs, indices):
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"{name}: top_indices must be integer classes, got {_checks.describe(indices)}")
     _checks.same_shape(name, "top_log_probs", "top_indices", log_probs.shape, indices)
-    _checks.labels_in_range(name, indices, _num_classes(form, kernel))
+    _checks.labels_in_range(name, indices, _num_classes(form, kernel) * _shards(form.axis))
     return indices.astype(jnp.int64 if indices.dtype.itemsize == 8 else jnp.int32)
 
 
@@ -645,7 +663,7 @@ def _weighted_sum_jvp(options: _Loss, primals, tangents):
     loss, aux, slopes = _loss_and_slopes(options, moved, *primals)
     slope = jnp.zeros_like(out := jnp.sum(_accurate.weigh(weights, loss)))
     for d, dx in zip(slopes, [dx for dx, move in zip(tangents, moved, strict=False) if move], strict=True):
-        slope += _psum(jnp.sum(d * dx.astype(d.dtype)), options.logits.axis_name)
+        slope += _psum(jnp.sum(d * dx.astype(d.dtype)), options.logits.axis)
     if type(tangents[4]) is not SymbolicZero:
         slope += jnp.sum(loss * tangents[4])
     return (out, aux), (slope, _aux_tangents(options, moved, aux, operands, tangents, labels))
@@ -796,9 +814,10 @@ def _varying(x, *others):
 
 
 def _cap(form: _Logits, z):
-    """The logits of a product."""
+    """The logits of a product. A class that the bias makes impossible stays so: 0 is added to any other."""
     if form.softcap is not None:
-        z = form.softcap * jnp.tanh(z / form.softcap)
+        impossible = jnp.minimum(z + jnp.finfo(z.dtype).max, 0)
+        z = form.softcap * jnp.tanh(z / form.softcap) + jax.lax.stop_gradient(impossible)
     return z if form.temperature == 1 else z / form.temperature
 
 
@@ -808,81 +827,100 @@ def _loss_rows(options: _Loss, z, labels):
     And the gradient of the loss, (1 - e) (p - y) + e (p - 1 / V) + 2 z_loss logsumexp p: written out, since the
     transpose of a psum is another psum in a `shard_map` that does not check what varies.
     """
-    axis_name, e, labels = options.logits.axis_name, options.label_smoothing, labels[:, None]
-    nll, residual, log_total, p = _nll(z, labels, axis_name)
+    axis, e, labels = options.logits.axis, options.label_smoothing, labels[:, None]
+    nll, residual, log_total, p = _nll(z, labels, axis)
     loss, slope, outputs = nll, residual, ()
     if e or options.z_loss or options.has_aux:
-        top = _top(z, axis_name)
-        logsumexp, num_classes = top + log_total, z.shape[1] * _shards(axis_name)
-        outputs = (nll, logsumexp, (_mode(z, axis_name) == labels).astype(z.dtype))
+        top = jax.lax.stop_gradient(_accurate.maximum(z, axis))
+        logsumexp = top + log_total
+        outputs = (nll, logsumexp, (_mode(z, axis) == labels).astype(z.dtype))
+        target = 0
         if e:
-            uniform = log_total - _total(_accurate.gap_below(top, z), axis_name) / num_classes
+            possible = z > -jnp.inf
+            count = _accurate.total(possible.astype(z.dtype), axis)
+            gaps = _accurate.total(jnp.where(possible, _accurate.gap_below(top, z), 0), axis)
+            target, smooth = jnp.where(possible, e / count, 0), log_total - gaps / count
             # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
-            loss = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll) + e * uniform
+            loss = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll) + e * smooth
         if e or options.z_loss:
             loss += options.z_loss * jnp.square(logsumexp)
             share = e + 2 * options.z_loss * logsumexp
-            slope = (1 - e) * residual + share * p - e / num_classes
+            slope = (1 - e) * residual + share * p - target
     return [x[:, 0] for x in (loss, *(outputs if options.has_aux else ()))], slope
 
 
-def _shards(axis_name):
-    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+def _shards(axis):
+    return 1 if isinstance(axis, int) else jax.lax.axis_size(axis.name)
 
 
-def _offset(z, axis_name):
+def _offset(z, axis):
     """The number of the first class of this shard."""
-    return 0 if axis_name is None else jax.lax.axis_index(axis_name) * z.shape[1]
+    return 0 if isinstance(axis, int) else jax.lax.axis_index(axis.name) * z.shape[1]
 
 
-def _psum(x, axis_name):
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
+def _psum(x, axis):
+    return x if isinstance(axis, int) else jax.lax.psum(x, axis.name)
 
 
-def _total(x, axis_name):
-    return _psum(jnp.sum(x, axis=1, keepdims=True), axis_name)
-
-
-def _top(z, axis_name):
-    top = jax.lax.stop_gradient(jnp.max(z, axis=1, keepdims=True))
-    return top if axis_name is None else jax.lax.pmax(top, axis_name)
-
-
-def _mode(z, axis_name):
-    """The first class at the maximum."""
-    place = jax.lax.argmax(z, 1, jnp.int32)[:, None] + _offset(z, axis_name)
-    if axis_name is None:
+def _mode(z, axis):
+    """The first class at the maximum; the first NaN, where one is."""
+    place = jax.lax.argmax(z, 1, jnp.int32)[:, None] + _offset(z, axis)
+    if isinstance(axis, int):
         return place
     local = jax.lax.stop_gradient(jnp.max(z, axis=1, keepdims=True))
-    return jax.lax.pmin(jnp.where(local == jax.lax.pmax(local, axis_name), place, 2**31 - 1), axis_name)
+    first = (local == jax.lax.pmax(local, axis.name)) | jnp.isnan(local)
+    return jax.lax.pmin(jnp.where(first, place, 2**31 - 1), axis.name)
 
 
-def _normaliser(z):
-    """Maximum and log sum_j exp(z_j - max). The value is that of `rest`, the derivative that of the plain logarithm."""
-    plain = jnp.log(jnp.sum(_accurate.exp_gap(z, 1), axis=1, keepdims=True))
-    value = jnp.log1p(_accurate.rest(z, 1))
-    return _top(z, None), jax.lax.stop_gradient(value) + (plain - jax.lax.stop_gradient(plain))
+def _folded(key, numbers):
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
 
 
-def _label_terms(z, labels, axis_name):
+def _noise(keys, z, axis):
+    """Gumbel noise for each token, by its key, and class: that of a class does not depend on the shard that has it.
+
+    `_NOISE` classes, counted from the first of all, draw with one key. A shard may begin and end within them.
+    """
+    size, first = z.shape[1], _offset(z, axis)
+    count = size // _NOISE
+    if size % _NOISE:
+        count += 1 if isinstance(axis, int) else 2
+    draw = partial(jax.random.gumbel, shape=(_NOISE,), dtype=z.dtype, mode="high")
+
+    def row(key):
+        noise = jax.vmap(draw)(_folded(key, first // _NOISE + jnp.arange(count)))
+        return jax.lax.dynamic_slice_in_dim(noise.ravel(), first % _NOISE, size)
+
+    return jax.vmap(row)(keys)
+
+
+def _label_terms(z, labels, axis):
     """exp(gap) with 0 for the label, where that is, the sum of these, and the label's gap (NaN if out of range).
 
     One pass over z: a mask of its own size would be written to memory for each sum that it enters.
     """
-    top, largest = _top(z, axis_name), jnp.finfo(z.dtype).max
-    place = labels - _offset(z, axis_name)
-    here = (place >= 0) & (place < z.shape[1])
+    top, largest = jax.lax.stop_gradient(_accurate.maximum(z, axis)), jnp.finfo(z.dtype).max
+    place, here, label_logit = _logits_at(z, labels, axis)
     at_label = jnp.arange(z.shape[1], dtype=place.dtype) == place
     never = jnp.minimum(top, -jnp.inf)  # a constant would be an array of the size of z, kept through the loop
     others = jnp.exp(jnp.where(at_label, never, jnp.minimum(z, largest) - jnp.minimum(top, largest)))
-    label_logit = jnp.take_along_axis(z, jnp.where(here, place, 0), axis=1, mode="promise_in_bounds")
-    label_gap = _psum(jnp.where(here, _accurate.gap_below(top, label_logit), 0), axis_name)
-    valid = (labels >= 0) & (labels < z.shape[1] * _shards(axis_name))
-    return others, at_label, _total(others, axis_name), _accurate.nan_unless(valid, label_gap)
+    label_gap = _psum(jnp.where(here, _accurate.gap_below(top, label_logit), 0), axis)
+    return others, at_label, _accurate.total(others, axis), _accurate.nan_unless(_valid(z, labels, axis), label_gap)
+
+
+def _logits_at(z, classes, axis):
+    """Where these classes of each row are in this shard, whether they are, and their logits."""
+    place = classes - _offset(z, axis)
+    here = (place >= 0) & (place < z.shape[1])
+    return place, here, jnp.take_along_axis(z, jnp.where(here, place, 0), axis=1, mode="promise_in_bounds")
+
+
+def _valid(z, classes, axis):
+    return (classes >= 0) & (classes < z.shape[1] * _shards(axis))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _nll(z, labels, axis_name):
+def _nll(z, labels, axis):
     """-log p_y = log1p(others + (exp(gap) - 1)) - gap with y left out of the others, and its gradient p - y.
 
     And log1p(others + (exp(gap) - 1)), the logarithm of the sum of all exponentials, and its gradient p.
@@ -892,32 +930,44 @@ def _nll(z, labels, axis_name):
     is p_j for the others, and minus their sum for y, never p_y - 1. All are plainly differentiable, since in a
     rematerialised scan jax takes a second derivative of what is written here, and not by the rule.
     """
-    exponentials, at_label, others, label_gap = _label_terms(z, labels, axis_name)
+    exponentials, at_label, others, label_gap = _label_terms(z, labels, axis)
     log_total, total = jnp.log1p(others + jnp.expm1(label_gap)), others + jnp.exp(label_gap)
     p, residual = (jnp.where(at_label, x, exponentials) / total for x in (jnp.exp(label_gap), -others))
     return log_total - label_gap, residual, log_total, p
 
 
 @_nll.defjvp
-def _nll_jvp(axis_name, primals, tangents):
+def _nll_jvp(axis, primals, tangents):
     """d(p_j - y_j) = p_j (dz_j - <p, dz>): measured from the class with p > 1/2, if there is one, no 1 - p cancels."""
     (z, labels), (dz, _) = primals, tangents
-    nll, residual, log_total, p = _nll(z, labels, axis_name)
-    large = jax.lax.stop_gradient(jnp.clip((p - 0.5) * jnp.finfo(p.dtype).max, 0, 1))
-    w = (1 - large) * (dz - _total(large * dz, axis_name))
-    dp, (dnll, dlog_total) = p * (w - _total(p * w, axis_name)), (_total(x * dz, axis_name) for x in (residual, p))
+    nll, residual, log_total, p = _nll(z, labels, axis)
+    dp = p * _accurate.centred(p, dz, axis)
+    dnll, dlog_total = (_accurate.total(x * dz, axis) for x in (residual, p))
     return (nll, residual, log_total, p), (dnll, dp, dlog_total, dp)
 
 
-def _top_divergence(z, log_probs, temperature, indices):
+def _kl_divergence(form: _Logits, p, q):
+    return categorical._kl_divergence(_cap(form, p), _cap(form, q), form.axis)[:, 0]
+
+
+def _normaliser(z, axis):
+    """Maximum and log sum_j exp(z_j - max). The value is that of `rest`, the derivative that of the plain logarithm."""
+    plain = jnp.log(_accurate.total(_accurate.exp_gap(z, axis), axis))
+    value = jnp.log1p(_accurate.rest(z, axis))
+    top = jax.lax.stop_gradient(_accurate.maximum(z, axis))
+    return top, jax.lax.stop_gradient(value) + (plain - jax.lax.stop_gradient(plain))
+
+
+def _top_divergence(form: _Logits, z, log_probs, indices):
     """KL(t || s) of a tempered teacher t over k classes: within them, and log1p of the odds against them."""
-    valid = (indices >= 0) & (indices < z.shape[1])
-    places = jnp.where(valid, indices, 0)
-    within = _accurate.nan_unless(valid, jnp.take_along_axis(z, places, axis=1))
-    loss = categorical.kl_divergence(log_probs.astype(z.dtype) / temperature, within)
-    if indices.shape[1] == z.shape[1]:
+    place, here, logits = _logits_at(z, indices, form.axis)
+    valid = _valid(z, indices, form.axis)
+    within = _accurate.nan_unless(valid, _psum(jnp.where(here, logits, 0), form.axis))
+    loss = categorical.kl_divergence(log_probs.astype(z.dtype) / form.temperature, within)
+    if indices.shape[1] == z.shape[1] * _shards(form.axis):
         return loss
     # A finite logit beyond all use, since a row without any class is no distribution.
-    outside = z.at[jnp.arange(z.shape[0])[:, None], places].set(jnp.finfo(z.dtype).min / 8)
-    (top_in, log_in), (top_out, log_out) = (_normaliser(x) for x in (within, outside))
+    place = jnp.where(here, place, z.shape[1])
+    outside = z.at[jnp.arange(z.shape[0])[:, None], place].set(jnp.finfo(z.dtype).min / 8, mode="drop")
+    (top_in, log_in), (top_out, log_out) = _normaliser(within, 1), _normaliser(outside, form.axis)
     return loss + jax.nn.softplus(((top_out - top_in) + (log_out - log_in))[:, 0])

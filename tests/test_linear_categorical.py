@@ -1,6 +1,7 @@
 """The fused loss is the dense one: values, gradients and corner cases, in blocks, sharded, and in memory."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -161,7 +162,7 @@ def test_draws_and_modes_do_not_depend_on_the_blocks():
     np.testing.assert_array_equal(draw(0.0), jnp.argmax(x @ W + B, -1))
 
 
-@pytest.mark.parametrize("v", [1, 3, 1000, 32_001])
+@pytest.mark.parametrize("v", [1, 2, 3, 1000, 4097, 32_001])
 def test_equal_logits_give_log_v_to_the_last_digit(v):
     x, w, y = jnp.zeros((3, 2)), jnp.zeros((2, v)), jnp.array([0, v // 2, v - 1])
     loss, aux = linear.cross_entropy(x, w, y, reduction="none", has_aux=True, block_bytes=4 * v)
@@ -229,6 +230,77 @@ def test_errors_are_at_most_those_of_the_plain_form(dtype, size):
         assert got <= peer + slack
 
 
+SETTINGS = {
+    "bias": True, "weights": True, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "temperature": 0.5,
+    "transposed_kernel": True, "reduction": "sum",
+}  # fmt: skip
+# Each setting in three of five trials, no two in the same three, and a trial of none: so of any two settings there is a
+# trial with both, with either alone, and with neither.
+TRIALS = [
+    {name: SETTINGS[name] for name, trials in zip(SETTINGS, itertools.combinations(range(5), 3), strict=False)
+     if trial in trials} for trial in range(-1, 5)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", TRIALS, ids=[",".join(trial) for trial in TRIALS])
+def test_errors_of_settings_together_are_at_most_those_of_the_plain_form(settings):
+    """In blocks, against float64 through the product: values and gradients of all operands."""
+    form = {name: settings[name] for name in ("softcap", "temperature") if name in settings}
+    others = {name: settings.get(name, 0.0) for name in ("label_smoothing", "z_loss")}
+    operands = X, 3 * W, B, WEIGHTS
+
+    def usual(x, w, b, weights):
+        z = jnp.matmul(x, w) + (b if "bias" in settings else 0)
+        if "softcap" in form:
+            z = form["softcap"] * jnp.tanh(z / form["softcap"])
+        z /= form.get("temperature", 1.0)
+        log_probs, e = jax.nn.log_softmax(z), others["label_smoothing"]
+        loss = -(1 - e) * jnp.take_along_axis(log_probs, Y[:, None], 1)[:, 0] - e * jnp.mean(log_probs, axis=1)
+        loss += others["z_loss"] * jnp.square(jax.nn.logsumexp(z, axis=1))
+        weights = weights if "weights" in settings else jnp.ones_like(weights)
+        return jnp.sum(weights * loss) / (1 if "reduction" in settings else jnp.sum(weights))
+
+    def fused(x, w, b, weights):
+        how = {name: settings[name] for name in ("transposed_kernel", "reduction") if name in settings}
+        how |= {"bias": b} if "bias" in settings else {}
+        how |= {"weights": weights} if "weights" in settings else {}
+        kernel = w.T if "transposed_kernel" in settings else w
+        return linear.cross_entropy(x, kernel, Y, block_bytes=FOUR, **others, **form, **how)
+
+    def results(loss, operands):
+        value, slopes = jax.jit(jax.value_and_grad(loss, range(4)))(*operands)
+        return [np.asarray(a, np.float64) for a in (value, *slopes)]
+
+    with jax.enable_x64(True):
+        truth = results(usual, [jnp.asarray(np.asarray(a), jnp.float64) for a in operands])
+    for got, peer, want in zip(results(fused, operands), results(usual, operands), truth, strict=True):
+        # Two roundings of the same sum differ by a few u.
+        slack = 4 * U * np.abs(want).max()
+        assert np.abs(got - want).max() <= np.abs(peer - want).max() + slack
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 7, 8, 11])
+def test_any_number_of_tokens_beside_a_block_of_four(tokens):
+    """Fewer than a block, one, and more; none, one and one less than a block that remain."""
+    x, y, kernels = normal(tokens, H), Y[:1].repeat(tokens), (W, W[:, :1])
+    how = {"block_bytes": FOUR}
+    assert linear.plan(x, W, **how).block_size == min(4, tokens)
+
+    def both(loss):
+        return [jax.value_and_grad(loss, (0, 1))(x, w) for w in kernels]
+
+    def fused(x, w):
+        return linear.cross_entropy(x, w, jnp.minimum(y, w.shape[1] - 1), block_bytes=16 * w.shape[1])
+
+    def dense(x, w):
+        return jnp.mean(categorical.cross_entropy(x @ w, jnp.minimum(y, w.shape[1] - 1)))
+
+    got, want = jax.jit(lambda: (both(fused), both(dense)))()
+    close(got, want)
+    one_class = jax.tree.leaves(got[1])
+    assert not any(value.any() for value in one_class)
+
+
 def test_a_token_without_weight_is_as_if_not_there():
     bad = X.at[3].set(jnp.nan).at[7].set(jnp.inf)
     labels, weights = Y.at[3].set(-1).at[7].set(V), WEIGHTS.at[jnp.array([3, 7])].set(0)
@@ -278,24 +350,28 @@ def test_labels_of_any_integer_dtype(dtype):
     assert linear.cross_entropy(X, w, Y.astype(dtype)) == linear.cross_entropy(X, w, Y)
 
 
-def test_an_impossible_class_costs_nothing_and_gets_nothing():
+@pytest.mark.parametrize(
+    "form", [{}, {"label_smoothing": 0.1}, {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 1.0}]
+)
+def test_an_impossible_class_is_as_if_not_there(form):
+    """Whatever the options: no softcap makes it possible, and no smoothing expects it."""
     bias, labels = jnp.zeros(V).at[2].set(-jnp.inf), jnp.where(Y == 2, 3, Y)
     keep = np.delete(np.arange(V), 2)
+    softcap = {name: form[name] for name in form if name == "softcap"}
 
     def losses(w, bias, labels):
-        return [function(w, bias, labels) for function in (
-            lambda w, b, y: linear.cross_entropy(X, w, y, bias=b, block_bytes=FOUR),
-            lambda w, b, y: jnp.sum(linear.entropy(X, w, bias=b, block_bytes=FOUR)),
-        )]  # fmt: skip
+        loss = functools.partial(linear.cross_entropy, X, w, labels, bias=bias, block_bytes=FOUR, **form)
+        return loss(), jnp.sum(loss(reduction="none")), jnp.sum(linear.entropy(X, w, bias=bias, **softcap))
 
-    got, want, slope = jax.jit(lambda: (
-        losses(W, bias, labels),
-        losses(W[:, keep], None, labels - (labels > 2)),
-        jax.grad(lambda w: sum(losses(w, bias, labels)))(W),
-    ))()  # fmt: skip
-    close(got, want)
-    assert not slope[:, 2].any()
-    assert jnp.isinf(linear.log_prob(jnp.full(N, 2), X, W, bias=bias)).all()
+    def slope(w, bias, labels):
+        return jax.grad(lambda w: sum(losses(w, bias, labels)))(w)
+
+    got, want, got_slope, want_slope = jax.jit(lambda: [
+        f(*args) for f in (losses, slope) for args in ((W, bias, labels), (W[:, keep], None, labels - (labels > 2)))
+    ])()  # fmt: skip
+    close((got, got_slope[:, keep]), (want, want_slope))
+    assert not got_slope[:, 2].any()
+    assert jnp.isinf(linear.log_prob(jnp.full(N, 2), X, W, bias=bias, **softcap)).all()
 
 
 def test_second_derivatives_of_the_loss_alone():
@@ -434,6 +510,153 @@ def test_a_vocabulary_sharded_inside_shard_map(check_vma):
     # The sum over tokens and the tokens one by one, at once: twice the same.
     slopes = jax.jit(jax.grad(lambda *a: sum(mapped(*a)[:2]) / 2, (0, 1, 2, 3)))(*SHARDED, SHARDED_Y)
     close(slopes, want_slopes, 128 * U)
+
+
+# Two models of each token and a teacher's three best classes. Only five of the eight classes are possible under both:
+# of the four devices one has half a part, and one has no class at all.
+MODELS = *SHARDED[:2], SHARDED[2].at[5:].set(-jnp.inf), normal(2, 8, H), normal(H, 8), normal(8).at[5:].set(-jnp.inf)
+TEACHER, FIVE_Y = normal(2, 8, 3), SHARDED_Y % 5
+FIVE_TOP = jnp.asarray(np.argsort(_rng.uniform(size=(2, 8, 5)))[..., :3])
+DIRECTION = tuple(normal(*a.shape) for a in (*MODELS, TEACHER))
+KERNEL_SPECS = P(None, "model"), P("model")
+MODELS_SPECS = P("data"), *KERNEL_SPECS, P("data"), *KERNEL_SPECS
+
+
+def over_devices(function, in_specs, out_specs, data=2, **options):
+    """`function` on the parts of its arguments: tokens over "data", and the vocabulary over all other devices."""
+    mesh = jax.make_mesh((data, 8 // data), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options)
+
+
+def verbs(x, w, b, x2, w2, b2, log_probs, y, top, **how):
+    """Everything per token that has a derivative."""
+    how = {"softcap": 9.0, **how}
+    distilled = functools.partial(linear.distillation_loss, x, w, student_bias=b, temperature=2.0, **how)
+    loss = {"reduction": "none", "label_smoothing": 0.1, "z_loss": 0.01}
+    return {
+        "cross_entropy": linear.cross_entropy(x, w, y, bias=b, **loss, **how),
+        "log_prob": linear.log_prob(y, x, w, bias=b, **how),
+        "entropy": linear.entropy(x, w, bias=b, base=2, **how),
+        "kl_divergence": linear.kl_divergence(x, w, x2, w2, p_bias=b, q_bias=b2, base=2, **how),
+        "distillation_loss": distilled(x2, w2, teacher_bias=b2),
+        "distillation_loss, top": distilled(top_log_probs=log_probs, top_indices=top),
+    }
+
+
+def first_derivatives(function):
+    """Values and their tangents, and the gradient of the sum of their squares."""
+    args = *MODELS, TEACHER
+    squares = lambda *args: sum(jnp.sum(jnp.square(value)) for value in function(*args).values())  # noqa: E731
+    return jax.jvp(function, args, DIRECTION), jax.grad(squares, range(7))(*args)
+
+
+def second_derivatives(function):
+    """Of the entropy and a divergence, in both orders."""
+    args = *MODELS, TEACHER
+
+    def squares(*args):
+        values = function(*args)
+        return sum(jnp.sum(jnp.square(values[name])) for name in ("entropy", "kl_divergence"))
+
+    push = lambda *args: jax.jvp(squares, args, DIRECTION)[1]  # noqa: E731
+    return jax.jvp(jax.grad(squares, range(7)), args, DIRECTION)[1], jax.grad(push, range(7))(*args)
+
+
+def of_five_classes(*args):
+    """From five classes alone; the slopes in the others are 0."""
+    return verbs(*(a[..., :5] if i in (1, 2, 4, 5) else a for i, a in enumerate(args)), FIVE_Y, FIVE_TOP)
+
+
+@functools.cache
+def unsharded_first_derivatives():
+    return jax.jit(lambda: first_derivatives(of_five_classes))()
+
+
+def of_shards(check_vma):
+    """In blocks, within a loop over examples."""
+
+    def local(*args):
+        def one(tokens):
+            x, x2, *labels = tokens
+            return verbs(x, *args[1:3], x2, *args[4:6], *labels, axis_name="model", block_bytes=4 * 2 * 4)
+
+        return jax.lax.map(one, (args[0], args[3], *args[6:]))
+
+    mapped = over_devices(local, (*MODELS_SPECS, *(P("data"),) * 3), P("data"), check_vma=check_vma)
+    return lambda *args: mapped(*args, FIVE_Y, FIVE_TOP)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_every_verb_of_a_sharded_vocabulary(check_vma):
+    """With classes that only fill it up: as of those that there are."""
+    got = jax.jit(lambda: first_derivatives(of_shards(check_vma)))()
+    close(got, unsharded_first_derivatives(), 256 * U)
+
+
+def test_second_derivatives_of_a_sharded_vocabulary():
+    got = jax.jit(lambda: second_derivatives(of_shards(True)))()
+    close(got, jax.jit(lambda: second_derivatives(of_five_classes))(), 256 * U)
+
+
+def test_gradients_taken_inside_shard_map():
+    """What varies is known there: the slope of hidden is added up over the vocabulary, and that of a kernel is not."""
+
+    def slopes(**how):
+        def total(*args):
+            values = [
+                linear.entropy(*args[:2], bias=args[2], **how),
+                linear.kl_divergence(*args[:2], *args[3:5], **how),
+            ]
+            return sum(map(jnp.sum, values)) + linear.cross_entropy(*args[:2], FIVE_Y, reduction="sum", **how)
+
+        return jax.grad(total, range(5))
+
+    specs = P(), *KERNEL_SPECS, P(), KERNEL_SPECS[0]
+    got = jax.jit(over_devices(slopes(axis_name="model"), specs, specs, data=1))(*MODELS[:5])
+    close(got, jax.jit(slopes())(*MODELS[:5]), 128 * U)
+
+
+def test_a_sharded_vocabulary_loses_no_digit():
+    """Confident tokens, and two models that nearly agree: hidden is the unit matrix, so that no product rounds."""
+    w = _rng.normal(0, 1, (H, 8))
+    w[np.arange(H), [0, 3, 5, 7]] += [0, 12, 20, 40]  # on each of four devices
+    w = np.asarray(w, np.float32)
+    w2 = (w + 2.0**-14 * _rng.normal(0, 1, w.shape)).astype(np.float32)
+    z, z2 = w.astype(np.float64), w2.astype(np.float64)
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    others = np.where(p > 0.5, 0, p).sum(1, keepdims=True)
+    gap = np.where(p > 0.5, -np.log1p(-np.minimum(others, 0.5)), -np.log(p))
+    d = z2 - z - (p * (z2 - z)).sum(1, keepdims=True)
+    want = (p * gap).sum(1), np.log1p((p * (np.expm1(d) - d)).sum(1))
+
+    def both(w, w2):
+        x = jnp.eye(H)
+        return linear.entropy(x, w, axis_name="model"), linear.kl_divergence(x, w, x, w2, axis_name="model")
+
+    got = jax.jit(over_devices(both, (KERNEL_SPECS[0],) * 2, P()))(w, w2)
+    span = np.ptp(z, axis=1)
+    for value, truth in zip(got, want, strict=True):
+        assert np.all(np.abs(value - truth) <= (16 + span) * U * truth)
+
+
+@pytest.mark.parametrize(("classes", "data"), [(300, 2), (1024, 1)])
+def test_draws_and_modes_of_a_sharded_vocabulary(classes, data):
+    """Those of one device, wherever shards begin among the classes that share a key, and whatever fills up the last."""
+    x, key = normal(64, H), jax.random.key(5)
+    padded = -(-classes // 64) * 64
+    w = normal(H, padded).at[:, 9].set(0).at[:, 200].set(0)
+    b = jnp.zeros(padded).at[classes:].set(-jnp.inf).at[jnp.array([9, 200])].set(40)  # two that tie, far apart
+
+    def all_of(x, w, b, **how):
+        draw = lambda t: linear.sample(key, x, w, bias=b, softcap=3.0, temperature=t, **how)  # noqa: E731
+        return linear.mode(x, w, bias=b, **how), draw(0.0), draw(1.0), draw(jnp.inf)
+
+    local = functools.partial(all_of, axis_name="model", block_bytes=16 * 4 * padded * data // 8)
+    got = jax.jit(over_devices(local, (P(), *KERNEL_SPECS), P(), data=data))(x, w, b)
+    want = jax.jit(all_of)(x, w[:, :classes], b[:classes])
+    for draws, wanted in zip(got, want, strict=True):
+        np.testing.assert_array_equal(draws, wanted)
+    np.testing.assert_array_equal(got[0], np.full(64, 9))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

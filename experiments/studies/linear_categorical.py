@@ -6,6 +6,9 @@ they are installed; and the three products alone, without any loss, which is wha
 everyone runs in turn. The memory is that of XLA's temporaries, what a program needs beyond its arguments and results,
 and on Linux the growth of the resident size while it runs, results included, which tells of torch too.
 
+How both grow with N and V: in float32, one of the two at a time, jprob and the plain form are timed where the logits
+are no larger than the config allows each, and compiled for their memory beyond.
+
 Where it matters: a model of words, trained on the source files that Python ships, once by each of the two losses from
 the same weights in the same order.
 """
@@ -17,6 +20,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -25,16 +29,18 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 import optax
+from matplotlib.ticker import LogLocator
 
 from experiments import data, plots, timing
 from experiments.config import distinct
 from experiments.report import Hypothesis, Plot, Section, Table
-from experiments.results import Progress, Record
+from experiments.results import Progress, Record, Value
 from jprob import categorical, linear_categorical, mle
 
 PLAIN_LIMIT, PRODUCTS_LIMIT = 1.0, 1.1  # ratios of times up to which jprob counts as no slower
 MEMORY_LIMIT = 7.0  # how many times the temporaries of jprob fit into those of the plain form
 FLAT = 1.1  # a ratio of temporaries up to which they count as the same
+PROPORTIONAL = 0.1  # by how much the exponent of a power law may miss 1
 LARGE = 4096  # tokens from which on the logits dwarf the kernel
 CURVES_AGREE = 1e-3  # a relative difference of losses up to which two curves are one
 NAMES = {
@@ -50,7 +56,10 @@ Cell = Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Each cell is [tokens, vocabulary]; `growth` are numbers of tokens, compiled for memory alone.
+    """Each cell is [tokens, vocabulary].
+
+    `growth_tokens` grow at the vocabulary of `growth_cell`, and `growth_vocabularies` at its tokens. A contestant is
+    timed where the N x V logits in float32 have at most `timed_mebibytes`, the plain form at most `plain_mebibytes`.
 
     The model reads `context` words of `width` numbers each, and takes `steps` steps on batches of so many tokens.
     """
@@ -59,15 +68,19 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     cells: Annotated[list[Cell], msgspec.Meta(min_length=1)]
     dtypes: Annotated[list[Literal["float32", "bfloat16"]], msgspec.Meta(min_length=1)]
     rounds: Annotated[int, msgspec.Meta(ge=2, le=1000)]
-    growth: Annotated[list[Count], msgspec.Meta(min_length=2)]
-    growth_vocabulary: Count
+    growth_cell: Cell
+    growth_tokens: Annotated[list[Count], msgspec.Meta(min_length=2)]
+    growth_vocabularies: Annotated[list[Count], msgspec.Meta(min_length=2)]
+    growth_rounds: Annotated[int, msgspec.Meta(ge=2, le=1000)]
+    timed_mebibytes: Count
+    plain_mebibytes: Count
     context: Annotated[int, msgspec.Meta(ge=1, le=16)]
     width: Count
     steps: Annotated[int, msgspec.Meta(ge=2, le=1 << 20)]
     batch_size: Count
 
     def __post_init__(self):
-        distinct(self, "cells", "dtypes", "growth")
+        distinct(self, "cells", "dtypes", "growth_tokens", "growth_vocabularies")
 
 
 class Inputs(NamedTuple):
@@ -125,7 +138,7 @@ def compiled(name: str, x: Inputs) -> Program:
     call = products if name == "products" else jax.value_and_grad(losses[name], argnums=(0, 1))
     program = jax.jit(call).lower(*x).compile()
     memory = program.memory_analysis()
-    return Program(lambda: jax.block_until_ready(program(*x)), None if memory is None else memory.temp_size_in_bytes)
+    return Program(partial(run_to_the_end, program, x), None if memory is None else memory.temp_size_in_bytes)
 
 
 def torch_program(x: Inputs) -> Program:
@@ -185,16 +198,39 @@ def measure_cell(tokens: int, vocabulary: int, dtype: str, width: int, rounds: i
     return Record({"part": "cost", "tokens": tokens, "vocabulary": vocabulary, "dtype": dtype}, values)
 
 
-def measure_growth(tokens: int, vocabulary: int, width: int) -> Record:
-    """Temporaries of the two losses, compiled and not run."""
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((tokens, width), (width, vocabulary))]
-    values = {}
+def growth_cells(config: Config) -> list[tuple[int, int]]:
+    """Of both lines, each once."""
+    tokens, vocabulary = config.growth_cell
+    lines = [(n, vocabulary) for n in config.growth_tokens], [(tokens, v) for v in config.growth_vocabularies]
+    return list(dict.fromkeys(itertools.chain(*lines)))
+
+
+def measure_growth(tokens: int, vocabulary: int, config: Config) -> Record:
+    """Temporaries of the two losses, the bytes that jprob plans for, and times where the logits are not too large."""
+    shapes = (tokens, config.hidden), (config.hidden, vocabulary)
+    hidden, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    values: dict[str, Value] = {"bytes_planned": linear_categorical.plan(hidden, kernel).bytes + 4 * kernel.size}
+    limits = {"jprob": config.timed_mebibytes, "plain": min(config.timed_mebibytes, config.plain_mebibytes)}
+    programs = {}
     for name, loss in (("jprob", ours), ("plain", plain)):
-        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        memory = program.lower(*arrays, jax.ShapeDtypeStruct((tokens,), jnp.int32)).compile().memory_analysis()
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, kernel, labels).compile()
+        memory = program.memory_analysis()
         if memory is not None:
             values[f"bytes_{name}"] = memory.temp_size_in_bytes
+        if 4 * tokens * vocabulary <= limits[name] << 20:
+            programs[name] = program
+    if programs:
+        x = inputs(tokens, config.hidden, vocabulary, "float32")
+        runs = [partial(run_to_the_end, program, x) for program in programs.values()]
+        taken = timing.race(runs, config.growth_rounds)
+        values |= {f"seconds_{name}": row for name, row in zip(programs, taken, strict=True)}
     return Record({"part": "growth", "tokens": tokens, "vocabulary": vocabulary}, values)
+
+
+def run_to_the_end(program: Callable[..., object], x: Inputs) -> object:
+    """Its results, which are there when this returns."""
+    return jax.block_until_ready(program(*x))
 
 
 def nll(fused: bool) -> Callable[..., jax.Array]:
@@ -231,17 +267,17 @@ def train(config: Config, fused: bool) -> Record:
 
 
 def run(config: Config) -> Iterator[Record | Progress]:
-    """A record for each cell and dtype, for each number of tokens, and for each of the two training runs."""
-    cells = list(itertools.product(config.dtypes, config.cells))
-    total = len(cells) + 3
+    """A record for each cell and dtype, for each cell of growth, and for each of the two training runs."""
+    cells, growing = list(itertools.product(config.dtypes, config.cells)), growth_cells(config)
+    total = len(cells) + len(growing) + 2
     for done, (dtype, (tokens, vocabulary)) in enumerate(cells):
         yield Progress(done / total, f"{tokens} tokens, {vocabulary} words, {dtype}")
         yield measure_cell(tokens, vocabulary, dtype, config.hidden, config.rounds)
-    yield Progress(len(cells) / total, "memory by number of tokens")
-    for tokens in config.growth:
-        yield measure_growth(tokens, config.growth_vocabulary, config.hidden)
-    for i, fused in enumerate((True, False)):
-        yield Progress((len(cells) + 1 + i) / total, f"training, {'jprob' if fused else 'plain'}")
+    for done, (tokens, vocabulary) in enumerate(growing, len(cells)):
+        yield Progress(done / total, f"growth: {tokens} tokens, {vocabulary} words")
+        yield measure_growth(tokens, vocabulary, config)
+    for done, fused in enumerate((True, False), total - 2):
+        yield Progress(done / total, f"training, {'jprob' if fused else 'plain'}")
         yield train(config, fused)
 
 
@@ -292,24 +328,92 @@ def lean(records: Sequence[Record]) -> Hypothesis:
     )
 
 
-def flat(records: Sequence[Record]) -> Hypothesis:
+class Line(NamedTuple):
+    """One quantity grows, "tokens" or "vocabulary", and the other stays at `fixed`."""
+
+    name: str
+    fixed: str
+    records: list[Record]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Of what grows."""
+        return np.array([size(record, self.name) for record in self.records], float)
+
+
+def lines(config: Config, growth: Sequence[Record]) -> tuple[Line, Line]:
+    """Both, each in the order of size."""
+    tokens, vocabulary = config.growth_cell
+    first = [r for r in growth if size(r, "vocabulary") == vocabulary and size(r, "tokens") in config.growth_tokens]
+    second = [r for r in growth if size(r, "tokens") == tokens and size(r, "vocabulary") in config.growth_vocabularies]
+    return (
+        Line("tokens", f"{vocabulary} words", sorted(first, key=lambda r: size(r, "tokens"))),
+        Line("vocabulary", f"{tokens} tokens", sorted(second, key=lambda r: size(r, "vocabulary"))),
+    )
+
+
+def size(record: Record, name: str) -> int:
+    """The tokens or the vocabulary of a record."""
+    return int(np.asarray(record.settings[name]))
+
+
+def flat(line: Line) -> Hypothesis:
     """More tokens need no more temporaries, once a block is full."""
-    tokens = np.array([number_of_tokens(r) for r in records], float)
-    counts = np.array([number(r, "bytes_jprob") for r in records])
+    tokens, counts = line.sizes, np.array([number(r, "bytes_jprob") for r in line.records])
     known = bool(np.all(np.isfinite(counts)))
-    growth = float(counts[np.argmax(tokens)] / counts[np.argmin(tokens)]) if known else float("nan")
-    least, most = int(tokens.min()), int(tokens.max())
+    growth = float(counts[-1] / counts[0]) if known else float("nan")
     return Hypothesis(
-        f"From {least} to {most} tokens the temporaries of jprob stay the same, up to a factor of {FLAT}.",
-        f"{growth:.3f} times as many, for {most / least:g} times the tokens" if known else "the compiler does not tell",
+        f"From {tokens[0]:.0f} to {tokens[-1]:.0f} tokens the temporaries of jprob stay the same, up to a factor of "
+        f"{FLAT}.",
+        f"{growth:.3f} times as many, for {tokens[-1] / tokens[0]:g} times the tokens"
+        if known
+        else "the compiler does not tell",
         f"they grow by more than a factor of {FLAT}",
         "undecided" if not known else "holds" if growth <= FLAT else "falsified",
     )
 
 
-def number_of_tokens(record: Record) -> int:
-    """Of a record of cost or growth."""
-    return int(np.asarray(record.settings["tokens"]))
+def planned(growth: Sequence[Record]) -> Hypothesis:
+    """One knows the memory beforehand, for any tokens and words."""
+    shares = np.array([number(r, "bytes_jprob") / number(r, "bytes_planned") for r in growth])
+    known = bool(np.all(np.isfinite(shares)))
+    worst = growth[int(np.argmax(shares))]
+    cell = f"{size(worst, 'tokens')} tokens, {size(worst, 'vocabulary')} words"
+    return Hypothesis(
+        "Whatever the tokens and words, the temporaries of jprob are a block of logits, as `plan` tells, and the "
+        f"kernel's gradient, up to a factor of {FLAT}.",
+        f"at most {np.max(shares):.3f} of that ({cell})" if known else "the compiler does not tell",
+        f"somewhere they are more than {FLAT} times that",
+        "undecided" if not known else "holds" if np.max(shares) <= FLAT else "falsified",
+    )
+
+
+def proportional(both: Sequence[Line]) -> Hypothesis:
+    """The time of jprob is a power of tokens and of words, with an exponent near 1."""
+    exponents = [exponent(line) for line in both]
+    known = bool(np.all(np.isfinite(exponents)))
+    miss = np.max(np.abs(np.array(exponents) - 1))
+    return Hypothesis(
+        f"The time of jprob grows in proportion to the tokens and to the words: as a power of {1 - PROPORTIONAL:g} to "
+        f"{1 + PROPORTIONAL:g}.",
+        "; ".join(f"{line.name}: power {power:.3f}" for line, power in zip(both, exponents, strict=True)),
+        f"a least-squares fit of the logarithms misses 1 by more than {PROPORTIONAL:g}",
+        "undecided" if not known else "holds" if miss <= PROPORTIONAL else "falsified",
+    )
+
+
+def exponent(line: Line) -> float:
+    """The slope of log time on log size; NaN where fewer than two sizes were timed."""
+    seconds = np.array([median_seconds(r, "jprob") for r in line.records])
+    timed = np.isfinite(seconds)
+    if timed.sum() < 2:
+        return float("nan")
+    return float(np.polyfit(np.log(line.sizes[timed]), np.log(seconds[timed]), 1)[0])
+
+
+def median_seconds(record: Record, name: str) -> float:
+    """NaN where it was not timed."""
+    return float(np.median(np.asarray(record.values.get(f"seconds_{name}", np.nan))))
 
 
 def same_curve(records: Sequence[Record]) -> Hypothesis:
@@ -355,18 +459,24 @@ def memory_text(record: Record, name: str) -> str:
     return told if np.isnan(resident) else f"{told} ({resident:.0f})".strip()
 
 
-def growth_figure(records: Sequence[Record]) -> Plot:
-    """Temporaries by number of tokens."""
-    figure, (axes,) = plots.figure(width=6.4, height=3.6)
-    tokens = [number_of_tokens(r) for r in records]
-    for name, colour in (("plain", plots.COLOURS["A"]), ("jprob", plots.COLOURS["B"])):
-        mebibytes = [number(r, f"bytes_{name}") / 2**20 for r in records]
-        axes.plot(tokens, mebibytes, "o-", color=colour, label=NAMES[name])
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="temporaries, MiB")
-    axes.set_xticks(tokens, [str(n) for n in tokens])
-    axes.minorticks_off()
-    axes.legend()
-    return Plot(figure, f"Temporaries of value and both gradients, {records[0].settings['vocabulary']} words, float32.")
+def growth_figure(both: Sequence[Line], label: str, value: Callable[[Record, str], float], caption: str) -> Plot:
+    """A value of both losses in two panels, by tokens and by words."""
+    figure, axes = plots.figure(columns=2, width=8.4, height=3.4)
+    for panel, line in zip(axes, both, strict=True):
+        for name, colour in (("plain", plots.COLOURS["A"]), ("jprob", plots.COLOURS["B"])):
+            panel.plot(line.sizes, [value(r, name) for r in line.records], "o-", color=colour, label=NAMES[name])
+        panel.set(xscale="log", yscale="log", xlabel=line.name, ylabel=label, title=line.fixed)
+        panel.set_xticks(line.sizes, [f"{n / 1024:.3g}k" for n in line.sizes])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+    axes[0].legend()
+    return Plot(figure, f"Value and both gradients, float32; k = 1024. {caption}")
+
+
+def mebibytes(record: Record, name: str) -> float:
+    """Of temporaries."""
+    return number(record, f"bytes_{name}") / 2**20
 
 
 def training_figure(records: Sequence[Record]) -> Plot:
@@ -390,13 +500,16 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         "block of tokens at a time, and their gradient with them, so that no more than a block is ever in memory."
     )
     cost, growth, training = (part(records, name) for name in ("cost", "growth", "training"))
+    both = lines(config, growth)
     exact = [r for r in cost if r.settings["dtype"] == "float32"] or cost
     hypotheses = [
         no_slower(exact, "plain", PLAIN_LIMIT),
         no_slower(exact, "products", PRODUCTS_LIMIT),
         lean(exact),
-        flat(growth),
+        flat(both[0]),
         same_curve(training),
+        planned(growth),
+        proportional(both),
     ]
     against = [
         f"{cell_name(r)}: jprob takes {timing.ratio_text(r, 'jprob', name)} times as long as {NAMES[name]}."
@@ -409,7 +522,12 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         for r in cost
         if (share := number(r, "bytes_plain") / number(r, "bytes_jprob")) < MEMORY_LIMIT
     ]
-    if hypotheses[3].verdict == "falsified":
-        against.append(f"Temporaries grow with the tokens: {hypotheses[3].measured}.")
-    figures = [growth_figure(growth), training_figure(training)]
+    for i, what in ((3, "Temporaries grow with the tokens"), (5, "Temporaries beyond the plan"), (6, "Time")):
+        if hypotheses[i].verdict == "falsified":
+            against.append(f"{what}: {hypotheses[i].measured}.")
+    figures = [
+        growth_figure(both, "seconds", median_seconds, "A line ends where the config allows no larger logits."),
+        growth_figure(both, "temporaries, MiB", mebibytes, "Compiled, also where nothing is timed."),
+        training_figure(training),
+    ]
     return Section("A large vocabulary", text, figures, hypotheses, [cost_table(cost)], against)
