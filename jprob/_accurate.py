@@ -112,8 +112,9 @@ def rest(z: Array, axis: int | Sharded) -> Array:
     # exp(gap) is at most 1, so that the minimum leaves every maximum out and changes no other class.
     below = total(jnp.minimum(jax.lax.stop_gradient(jnp.maximum(_lifted(d), 0)), exponentials), axis)
     at_top = total(exponentials, axis) - below
-    # Rounded in value alone: where the maximum is a constant to a derivative, the classes at it are none.
-    ties = at_top + jax.lax.stop_gradient(jnp.round(at_top) - at_top)
+    ties = jax.lax.stop_gradient(jnp.round(at_top))
+    if not isinstance(axis, int):  # there the maximum is a constant to a derivative, and the classes at it are none
+        ties += at_top - jax.lax.stop_gradient(at_top)
     return jnp.maximum(below + (ties - 1), 0)
 
 

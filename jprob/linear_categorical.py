@@ -92,6 +92,7 @@ class _Loss(NamedTuple):
     label_smoothing: float
     z_loss: float
     has_aux: bool
+    has_bias: bool
 
 
 @partial(jax.jit, static_argnames=(*_FORM, "label_smoothing", "z_loss", "reduction", "has_aux"))
@@ -166,7 +167,7 @@ def cross_entropy(
     if weights is not None:
         weights = _checks.weights(name, "hidden without its last axis", hidden.shape[:-1], weights)
     labels = _labels(name, form, hidden, kernel, labels, weights)
-    loss = _Loss(form, label_smoothing, z_loss, has_aux)
+    loss = _Loss(form, label_smoothing, z_loss, has_aux, bias is not None)
     return _placed(partial(_cross_entropy, loss, reduction), hidden, kernel, bias, labels, weights)
 
 
@@ -836,10 +837,13 @@ def _loss_rows(options: _Loss, z, labels):
         outputs = (nll, logsumexp, (_mode(z, axis) == labels).astype(z.dtype))
         target = 0
         if e:
-            possible = z > -jnp.inf
-            count = _accurate.total(possible.astype(z.dtype), axis)
-            gaps = _accurate.total(jnp.where(possible, _accurate.gap_below(top, z), 0), axis)
-            target, smooth = jnp.where(possible, e / count, 0), log_total - gaps / count
+            count, gaps = z.shape[1] * _shards(axis), _accurate.gap_below(top, z)
+            target = e / count
+            if options.has_bias:  # which may exclude classes; to count them costs two passes
+                possible = z > -jnp.inf
+                count = _accurate.total(possible.astype(z.dtype), axis)
+                target, gaps = jnp.where(possible, e / count, 0), jnp.where(possible, gaps, 0)
+            smooth = log_total - _accurate.total(gaps, axis) / count
             # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
             loss = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll) + e * smooth
         if e or options.z_loss:
