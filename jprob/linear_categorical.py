@@ -705,7 +705,7 @@ def _loss_and_slopes(options: _Loss, moved, hidden, kernel, bias, labels, weight
     def body(sums, block):
         x, y, w = block
 
-        z, uncap = jax.vjp(partial(_cap, form), _product(form, x, kernel, bias, dtype))
+        z, uncap = jax.vjp(partial(_cap, form), _plus(bias, _product(form, x, kernel, dtype)))
         (loss, *aux), slope = _loss_rows(options, z, y)
         (dz,) = uncap(w[:, None] * slope)
         steps = [_kernel_slope(form, x, dz), jnp.sum(dz, axis=0)]
@@ -728,14 +728,14 @@ def _per_token(rows, form: _Logits, sides, *arrays):
     tokens = hidden.shape[:-1]
     dtype = _dtype(*(x for side in sides for x in side))
     shape = _plan(form, hidden, kernel, dtype, len(sides))
-    # In the dtype computed in, so that the blocks of the kernel's gradient are added up in it.
-    fixed = [(kernel.astype(dtype), None if bias is None else bias.astype(dtype)) for _, kernel, bias in sides]
+    # The biases, and a copy of the kernels, in the dtype computed in, so that gradients of blocks are added up in it.
+    fixed = [(kernel, kernel.astype(dtype), None if bias is None else bias.astype(dtype)) for _, kernel, bias in sides]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(tokens) :]), ([side[0] for side in sides], arrays))
 
     def body(_, block):
         hiddens, arrays = block
         pairs = zip(hiddens, fixed, strict=True)
-        return None, rows([_product(form, x, kernel, bias, dtype) for x, (kernel, bias) in pairs], *arrays)
+        return None, rows([_plus(bias, _wide_product(form, x, *kernels)) for x, (*kernels, bias) in pairs], *arrays)
 
     _, out = _scan(shape, body, None, flat)
     return jax.tree.map(lambda x: x.reshape(tokens), out)
@@ -792,11 +792,27 @@ def _dot(a, b, axes, dtype):
     return jax.lax.dot_general(a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=dtype)
 
 
-def _product(form: _Logits, hidden, kernel, bias, dtype):
-    """hidden @ kernel + bias. Two operands of a smaller dtype are multiplied as they are."""
+def _product(form: _Logits, hidden, kernel, dtype):
+    """hidden @ kernel. Two operands of a smaller dtype are multiplied as they are."""
     common = jnp.promote_types(hidden.dtype, kernel.dtype)
-    z = _dot(hidden.astype(common), kernel.astype(common), (1, int(form.transposed)), dtype)
-    return z if bias is None else z + bias.astype(dtype)
+    return _dot(hidden.astype(common), kernel.astype(common), (1, int(form.transposed)), dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _wide_product(form: _Logits, hidden, kernel, wide):
+    """hidden @ kernel. `wide`, the kernel in the dtype computed in, is there for the derivative alone."""
+    return _product(form, hidden, kernel, wide.dtype)
+
+
+@_wide_product.defjvp
+def _wide_product_jvp(form, primals, tangents):
+    (hidden, kernel, wide), (dhidden, _, dwide) = primals, tangents
+    slope = _product(form, dhidden, wide, wide.dtype) + _product(form, hidden, dwide, wide.dtype)
+    return _wide_product(form, hidden, kernel, wide), slope
+
+
+def _plus(bias, z):
+    return z if bias is None else z + bias.astype(z.dtype)
 
 
 def _hidden_slope(form: _Logits, dz, kernel):
