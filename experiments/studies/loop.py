@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 import optax
+from matplotlib.ticker import LogLocator
 
 from experiments import data, plots, stats, timing
 from experiments.config import distinct
@@ -370,9 +371,9 @@ def ratio_figure(records: Sequence[Record]) -> Plot:
     left.set_yticks(heights, [name_of(record) for record in records])
     right.set(xlabel="time of another / mle.run", xscale="log")
     right.set_yticks(heights, [])
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.xaxis.set_major_formatter("{x:g}")
-    right.xaxis.set_minor_formatter("{x:g}")
-    right.tick_params(axis="x", which="minor", labelsize=7)
+    right.minorticks_off()
     figure.legend(loc="outside lower center", ncols=len(colours))
     return Plot(
         figure,
