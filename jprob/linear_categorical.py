@@ -12,12 +12,16 @@ dtype once, at the end. The errors are those of `categorical`, in units u = 2**-
 between the logits of a token, of the logits as computed: the product itself is rounded as any product of matrices.
 
 `cross_entropy` alone reduces over tokens, since that is what saves a product: its sum is one number, so that the
-gradients of hidden and kernel come out of the same pass that makes the loss, from 3 products instead of 4.
+gradients of hidden and kernel come out of the same pass that makes the loss, from 3 products instead of 4. Give it all
+tokens at once. In a `lax.map` or `scan` that is differentiated as a whole, each turn would keep a kernel's gradient:
+take the gradient inside of it, or wrap the call in `jax.checkpoint`; and do not `vmap` the loss over examples.
 
 Operands that are sharded under the compiler need nothing: a block takes its tokens from all over the batch, so that
 every device has its share of each. Inside `shard_map`, `axis_name` says over which axis of the mesh the vocabulary is
 sharded: each device then makes the logits of its own classes, and what leaves it are a few numbers per token. Classes
-that only fill up the last devices get a bias of -inf, and are as if not there.
+that only fill up the last devices get a bias of -inf, and are as if not there. Gradients are taken outside `shard_map`,
+or inside of one that checks what varies (`check_vma=True`, the default): where it does not, jax transposes a psum to
+another psum, and gradients taken inside are wrong.
 """
 
 import math
@@ -43,9 +47,9 @@ class Aux(NamedTuple):
     """What `cross_entropy` knows beside the loss, per token, for metrics; all but `correct` is differentiable.
 
     Attributes:
-      nll: -log p of the label, without smoothing, z-loss or weight.
-      logsumexp: the logarithm of the normaliser, log sum_j exp(z_j).
-      correct: whether the label is the mode (of classes that tie, the first).
+      nll: -log p of the label, without smoothing, z-loss or weight; 0 for a token of weight 0.
+      logsumexp: the logarithm of the normaliser, log sum_j exp(z_j); 0 for a token of weight 0.
+      correct: whether the label is the mode (of classes that tie, the first); False for a token of weight 0.
       weight: one number, the sum of the weights.
     """
 
@@ -380,8 +384,10 @@ def distillation_loss(
             return _kl_divergence(form, *logits[::-1]) * square
 
         return _placed(partial(_per_token, rows, form), sides)
-    if top_log_probs is None or top_indices is None or teacher_hidden is not None or teacher_kernel is not None:
-        got = _given(locals(), "teacher_hidden", "teacher_kernel", "top_log_probs", "top_indices")
+    by_top = top_log_probs is not None and top_indices is not None
+    if not by_top or teacher_hidden is not None or teacher_kernel is not None or teacher_bias is not None:
+        names = ("teacher_hidden", "teacher_kernel", "teacher_bias", "top_log_probs", "top_indices")
+        got = _given(locals(), *names)
         expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
         raise ValueError(f"{name}: expected {expected}, got {got}")
     _check_operands(name, form, student_hidden, student_kernel, student_bias, "student_")
@@ -445,8 +451,9 @@ def sample(
 
     Args:
       key: a random key. Each token draws with a key of its own, made of this one and the token's number, and every 128
-        classes with one made of that and their number: neither blocks nor a sharded vocabulary change the draw. Where
-        `shard_map` shards the tokens, each device counts its own from 0, and needs a key of its own.
+        classes with one made of that and their number: neither blocks nor a sharded vocabulary change the draw. (With
+        threefry keys, the usual ones; rbg draws otherwise in each block.) Where `shard_map` shards the tokens, each
+        device counts its own from 0, and needs a key of its own.
       hidden: [..., H], one vector a token, in any floating dtype.
       kernel: [H, V], whose columns are the classes.
       bias: [V], added to the logits; -inf marks an impossible class.
@@ -458,7 +465,7 @@ def sample(
 
     Returns:
       Independent draws, of dtype int32. The noise has the full resolution of the dtype computed in, so that classes
-      rarer than u are drawn as often as they should be.
+      rarer than u are drawn as often as they should be. It takes the memory of 8 blocks beside that of the logits.
 
     Raises:
       ValueError: `temperature` is not one number, or a dtype or a shape is not as above.
@@ -595,6 +602,8 @@ def _check_top(form, hidden, kernel, log_probs, indices):
         raise ValueError(f"{name}: top_indices must be integer classes, got {_checks.describe(indices)}")
     _checks.same_shape(name, "top_log_probs", "top_indices", log_probs.shape, indices)
     _checks.labels_in_range(name, indices, _num_classes(form, kernel) * _shards(form.axis))
+    before, after = (part(jnp.sort(indices, axis=-1)) for part in (lambda x: x[..., :-1], lambda x: x[..., 1:]))
+    _checks.expect(before != after, after, f"{name}: top_indices has class {{value}} twice for one token")
     return indices.astype(jnp.int64 if indices.dtype.itemsize == 8 else jnp.int32)
 
 
@@ -611,11 +620,12 @@ def _placed(function, *operands) -> Any:
 
     Where axes of the mesh are explicit, each product, gather and reshape would have to name the sharding of its result.
     """
-    sharding = jax.typeof(jax.tree.leaves(operands)[0]).sharding
-    if not sharding.mesh.explicit_axes:
+    hidden, *others = (jax.typeof(x).sharding for x in jax.tree.leaves(operands))
+    mesh = next((x.mesh for x in (hidden, *others) if x.mesh.explicit_axes), None)
+    if mesh is None:
         return function(*operands)
-    one, tokens = (NamedSharding(sharding.mesh, PartitionSpec(*spec)) for spec in ((), sharding.spec[:-1]))
-    automatic = partial(jax.sharding.auto_axes, function, axes=sharding.mesh.explicit_axes)
+    one, tokens = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), hidden.spec[:-1]))
+    automatic = partial(jax.sharding.auto_axes, function, axes=mesh.explicit_axes)
     shapes = jax.eval_shape(automatic(out_sharding=one), *operands)
     return automatic(out_sharding=jax.tree.map(lambda out: tokens if out.ndim else one, shapes))(*operands)
 
@@ -625,11 +635,12 @@ def _cross_entropy(options: _Loss, reduction, hidden, kernel, bias, labels, weig
     dtype = _dtype(hidden, kernel, bias, *([] if weights is None or not _is_floating(weights) else [weights]))
     w = jnp.ones(tokens, dtype) if weights is None else weights.astype(dtype)
     if weights is not None:
+        w = _counted(w, w)  # of no slope where it is 0
         hidden, labels = jnp.where((w == 0)[..., None], 0, hidden), jnp.where(w == 0, 0, labels)
     total = jnp.sum(w)
     if reduction == "none":
-        loss, *aux = _losses(options, hidden, kernel, bias, labels)
-        loss = _accurate.weigh(w, loss)
+        loss, *aux = _losses(options, hidden, kernel, bias, labels, dtype)
+        loss = _accurate.weigh(w, _counted(w, loss))
     else:
         # Shares of the weight, not a quotient of two sums: so the gradients leave the loop as they are returned.
         share = _sums.ratio(w, total) if reduction == "mean" else w
@@ -638,8 +649,13 @@ def _cross_entropy(options: _Loss, reduction, hidden, kernel, bias, labels, weig
         aux = [x.reshape(tokens) for x in aux]
     if not options.has_aux:
         return loss
-    nll, logsumexp, correct = aux
+    nll, logsumexp, correct = (_counted(w, x) for x in aux)
     return loss, Aux(nll, logsumexp, correct == 1, total)
+
+
+def _counted(weights, x):
+    """0 where the weight is: what stands in for such a token has a loss too, and with it a slope in the weight."""
+    return jnp.where(weights == 0, 0, x)
 
 
 def _is_floating(x):
@@ -649,8 +665,8 @@ def _is_floating(x):
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _weighted_sum(options: _Loss, hidden, kernel, bias, labels, weights):
     """sum_i w_i loss_i, and of each token what `Aux` holds."""
-    loss, *aux = _losses(options, hidden, kernel, bias, labels)
-    return jnp.sum(_accurate.weigh(weights, loss)), aux
+    loss, *aux = _losses(options, hidden, kernel, bias, labels, weights.dtype)
+    return jnp.sum(_accurate.weigh(weights, _counted(weights, loss))), aux
 
 
 @partial(_weighted_sum.defjvp, symbolic_zeros=True)
@@ -662,6 +678,7 @@ def _weighted_sum_jvp(options: _Loss, primals, tangents):
     *operands, labels, weights = primals
     moved = [x is not None and type(dx) is not SymbolicZero for x, dx in zip(operands, tangents[:3], strict=True)]
     loss, aux, slopes = _loss_and_slopes(options, moved, *primals)
+    loss = _counted(weights, loss)
     slope = jnp.zeros_like(out := jnp.sum(_accurate.weigh(weights, loss)))
     for d, dx in zip(slopes, [dx for dx, move in zip(tangents, moved, strict=False) if move], strict=True):
         slope += _psum(jnp.sum(d * dx.astype(d.dtype)), options.logits.axis)
@@ -670,13 +687,13 @@ def _weighted_sum_jvp(options: _Loss, primals, tangents):
     return (out, aux), (slope, _aux_tangents(options, moved, aux, operands, tangents, labels))
 
 
-def _losses(options: _Loss, hidden, kernel, bias, labels):
+def _losses(options: _Loss, hidden, kernel, bias, labels, dtype):
     """Of each token, by `_loss_rows`: differentiable by the way that makes the logits anew."""
 
     def rows(logits, labels):
         return _loss_rows(options, _cap(options.logits, *logits), labels)[0]
 
-    return _per_token(rows, options.logits, [(hidden, kernel, bias)], labels)
+    return _per_token(rows, options.logits, [(hidden, kernel, bias)], labels, dtype=dtype)
 
 
 def _aux_tangents(options, moved, aux, operands, tangents, labels):
@@ -689,7 +706,7 @@ def _aux_tangents(options, moved, aux, operands, tangents, labels):
     def smooth(*values):
         values = iter(values)
         hidden, kernel, bias = (next(values) if move else x for x, move in zip(operands, moved, strict=True))
-        return _losses(options, hidden, kernel, bias, labels)[1:3]
+        return _losses(options, hidden, kernel, bias, labels, aux[0].dtype)[1:3]
 
     pairs = [(x, dx) for x, dx, move in zip(operands, tangents, moved, strict=False) if move]
     _, (nll, logsumexp) = jax.jvp(smooth, [x for x, _ in pairs], [dx for _, dx in pairs])
@@ -722,11 +739,11 @@ def _chosen(flags, values):
     return [value for value, flag in zip(values, flags, strict=True) if flag]
 
 
-def _per_token(rows, form: _Logits, sides, *arrays):
+def _per_token(rows, form: _Logits, sides, *arrays, dtype=None):
     """`rows(logits, *arrays)` of all tokens, where each side (hidden, kernel, bias) gives logits, block by block."""
     hidden, kernel, _ = sides[0]
     tokens = hidden.shape[:-1]
-    dtype = _dtype(*(x for side in sides for x in side))
+    dtype = dtype or _dtype(*(x for side in sides for x in side))
     shape = _plan(form, hidden, kernel, dtype, len(sides))
     # The biases, and a copy of the kernels, in the dtype computed in, so that gradients of blocks are added up in it.
     fixed = [(kernel, kernel.astype(dtype), None if bias is None else bias.astype(dtype)) for _, kernel, bias in sides]
@@ -851,7 +868,6 @@ def _loss_rows(options: _Loss, z, labels):
         top = jax.lax.stop_gradient(_accurate.maximum(z, axis))
         logsumexp = top + log_total
         outputs = (nll, logsumexp, (_mode(z, axis) == labels).astype(z.dtype))
-        target = 0
         if e:
             count, gaps = z.shape[1] * _shards(axis), _accurate.gap_below(top, z)
             target = e / count
@@ -862,10 +878,10 @@ def _loss_rows(options: _Loss, z, labels):
             smooth = log_total - _accurate.total(gaps, axis) / count
             # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
             loss = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll) + e * smooth
-        if e or options.z_loss:
+            slope = (1 - e) * residual + (e * p - target)
+        if options.z_loss:
             loss += options.z_loss * jnp.square(logsumexp)
-            share = e + 2 * options.z_loss * logsumexp
-            slope = (1 - e) * residual + share * p - target
+            slope += 2 * options.z_loss * logsumexp * p
     return [x[:, 0] for x in (loss, *(outputs if options.has_aux else ()))], slope
 
 
@@ -888,7 +904,10 @@ def _mode(z, axis):
     if isinstance(axis, int):
         return place
     local = jax.lax.stop_gradient(jnp.max(z, axis=1, keepdims=True))
-    first = (local == jax.lax.pmax(local, axis.name)) | jnp.isnan(local)
+    # A NaN is above +inf; the maximum of several devices may drop it.
+    is_nan = jnp.isnan(local)
+    nowhere = jax.lax.pmax(is_nan.astype(jnp.int32), axis.name) == 0
+    first = is_nan | (nowhere & (local == jax.lax.pmax(local, axis.name)))
     return jax.lax.pmin(jnp.where(first, place, 2**31 - 1), axis.name)
 
 
@@ -983,11 +1002,17 @@ def _top_divergence(form: _Logits, z, log_probs, indices):
     place, here, logits = _logits_at(z, indices, form.axis)
     valid = _valid(z, indices, form.axis)
     within = _accurate.nan_unless(valid, _psum(jnp.where(here, logits, 0), form.axis))
-    loss = categorical.kl_divergence(log_probs.astype(z.dtype) / form.temperature, within)
+    log_probs = log_probs.astype(z.dtype) / form.temperature
     if indices.shape[1] == z.shape[1] * _shards(form.axis):
-        return loss
+        return categorical.kl_divergence(log_probs, within)
+    # Where the student excludes all of them, they are no distribution that a divergence could be taken from.
+    excluded = jnp.all(within == -jnp.inf, axis=1, keepdims=True)
+    within = jnp.where(excluded, 0, within)
     # A finite logit beyond all use, since a row without any class is no distribution.
     place = jnp.where(here, place, z.shape[1])
     outside = z.at[jnp.arange(z.shape[0])[:, None], place].set(jnp.finfo(z.dtype).min / 8, mode="drop")
     (top_in, log_in), (top_out, log_out) = _normaliser(within, 1), _normaliser(outside, form.axis)
-    return loss + jax.nn.softplus(((top_out - top_in) + (log_out - log_in))[:, 0])
+    odds = (top_out - top_in) + (log_out - log_in)
+    loss = categorical.kl_divergence(log_probs, within)[:, None] + jax.nn.softplus(odds)
+    possible = jax.lax.stop_gradient(_accurate.maximum(z, form.axis)) > -jnp.inf
+    return jnp.where(excluded, _accurate.nan_unless(possible, jnp.inf * jnp.ones_like(odds)), loss)[:, 0]

@@ -1,5 +1,6 @@
 """Eight CPU devices for every test; set before jax starts."""
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -7,6 +8,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 import submitit  # noqa: F401
+
+# Tracing makes objects by the million, and to look through them as often as usual takes a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 # As it is imported, submitit has logging close its handlers, and absl's closes what it takes for a file of its own:
 # pytest's stderr, where that is replaced at the time. Here nothing is.

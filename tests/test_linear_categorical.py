@@ -326,6 +326,89 @@ def test_a_token_without_weight_is_as_if_not_there():
     assert loss == 0 and not slopes[1].any()  # noqa: PT018
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_token_without_weight_has_no_slope_in_it_and_no_aux(reduction):
+    """Nor has what stands in for it, a token of class 0, where that class is impossible."""
+    weights, bias = jnp.array([1.0, 0.0, 2.0]), jnp.zeros(V).at[0].set(-jnp.inf)
+
+    def loss(weights, x):
+        how = {"weights": weights, "bias": bias, "reduction": reduction, "has_aux": True}
+        loss, aux = linear.cross_entropy(x, W, jnp.array([1, -1, 2]), **how)
+        return jnp.sum(loss) + jnp.sum(aux.nll) + jnp.sum(aux.logsumexp), aux
+
+    (value, aux), slopes = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(weights, X[:3])
+    kept = jnp.array([0, 2])
+    (want, _), _ = jax.value_and_grad(lambda w, x: (sum_of_kept(w, x, bias, reduction), 0), (0, 1), has_aux=True)(
+        weights[kept], X[kept]
+    )
+    close(value, want)
+    assert slopes[0][1] == 0
+    assert not slopes[1][1].any()
+    assert all(jnp.all(jnp.isfinite(slope)) for slope in slopes)
+    assert aux.nll[1] == aux.logsumexp[1] == 0
+    assert not aux.correct[1]
+
+
+def sum_of_kept(weights, x, bias, reduction):
+    how = {"weights": weights, "bias": bias, "reduction": reduction, "has_aux": True}
+    loss, aux = linear.cross_entropy(x, W, jnp.array([1, 2]), **how)
+    return jnp.sum(loss) + jnp.sum(aux.nll) + jnp.sum(aux.logsumexp)
+
+
+def test_smoothing_alone_squares_no_logsumexp():
+    got = linear.cross_entropy(1e20 * X, W, Y, label_smoothing=0.1, reduction="none")
+    np.testing.assert_allclose(got, categorical.cross_entropy((1e20 * X) @ W, Y, label_smoothing=0.1), rtol=64 * U)
+
+
+def test_weights_of_float64_widen_all_that_they_meet():
+    with jax.enable_x64(True):
+        weights = jnp.asarray(WEIGHTS, jnp.float64)
+
+        def loss(x):
+            return linear.cross_entropy(x, W, Y, weights=weights, has_aux=True, block_bytes=FOUR)
+
+        (value, aux), slope = jax.value_and_grad(loss, has_aux=True)(X)
+        assert value == loss(X)[0]
+        assert {value.dtype, aux.nll.dtype} == {jnp.dtype(jnp.float64)}
+        assert slope.dtype == jnp.float32
+
+
+def test_a_student_that_excludes_all_top_classes_is_infinitely_far():
+    bias = jnp.zeros(V).at[:2].set(-jnp.inf)
+    top = {"top_log_probs": jnp.zeros((N, 2)), "top_indices": jnp.tile(jnp.arange(2), (N, 1))}
+
+    def loss(x, bias):
+        return linear.distillation_loss(x, W, temperature=2.0, student_bias=bias, **top)
+
+    np.testing.assert_array_equal(loss(X, bias), np.full(N, np.inf))
+    np.testing.assert_array_equal(loss(X, jnp.full(V, -jnp.inf)), np.full(N, np.nan))
+    assert jnp.all(jnp.isfinite(jax.grad(lambda x: jnp.sum(jnp.minimum(loss(x, bias), 9.0)))(X)))
+
+
+def test_a_class_that_is_among_the_top_twice_is_named_under_checkify():
+    indices = jnp.array([[0, 1], [2, 2]])
+    call = checkify.checkify(lambda: linear.distillation_loss(
+        X[:2], W, temperature=2.0, top_log_probs=jnp.zeros((2, 2)), top_indices=indices))  # fmt: skip
+    message = "distillation_loss: top_indices has class 2 twice for one token"
+    assert call()[0].get().startswith(message)
+
+
+def test_a_kernel_on_explicit_axes_beside_hidden_on_none():
+    mesh = jax.make_mesh((7,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:7])
+    kernel = jax.device_put(W, NamedSharding(mesh, P(None, "model")))
+    close(linear.cross_entropy(X, kernel, Y), linear.cross_entropy(X, W, Y))
+    assert linear.log_prob(Y, X, kernel).shape == (N,)
+
+
+def test_the_mode_of_a_sharded_vocabulary_is_the_first_nan():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    kernel, hidden = jnp.zeros((1, 12)).at[0, jnp.array([3, 7])].set(jnp.array([jnp.inf, jnp.nan])), jnp.ones((2, 1))
+    mode = jax.shard_map(lambda x, w: linear.mode(x, w, axis_name="model"), mesh=mesh,
+                         in_specs=(P(), P(None, "model")), out_specs=P())  # fmt: skip
+    np.testing.assert_array_equal(mode(hidden, kernel), linear.mode(hidden, kernel))
+    np.testing.assert_array_equal(mode(hidden, kernel), [7, 7])
+
+
 @pytest.mark.parametrize("label", [-1, V, 2**31 - 1])
 def test_a_label_out_of_range_is_nan_there_and_nowhere_else(label):
     labels = Y.at[3].set(label)
