@@ -58,6 +58,10 @@ def assert_same_bits(got, want):
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
 
 
+def names(folder):
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
 def tree(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -97,18 +101,18 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     with opened(tmp_path, RUN, 2) as store:
         for step in range(4):
             save(store, saved(step, scores[: step + 1]))
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}
+    assert names(tmp_path) == {"1", "2", "3"}
     with opened(tmp_path, RUN, 2) as store:  # it knows of the best also when it did not save it itself
         for step in (4, 5):
             save(store, saved(step, scores[: step + 1]))
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "4", "5"}
+    assert names(tmp_path) == {"1", "4", "5"}
 
 
 def test_without_validation_only_the_last_are_kept(tmp_path):
     with opened(tmp_path, RUN, 2) as store:
         for step in range(4):
             save(store, saved(step))
-    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+    assert names(tmp_path) == {"2", "3"}
 
 
 def damaged(path, how):
@@ -127,9 +131,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, tmp_path,
     with opened(tmp_path / "run", RUN, 3) as store:
         for step in (10, 20):
             save(store, saved(step))
-    names = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run/20").rglob("*") if path.is_file()]
-    assert len(names) > 10
-    for name in names:
+    files = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run/20").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for name in files:
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
         damaged(tmp_path / "copy" / name, how)
         with opened(tmp_path / "copy", RUN, 3) as store:
@@ -138,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, tmp_path,
             assert_same_bits(got.state, saved(10).state)
             assert re.fullmatch(rf"fit: checkpoint {tmp_path}/copy/20 cannot be read: .+\n", capfd.readouterr().err)
             save(store, saved(15))  # and it no longer counts among those to keep
-            assert {path.name for path in (tmp_path / "copy").iterdir()} == {"10", "15"}
+            assert names(tmp_path / "copy") == {"10", "15"}
         shutil.rmtree(tmp_path / "copy")
 
 
@@ -175,7 +179,7 @@ def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
     with opened(tmp_path, RUN, 3) as store:
         assert latest(store, saved().state).step == 10
         save(store, saved(20))
-    assert {path.name for path in tmp_path.iterdir()} == {"10", "20"}
+    assert names(tmp_path) == {"10", "20"}
 
 
 def nll(params, x, key):
@@ -248,6 +252,75 @@ def test_a_folder_where_another_process_trains_is_refused(tmp_path):
         pass
 
 
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    """Neither read nor counted nor deleted, whatever its name."""
+    for name in ("2026", "007", "²"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "2026" / "notes.txt").write_text("mine")
+    (tmp_path / "5").write_text("a file")
+    with opened(tmp_path, RUN, 1) as store:
+        assert latest(store, saved().state) is None
+        for step in (1, 2):
+            save(store, saved(step))
+        with pytest.raises(OSError, match=r"checkpoint .*/2026 cannot be written: Directory not empty; the last good"):
+            save(store, saved(2026))
+    assert names(tmp_path) == {"2", "2026", "007", "²", "5"}
+    assert (tmp_path / "2026" / "notes.txt").read_text() == "mine"
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch):
+    def rename(path, to, rename=Path.rename):
+        if "removed" in to.name and path.name == "1":
+            raise OSError(16, os.strerror(16))
+        rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with opened(tmp_path, RUN, 1) as store:
+        for step in (1, 2, 3):
+            save(store, saved(step))
+    assert {path.name for path in tmp_path.glob("[0-9]*")} == {"1", "3"}
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(tmp_path, monkeypatch):
+    log = []
+    sync, remove = checkpoint.os.fsync, checkpoint._remove
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (log.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
+    monkeypatch.setattr(checkpoint, "_remove", lambda folder: (log.append("removed"), remove(folder)))
+    with opened(tmp_path, RUN, 1) as store:
+        for step in (1, 2):
+            save(store, saved(step))
+    unfinished = f"{tmp_path}/2.unfinished"
+    parts = [f"{unfinished}/description.json", f"{unfinished}/seal.json", unfinished, str(tmp_path), "removed"]
+    assert log[-5:] == parts
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/run", "~/run"])
+def test_a_place_elsewhere_is_refused_and_home_is_home(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if "://" in place:
+        message = "fit: checkpoint_dir must be a folder that this machine has mounted, got gs://bucket/run"
+        with pytest.raises(ValueError, match=message), opened(place, RUN, 1):
+            pass
+        assert not list(tmp_path.iterdir())
+    else:
+        with opened(place, RUN, 1) as store:
+            assert store.directory == tmp_path / "home" / "run"
+
+
+def test_where_nothing_can_be_locked_that_is_told(tmp_path, monkeypatch, capfd):
+    import fcntl
+
+    def flock(handle, how):
+        raise OSError(37, os.strerror(37))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with opened(tmp_path, RUN, 1):
+        pass
+    reason = f"cannot be locked, {os.strerror(37)}: see to it that no other process trains there"
+    assert capfd.readouterr().err == f"fit: {tmp_path} {reason}\n"
+
+
 @pytest.mark.parametrize("limit", [0, 200, 20_000])
 def test_a_disk_that_takes_no_more_is_one_line_and_the_last_good_checkpoint_stays(limit, tmp_path, capfd, caplog):
     """A limit on the size of a file fails every writer as a full disk does, wherever in the checkpoint that is."""
@@ -266,7 +339,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_last_good_checkpoint_stay
     assert re.fullmatch(f"fit: checkpoint {tmp_path}/20 cannot be written: .*{reason}.*; {good}", str(caught.value))
     assert capfd.readouterr().err == ""
     assert not caplog.records
-    assert [path.name for path in tmp_path.iterdir()] == ["10"]
+    assert names(tmp_path) == {"10"}
     with opened(tmp_path, RUN, 3) as store:
         assert_same_bits(latest(store, saved(10, params=params).state).state, saved(10, params=params).state)
 

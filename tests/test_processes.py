@@ -207,7 +207,7 @@ def test_a_disk_that_is_full_for_one_ends_both_in_one_line_and_any_number_go_on(
         message = f"fit: checkpoint {folder}/4 cannot be written: {reason}; the last good one is {folder}/3"
         assert lines(errors) == [message]
         assert "Traceback" not in errors
-    assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "3", ".lock"}
     trained_on_shares(0, "function", num_steps=4, checkpoint_dir=folder)
     assert capfd.readouterr().err == f"fit: going on from step 3 of 4, saved in {folder}\n"
 

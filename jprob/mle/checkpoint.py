@@ -32,7 +32,8 @@ from jax.experimental import multihost_utils
 from .. import _checks
 from .loop import History, State
 
-_ARRAYS, _DESCRIPTION, _SEAL, _UNFINISHED = "arrays", "description.json", "seal.json", ".unfinished"
+_ARRAYS, _DESCRIPTION, _SEAL = _PARTS = "arrays", "description.json", "seal.json"
+_UNFINISHED, _LOCK = ".unfinished", ".lock"
 
 
 class Saved(NamedTuple):
@@ -88,11 +89,14 @@ def opened(directory: str | os.PathLike[str], run: Mapping[str, Any], keep: int)
     Checkpoints that cannot be read are named on stderr.
 
     Raises:
+      ValueError: it is no local folder.
       ImportError: orbax is not installed.
       OSError: the folder cannot be written, or another process trains there.
     """
+    if "://" in os.fspath(directory):
+        raise ValueError(f"fit: checkpoint_dir must be a folder that this machine has mounted, got {directory}")
     ocp = _orbax()
-    directory = Path(directory).absolute()
+    directory = Path(directory).expanduser().absolute()
     with contextlib.ExitStack() as stack:
         with _together():
             _check_writable(directory)
@@ -127,7 +131,8 @@ def latest(store: Store, template: State) -> Saved | None:
         description = _attempt(store, step, _check_seal) and _attempt(store, step, _description)
         if description is None:
             continue
-        _refuse_another_run(store, step, description["run"])
+        with _together():
+            _refuse_another_run(store, step, description["run"])
         arrays = _attempt(store, step, _arrays, template, description["history"])
         if arrays is not None:
             state, history = arrays
@@ -221,17 +226,21 @@ def _locked(directory):
     """Keeps a second process with the same call out. The system drops the lock however this process ends."""
     import fcntl  # no part of Python on Windows
 
-    handle = os.open(directory, os.O_RDONLY)
+    # A file, opened to be written: on NFS the lock of a folder would be known to this machine alone.
+    handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise OSError(f"fit: another process is training in {directory}") from None
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        reason = f"cannot be locked, {error.strerror}"
+        print(f"fit: {directory} {reason}: see to it that no other process trains there", file=sys.stderr)
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile may have the file open still
         os.close(handle)
 
 
@@ -348,20 +357,34 @@ def _write(store, saved, score):
             store.handler.finalize(_arrays_of(unfinished))
             (unfinished / _DESCRIPTION).write_text(json.dumps(description))
             (unfinished / _SEAL).write_text(json.dumps(_sums(unfinished)))
-            if folder.exists():
+            _sync(unfinished / _DESCRIPTION, unfinished / _SEAL, unfinished)  # orbax does so with the arrays
+            if saved.step in _steps(store.directory):
                 _remove(folder)  # it could not be read
             unfinished.rename(folder)
+            _sync(store.directory)
+
+
+def _sync(*paths):
+    """Onto the disk, so that it is there after the machine went down, and before an older checkpoint is deleted."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _steps(directory):
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    """Those of folders that are named like a checkpoint and hold some of one. All else is somebody else's."""
+    named = (path for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name))
+    return sorted(int(path.name) for path in named if any((path / part).exists() for part in _PARTS))
 
 
 def _remove(folder):
-    """What is left of it when the process is killed meanwhile is no checkpoint."""
+    """What is left of it, when the process is killed meanwhile or the system keeps it, goes at the next start."""
     leaving = folder.with_name(f"{folder.name}-removed{_UNFINISHED}")
     folder.rename(leaving)
-    shutil.rmtree(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def _remove_unfinished(directory):
@@ -391,7 +414,8 @@ def _drop_old(store):
     if jax.process_index() == 0:
         for step in _steps(store.directory):
             if step not in kept:
-                _remove(_folder(store, step))
+                with contextlib.suppress(OSError):  # one more than need be is no reason to end the training
+                    _remove(_folder(store, step))
 
 
 def _reason(error):

@@ -114,7 +114,8 @@ def fit(
       micro_batches: parts to cut each batch into, as for `run`.
       average_decay: decay of the average of the params, as for `run`.
       max_skipped: steps in a row, counted in whole rows, whose loss or gradient may not be finite.
-      checkpoint_dir: folder for checkpoints of this run alone; needs the extra `checkpoint`.
+      checkpoint_dir: folder for checkpoints of this run alone, on a disk that is mounted here; needs the extra
+        `checkpoint`.
       save_every_seconds: time between checkpoints. There is one more at the end.
       keep: how many checkpoints stay: the last ones, and beside them the one with the lowest validation score.
       config: what else tells this run from others, in values of JSON. A checkpoint with other ones is refused.
