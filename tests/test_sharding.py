@@ -3,6 +3,7 @@
 The mesh is that of `jax.make_mesh`, with explicit axes, or one with automatic axes: no law knows of the difference.
 """
 
+import re
 from functools import cache
 
 import jax
@@ -120,6 +121,17 @@ def test_spread_over_a_mesh_it_is_the_same_and_all_stays_where_it_was(axes, trai
     # No device takes more than its share of a batch, be it to train or to validate.
     assert len(seen) == 2
     assert {sharding.shard_shape((16, FEATURES)) for sharding in seen} == {(2, FEATURES)}
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_each_part_of_a_batch_is_spread_as_the_batch_is(micro_batches):
+    """No device takes more than its share of the examples of a part through the hidden layer."""
+    batch = spread((X[:32], Y[:32]), "d", axis_types=AUTOMATIC)
+    state = mle.init(placed({}, AUTOMATIC), ADAM, jax.random.key(7))
+    stepped = jax.jit(lambda state, batch: mle.step(nll, ADAM, state, batch, micro_batches=micro_batches))
+    program = stepped.lower(state, batch).compile().as_text()
+    hidden = re.findall(rf" f32\[(\d+),{HIDDEN}\]\S* dot\(", program)
+    assert max(map(int, hidden)) == 32 // micro_batches // jax.device_count()
 
 
 def test_a_batch_that_the_devices_cannot_share_is_trained_on_all_the_same():

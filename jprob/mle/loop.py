@@ -374,8 +374,8 @@ def _count(state, measured):
 def _loss_and_gradient(nll, params, batch, key, weights, micro_batches):
     if micro_batches == 1:
         return jax.value_and_grad(lambda params: _weighted_mean(nll(params, batch, key), weights))(params)
-    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), (batch, weights))
-
+    # Examples far apart make a part: where devices share the batch, they share each part alike.
+    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), (batch, weights))
     size = micro_batches * _num_examples("step", "batch", jax.tree.map(lambda x: x[0], parts))
 
     def add(gradient, part):
