@@ -167,6 +167,33 @@ def test_batches_made_in_place_are_trained_on_in_place():
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(fitted(PARAMS, batch_at).state)} == {mesh()}
 
 
+class Computing:
+    """Batches made by arithmetic on a mesh with explicit axes, as is all that its position goes through."""
+
+    def __init__(self):
+        self.step = spread(np.int32(0))
+
+    def __iter__(self):
+        while True:
+            self.step = self.step + 1
+            rows = (np.arange(16) + 16 * int(self.step)) % SIZE
+            yield jax.tree.map(lambda x: 1 * x, spread((X[rows], Y[rows]), "d"))
+
+    def state_dict(self):
+        return {"step": int(1 * self.step)}
+
+    def load_state_dict(self, position):
+        self.step = position["step"] * spread(np.int32(1))
+
+
+def test_batches_may_be_computed_on_a_mesh_with_explicit_axes(tmp_path):
+    want = fitted(placed(COLUMNS), Computing())
+    fitted(placed(COLUMNS), Computing(), num_steps=6, checkpoint_dir=tmp_path)
+    assert_same_bits(fitted(placed(COLUMNS), Computing(), checkpoint_dir=tmp_path)[:2], want[:2])
+    batches = iter(Computing())
+    assert_same_bits(fitted(placed(COLUMNS), lambda step: next(batches))[:2], want[:2])
+
+
 def test_chunks_of_one_length_are_one_program_though_they_begin_elsewhere(caplog):
     """After the first, all of the state lies on the mesh; before, only what was placed."""
     with jax.log_compiles():
