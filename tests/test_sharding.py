@@ -263,3 +263,22 @@ def test_full_batches_spread_over_a_mesh_are_fitted_as_they_are_on_one_device(sp
     np.testing.assert_allclose(got.params, want.params, rtol=0, atol=2 * tolerance / least)
     covariances = [mle.covariance(linear, want.params, d, kind="sandwich") for d in (data, (X, Y))]
     assert_close(*covariances)
+
+
+@pytest.mark.parametrize("spread_data", [False, True])
+def test_a_key_on_the_mesh_draws_the_same_numbers(spread_data):
+    """The noise does not reach the Hessian, so that the covariance errs as it does without."""
+
+    def noisy(params, batch, key):
+        return jnp.square(batch[0] @ params - batch[1] + jax.random.normal(key, batch[1].shape)) / 2
+
+    start, key, data = np.zeros(FEATURES, np.float32), jax.random.key(3), spread((X, Y), "d") if spread_data else (X, Y)
+    assert mle.fit_full_batch(noisy, start, data, key=spread(key)).converged
+    got = mle.covariance(noisy, start, data, kind="sandwich", key=spread(key))
+    assert_close(got, mle.covariance(noisy, start, (X, Y), kind="sandwich", key=key))
+
+
+def test_weights_may_lie_on_the_mesh_alone():
+    weights, state = np.arange(SIZE) % 2, mle.init(PARAMS, ADAM, jax.random.key(7))
+    got, want = (mle.step(nll, ADAM, state, (X, Y), weights=w) for w in (spread(weights, "d"), weights))
+    assert_close(got, want)

@@ -175,7 +175,7 @@ def step(
     state = _begin(state, average_decay, validates=False)
     if weights is not None:
         weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
-    losses, mesh = Losses("step", nll), sharding.explicit_mesh((state, batch))
+    losses, mesh = Losses("step", nll), sharding.explicit_mesh((state, batch, weights))
     with sharding.automatic_axes(mesh):
         began, batch, weights = sharding.automatic((state, batch, weights), mesh)
         if weights is not None:
