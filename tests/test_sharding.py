@@ -282,3 +282,8 @@ def test_weights_may_lie_on_the_mesh_alone():
     weights, state = np.arange(SIZE) % 2, mle.init(PARAMS, ADAM, jax.random.key(7))
     got, want = (mle.step(nll, ADAM, state, (X, Y), weights=w) for w in (spread(weights, "d"), weights))
     assert_close(got, want)
+
+
+def test_a_number_on_the_mesh_among_the_data_is_told_from_examples():
+    with pytest.raises(ValueError, match="run: expected data with one leading axis of examples"):
+        ran(PARAMS, (spread(X, "d"), spread(np.float32(1))))

@@ -44,7 +44,7 @@ def places(data: PyTree) -> tuple[tuple[NamedSharding | None, int], ...]:
 
     def place(x):
         sharding = _on_mesh(x)
-        if sharding is None or not x.size:
+        if sharding is None or not x.ndim or not x.size:
             return None, 1
         sharding = NamedSharding(_automatic(sharding.mesh), sharding.spec)
         return sharding, x.shape[0] // sharding.shard_shape(x.shape)[0]
