@@ -194,10 +194,16 @@ def test_batches_may_be_computed_on_a_mesh_with_explicit_axes(tmp_path):
     assert_same_bits(fitted(placed(COLUMNS), lambda step: next(batches))[:2], want[:2])
 
 
-def test_chunks_of_one_length_are_one_program_though_they_begin_elsewhere(caplog):
-    """After the first, all of the state lies on the mesh; before, only what was placed."""
+@pytest.mark.parametrize("where", ["a mesh", "data on a device", "params on a device"])
+def test_chunks_of_one_length_are_one_program_though_they_begin_elsewhere(where, caplog):
+    """After the first, all of the state was placed; before, only what the caller had."""
+    params, data = {
+        "a mesh": lambda: (placed(COLUMNS), spread((X, Y), "d")),
+        "data on a device": lambda: (PARAMS, jax.device_put((X, Y), jax.devices()[0])),
+        "params on a device": lambda: (jax.device_put(PARAMS, jax.devices()[3]), (X, Y)),
+    }[where]()
     with jax.log_compiles():
-        fitted(placed(COLUMNS), spread((X, Y), "d"), lambda params, batch, key: nll(params, batch, key))
+        fitted(params, data, lambda params, batch, key: nll(params, batch, key))
     assert sum(record.getMessage().startswith("Compiling jit(_run)") for record in caplog.records) == 1
 
 

@@ -150,7 +150,7 @@ def fit(
     with sharding.automatic_axes(mesh), contextlib.ExitStack() as stack:
         plan = plan._replace(validation=sharding.automatic(_on_device(validation), mesh))
         feed = _feed(plan, data, mesh, outer)
-        state = sharding.on_one_mesh(*sharding.automatic((given, arrays), mesh))
+        state = sharding.in_one_place(*sharding.automatic((given, arrays), mesh))
         caught = stack.enter_context(signals.caught())
         store, saved = None, None
         if checkpoint_dir is not None:
