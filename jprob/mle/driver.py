@@ -91,10 +91,10 @@ def fit(
     to the bits of a run that was never stopped; `num_steps` and `patience` may have changed. SIGTERM and Ctrl-C end
     the process after the current chunk of training, with all that it reached saved; a second Ctrl-C ends it at once.
 
-    What was placed on devices stays there, spread as it was, on axes of either kind as for `run`. Where
-    `jax.distributed` joins several processes, all of them make the same call, with params or data on a mesh over all
-    devices and one `checkpoint_dir` that all see: the first prints, and a signal to any one ends all. A checkpoint goes
-    on in any placement, and any number of processes.
+    What was placed on devices stays there, spread as it was, on axes of either kind as for `run`; an array that `nll`
+    closes over must not lie on explicit ones. Where `jax.distributed` joins several processes, all of them make the
+    same call, with params or data on a mesh over all devices and one `checkpoint_dir` that all see: the first prints,
+    and a signal to any one ends all. A checkpoint goes on in any placement, and any number of processes.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats.

@@ -210,7 +210,9 @@ def run(
     It is one program, which runs where its arguments lie. Data spread over a mesh by their leading axis give batches
     spread alike, if `batch_size` is a multiple of the devices there; params may be spread, too, and keys under `vmap`.
     Nothing else changes but roundings. Where the axes of the mesh are explicit, `nll` sees them as automatic, as it
-    does in `step`: `jax.sharding.explicit_axes` lets it see them as they are. What comes out has them explicit.
+    does in `step`: `jax.sharding.explicit_axes` lets it see them as they are. What comes out has them explicit. An
+    array that `nll` closes over must not lie on explicit axes: leave it unplaced, place it on automatic ones, or make
+    it a part of the params or the data.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats. It is static
