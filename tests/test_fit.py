@@ -249,6 +249,33 @@ def test_a_second_ctrl_c_ends_it_at_once():
     assert done.stderr.endswith("fit: ended at once by a second Ctrl-C; what was saved before stays\n")
 
 
+def test_a_forked_worker_has_its_own_signals_and_holds_nothing_up():
+    """In a process of its own: to fork where jax has threads is to be warned."""
+    code = """if True:
+        import multiprocessing, time, jax, numpy as np, optax
+        from jprob.mle import fit
+        context, workers = multiprocessing.get_context("fork"), []
+        def work(ready):
+            ready.set()
+            time.sleep(40)
+        def batch_at(step):
+            if step == 3:
+                for ready in (context.Event(), context.Event()):
+                    workers.append(context.Process(target=work, args=(ready,), daemon=True))
+                    workers[-1].start()
+                    ready.wait()
+                workers[0].terminate()
+                workers[0].join(10)
+            return np.ones(2, np.float32)
+        nll = lambda p, x, key: p * x
+        options = {"num_steps": 6, "batch_size": 2, "progress": "none"}
+        result = fit(nll, optax.sgd(0.1), 0.0, batch_at, jax.random.key(0), **options)
+        print(result.state.step, workers[0].exitcode, workers[1].is_alive())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, f"6 {-signal.SIGTERM} True\n")
+
+
 def test_in_another_thread_it_leaves_the_signals_alone():
     results, before = [], signal.getsignal(signal.SIGINT)
 

@@ -3,6 +3,7 @@
 The mesh is that of `jax.make_mesh`, with explicit axes, or one with automatic axes: no law knows of the difference.
 """
 
+import re
 from functools import cache
 
 import jax
@@ -122,6 +123,17 @@ def test_spread_over_a_mesh_it_is_the_same_and_all_stays_where_it_was(axes, trai
     assert {sharding.shard_shape((16, FEATURES)) for sharding in seen} == {(2, FEATURES)}
 
 
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_each_part_of_a_batch_is_spread_as_the_batch_is(micro_batches):
+    """No device takes more than its share of the examples of a part through the hidden layer."""
+    batch = spread((X[:32], Y[:32]), "d", axis_types=AUTOMATIC)
+    state = mle.init(placed({}, AUTOMATIC), ADAM, jax.random.key(7))
+    stepped = jax.jit(lambda state, batch: mle.step(nll, ADAM, state, batch, micro_batches=micro_batches))
+    program = stepped.lower(state, batch).compile().as_text()
+    hidden = re.findall(rf" f32\[(\d+),{HIDDEN}\]\S* dot\(", program)
+    assert max(map(int, hidden)) == 32 // micro_batches // jax.device_count()
+
+
 def test_a_batch_that_the_devices_cannot_share_is_trained_on_all_the_same():
     """Batches of 10, the last of 48 examples short, in two parts."""
     options = {"batch_size": 10, "micro_batches": 2}
@@ -155,10 +167,43 @@ def test_batches_made_in_place_are_trained_on_in_place():
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(fitted(PARAMS, batch_at).state)} == {mesh()}
 
 
-def test_chunks_of_one_length_are_one_program_though_they_begin_elsewhere(caplog):
-    """After the first, all of the state lies on the mesh; before, only what was placed."""
+class Computing:
+    """Batches made by arithmetic on a mesh with explicit axes, as is all that its position goes through."""
+
+    def __init__(self):
+        self.step = spread(np.int32(0))
+
+    def __iter__(self):
+        while True:
+            self.step = self.step + 1
+            rows = (np.arange(16) + 16 * int(self.step)) % SIZE
+            yield jax.tree.map(lambda x: 1 * x, spread((X[rows], Y[rows]), "d"))
+
+    def state_dict(self):
+        return {"step": int(1 * self.step)}
+
+    def load_state_dict(self, position):
+        self.step = position["step"] * spread(np.int32(1))
+
+
+def test_batches_may_be_computed_on_a_mesh_with_explicit_axes(tmp_path):
+    want = fitted(placed(COLUMNS), Computing())
+    fitted(placed(COLUMNS), Computing(), num_steps=6, checkpoint_dir=tmp_path)
+    assert_same_bits(fitted(placed(COLUMNS), Computing(), checkpoint_dir=tmp_path)[:2], want[:2])
+    batches = iter(Computing())
+    assert_same_bits(fitted(placed(COLUMNS), lambda step: next(batches))[:2], want[:2])
+
+
+@pytest.mark.parametrize("where", ["a mesh", "data on a device", "params on a device"])
+def test_chunks_of_one_length_are_one_program_though_they_begin_elsewhere(where, caplog):
+    """After the first, all of the state was placed; before, only what the caller had."""
+    params, data = {
+        "a mesh": lambda: (placed(COLUMNS), spread((X, Y), "d")),
+        "data on a device": lambda: (PARAMS, jax.device_put((X, Y), jax.devices()[0])),
+        "params on a device": lambda: (jax.device_put(PARAMS, jax.devices()[3]), (X, Y)),
+    }[where]()
     with jax.log_compiles():
-        fitted(placed(COLUMNS), spread((X, Y), "d"), lambda params, batch, key: nll(params, batch, key))
+        fitted(params, data, lambda params, batch, key: nll(params, batch, key))
     assert sum(record.getMessage().startswith("Compiling jit(_run)") for record in caplog.records) == 1
 
 
@@ -224,3 +269,27 @@ def test_full_batches_spread_over_a_mesh_are_fitted_as_they_are_on_one_device(sp
     np.testing.assert_allclose(got.params, want.params, rtol=0, atol=2 * tolerance / least)
     covariances = [mle.covariance(linear, want.params, d, kind="sandwich") for d in (data, (X, Y))]
     assert_close(*covariances)
+
+
+@pytest.mark.parametrize("spread_data", [False, True])
+def test_a_key_on_the_mesh_draws_the_same_numbers(spread_data):
+    """The noise does not reach the Hessian, so that the covariance errs as it does without."""
+
+    def noisy(params, batch, key):
+        return jnp.square(batch[0] @ params - batch[1] + jax.random.normal(key, batch[1].shape)) / 2
+
+    start, key, data = np.zeros(FEATURES, np.float32), jax.random.key(3), spread((X, Y), "d") if spread_data else (X, Y)
+    assert mle.fit_full_batch(noisy, start, data, key=spread(key)).converged
+    got = mle.covariance(noisy, start, data, kind="sandwich", key=spread(key))
+    assert_close(got, mle.covariance(noisy, start, (X, Y), kind="sandwich", key=key))
+
+
+def test_weights_may_lie_on_the_mesh_alone():
+    weights, state = np.arange(SIZE) % 2, mle.init(PARAMS, ADAM, jax.random.key(7))
+    got, want = (mle.step(nll, ADAM, state, (X, Y), weights=w) for w in (spread(weights, "d"), weights))
+    assert_close(got, want)
+
+
+def test_a_number_on_the_mesh_among_the_data_is_told_from_examples():
+    with pytest.raises(ValueError, match="run: expected data with one leading axis of examples"):
+        ran(PARAMS, (spread(X, "d"), spread(np.float32(1))))

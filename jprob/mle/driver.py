@@ -91,10 +91,10 @@ def fit(
     to the bits of a run that was never stopped; `num_steps` and `patience` may have changed. SIGTERM and Ctrl-C end
     the process after the current chunk of training, with all that it reached saved; a second Ctrl-C ends it at once.
 
-    What was placed on devices stays there, spread as it was, on axes of either kind as for `run`. Where
-    `jax.distributed` joins several processes, all of them make the same call, with params or data on a mesh over all
-    devices and one `checkpoint_dir` that all see: the first prints, and a signal to any one ends all. A checkpoint goes
-    on in any placement, and any number of processes.
+    What was placed on devices stays there, spread as it was, on axes of either kind as for `run`; an array that `nll`
+    closes over must not lie on explicit ones. Where `jax.distributed` joins several processes, all of them make the
+    same call, with params or data on a mesh over all devices and one `checkpoint_dir` that all see: the first prints,
+    and a signal to any one ends all. A checkpoint goes on in any placement, and any number of processes.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats.
@@ -146,11 +146,12 @@ def fit(
     given = _begin(init(params, optimizer, key), average_decay, validates=validation is not None)
     given = jax.tree.map(_strong, given)
     arrays = None if _is_source(data) else data
+    outer = jax.sharding.get_abstract_mesh()
     mesh = sharding.explicit_mesh((given, arrays, validation))
     with sharding.automatic_axes(mesh), contextlib.ExitStack() as stack:
         plan = plan._replace(validation=sharding.automatic(_on_device(validation), mesh))
-        feed = _feed(plan, data, mesh)
-        state = sharding.on_one_mesh(*sharding.automatic((given, arrays), mesh))
+        feed = _feed(plan, data, mesh, outer)
+        state = sharding.in_one_place(*sharding.automatic((given, arrays), mesh))
         caught = stack.enter_context(signals.caught())
         store, saved = None, None
         if checkpoint_dir is not None:
@@ -421,11 +422,15 @@ def _metrics_and_gradient(plan, state, batch, weights):
     return looked_at(state, batch, weights)
 
 
-def _feed(plan, data, mesh):
+def _feed(plan, data, mesh, outer):
     if callable(data):
-        return _batch_feed(plan, lambda position, step: map(data, itertools.count(step)), lambda: None)
+        return _batch_feed(plan, lambda position, step: map(data, itertools.count(step)), lambda: None, outer)
     if hasattr(data, "state_dict"):
-        return _batch_feed(plan, partial(_endless, data), lambda: _json("state_dict() of data", data.state_dict()))
+
+        def position():
+            return _json("state_dict() of data", data.state_dict())
+
+        return _batch_feed(plan, partial(_endless, data), position, outer)
     return _array_feed(plan, sharding.automatic(_on_device(data), mesh))
 
 
@@ -446,26 +451,33 @@ def _array_feed(plan, data):
     return _Feed(advance, batch)
 
 
-def _batch_feed(plan, batches, position):
+def _batch_feed(plan, batches, position, outer):
+    """The source of the batches is called for the mesh that the caller of `fit` set: it may compute as he does."""
     coming, mesh = batches(None, 0), None
 
     def seek(position, step):
         nonlocal coming
         coming = batches(position, step)
 
-    def arrived(batch):
+    def fetched():
         nonlocal mesh
+        with jax.sharding.use_abstract_mesh(outer):
+            batch = next(coming)
         mesh = sharding.explicit_mesh(batch)
         return sharding.automatic(_on_device(batch), mesh)
+
+    def placed():
+        with jax.sharding.use_abstract_mesh(outer):
+            return position()
 
     def advance(state, num_steps):
         rows = []
         for _ in range(num_steps // plan.record_every):
-            state, row = _row(plan, state, map(arrived, itertools.islice(coming, plan.record_every)))
+            state, row = _row(plan, state, (fetched() for _ in range(plan.record_every)))
             rows.append(row)
         return state, rows
 
-    return _Feed(advance, lambda state: (arrived(next(coming)), None), position, seek, lambda: mesh)
+    return _Feed(advance, lambda state: (fetched(), None), placed, seek, lambda: mesh)
 
 
 def _row(plan, state, batches):

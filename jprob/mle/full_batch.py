@@ -118,8 +118,8 @@ def fit_full_batch(
     if max_steps < 1:
         raise ValueError(f"fit_full_batch: max_steps must be at least 1, got {max_steps}")
     key = jax.random.key(0) if key is None else key
-    fitted = partial(_fitted, nll, gradient_tolerance, max_steps, key)
-    return sharding.with_automatic_axes(fitted, params, data, weights)
+    fitted = partial(_fitted, nll, gradient_tolerance, max_steps)
+    return sharding.with_automatic_axes(fitted, params, data, weights, key)
 
 
 @partial(jax.jit, static_argnames=("nll", "kind"))
@@ -176,7 +176,7 @@ def covariance(
     if kind not in ("fisher", "sandwich"):
         raise ValueError(f"covariance: kind must be one of fisher, sandwich, got {kind!r}")
     key = jax.random.key(0) if key is None else key
-    return sharding.with_automatic_axes(partial(_covariance, nll, kind, key), params, data, weights)
+    return sharding.with_automatic_axes(partial(_covariance, nll, kind), params, data, weights, key)
 
 
 class _Search(NamedTuple):
@@ -193,7 +193,7 @@ class _Search(NamedTuple):
     flattest: Array
 
 
-def _fitted(nll, gradient_tolerance, max_steps, key, params, data, weights):
+def _fitted(nll, gradient_tolerance, max_steps, params, data, weights, key):
     flat, unravel = _flat("fit_full_batch", params)
     data, weights = _examples("fit_full_batch", data, weights)
     losses, solver = Losses("fit_full_batch", nll), optax.lbfgs(memory_size=_MEMORY)
@@ -217,7 +217,7 @@ def _fitted(nll, gradient_tolerance, max_steps, key, params, data, weights):
     return FullBatchFit(unravel(end.flat), end.loss, end.gradient_norm, end.steps, converged)
 
 
-def _covariance(nll, kind, key, params, data, weights):
+def _covariance(nll, kind, params, data, weights, key):
     flat, unravel = _flat("covariance", params)
     data, weights = _examples("covariance", data, weights)
 

@@ -175,7 +175,7 @@ def step(
     state = _begin(state, average_decay, validates=False)
     if weights is not None:
         weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
-    losses, mesh = Losses("step", nll), sharding.explicit_mesh((state, batch))
+    losses, mesh = Losses("step", nll), sharding.explicit_mesh((state, batch, weights))
     with sharding.automatic_axes(mesh):
         began, batch, weights = sharding.automatic((state, batch, weights), mesh)
         if weights is not None:
@@ -210,7 +210,9 @@ def run(
     It is one program, which runs where its arguments lie. Data spread over a mesh by their leading axis give batches
     spread alike, if `batch_size` is a multiple of the devices there; params may be spread, too, and keys under `vmap`.
     Nothing else changes but roundings. Where the axes of the mesh are explicit, `nll` sees them as automatic, as it
-    does in `step`: `jax.sharding.explicit_axes` lets it see them as they are. What comes out has them explicit.
+    does in `step`: `jax.sharding.explicit_axes` lets it see them as they are. What comes out has them explicit. An
+    array that `nll` closes over must not lie on explicit axes: leave it unplaced, place it on automatic ones, or make
+    it a part of the params or the data.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats. It is static
@@ -374,8 +376,8 @@ def _count(state, measured):
 def _loss_and_gradient(nll, params, batch, key, weights, micro_batches):
     if micro_batches == 1:
         return jax.value_and_grad(lambda params: _weighted_mean(nll(params, batch, key), weights))(params)
-    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), (batch, weights))
-
+    # Examples far apart make a part: where devices share the batch, they share each part alike.
+    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), (batch, weights))
     size = micro_batches * _num_examples("step", "batch", jax.tree.map(lambda x: x[0], parts))
 
     def add(gradient, part):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import PyTree
 
 
@@ -22,17 +22,17 @@ def is_placed(x: Any) -> bool:
     return isinstance(x, Array) and not isinstance(x, Tracer) and x.committed
 
 
-def on_one_mesh(state: PyTree, data: PyTree) -> PyTree:
-    """The state with a copy on every device of what was not placed, if anything was placed on a mesh.
+def in_one_place(state: PyTree, data: PyTree) -> PyTree:
+    """The state with what was not placed put where something was: on all devices of a mesh, else on one device.
 
     The first chunk would bring it there, and the second need a program of its own, since its arguments lie elsewhere.
     """
     placed = [x.sharding for x in jax.tree.leaves((state, data)) if is_placed(x)]
-    meshes = [sharding.mesh for sharding in placed if isinstance(sharding, NamedSharding)]
-    if not meshes:
+    on_meshes = [NamedSharding(x.mesh, PartitionSpec()) for x in placed if isinstance(x, NamedSharding)]
+    where = on_meshes + [x for x in placed if isinstance(x, SingleDeviceSharding)]
+    if not where:
         return state
-    # `device_put` takes no key to the devices of other processes.
-    copied = jax.jit(_same, out_shardings=NamedSharding(meshes[0], PartitionSpec()))
+    copied = jax.jit(_same, out_shardings=where[0])  # `device_put` takes no key to the devices of other processes
     return jax.tree.map(lambda x: x if x.committed else copied(x), state)
 
 
@@ -44,7 +44,7 @@ def places(data: PyTree) -> tuple[tuple[NamedSharding | None, int], ...]:
 
     def place(x):
         sharding = _on_mesh(x)
-        if sharding is None or not x.size:
+        if sharding is None or not x.ndim or not x.size:
             return None, 1
         sharding = NamedSharding(_automatic(sharding.mesh), sharding.spec)
         return sharding, x.shape[0] // sharding.shard_shape(x.shape)[0]

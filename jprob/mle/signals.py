@@ -24,9 +24,11 @@ def caught() -> Iterator[list[int]]:
     handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     thread = threading.Thread(target=_watch, args=(reader, numbers), daemon=True)
     thread.start()
+    _open.append((reader, writer, descriptor, handlers))
     try:
         yield numbers
     finally:
+        _open.pop()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(descriptor)
@@ -43,3 +45,20 @@ def _watch(reader, numbers):
             show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a bar hides it
             os.write(2, show_cursor + b"\nfit: ended at once by a second Ctrl-C; what was saved before stays\n")
             os._exit(128 + signal.SIGINT)
+
+
+_open = []  # of each `caught` that is in use: its pipe, and what signals did before
+
+
+def _forget():
+    """In a forked child, whose signals are its own: it would write them into its parent's pipe, and keep that open."""
+    for reader, writer, descriptor, handlers in reversed(_open):
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(descriptor)
+        os.close(reader)
+        os.close(writer)
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
