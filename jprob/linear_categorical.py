@@ -260,7 +260,10 @@ def entropy(
     unit = _checks.nats_to("entropy", base)
     form = _form("entropy", softcap, temperature, transposed_kernel, block_bytes, axis_name)
     _check_operands("entropy", form, hidden, kernel, bias)
-    rows = lambda logits: categorical._entropy(_cap(form, *logits), form.axis)[:, 0] * unit  # noqa: E731
+
+    def rows(logits):
+        return categorical._entropy(_cap(form, *logits), form.axis)[:, 0] * unit
+
     return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
 
 
@@ -386,8 +389,7 @@ def distillation_loss(
         return _placed(partial(_per_token, rows, form), sides)
     by_top = top_log_probs is not None and top_indices is not None
     if not by_top or teacher_hidden is not None or teacher_kernel is not None or teacher_bias is not None:
-        names = ("teacher_hidden", "teacher_kernel", "teacher_bias", "top_log_probs", "top_indices")
-        got = _given(locals(), *names)
+        got = _given(locals(), "teacher_hidden", "teacher_kernel", "teacher_bias", "top_log_probs", "top_indices")
         expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
         raise ValueError(f"{name}: expected {expected}, got {got}")
     _check_operands(name, form, student_hidden, student_kernel, student_bias, "student_")
@@ -430,7 +432,10 @@ def mode(
     """
     form = _form("mode", None, 1.0, transposed_kernel, block_bytes, axis_name)
     _check_operands("mode", form, hidden, kernel, bias)
-    rows = lambda logits: _mode(logits[0], form.axis)[:, 0]  # noqa: E731
+
+    def rows(logits):
+        return _mode(logits[0], form.axis)[:, 0]
+
     return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
 
 
@@ -480,8 +485,8 @@ def sample(
         raise ValueError(f"sample: temperature must be one number, got {_checks.describe(temperature)}")
     form = _form("sample", softcap, 1.0, transposed_kernel, block_bytes, axis_name)
     _check_operands("sample", form, hidden, kernel, bias)
-    heat = jnp.asarray(temperature)
-    _checks.expect(heat >= 0, heat, "sample: temperature {value} is negative")
+    temperature = jnp.asarray(temperature)
+    _checks.expect(temperature >= 0, temperature, "sample: temperature {value} is negative")
     number = jnp.arange(math.prod(hidden.shape[:-1]), dtype=jnp.uint32).reshape(hidden.shape[:-1])
 
     def draw(sides, number, key, temperature):
@@ -492,7 +497,7 @@ def sample(
 
         return _per_token(rows, form, sides, number)
 
-    return _placed(draw, [(hidden, kernel, bias)], number, key, heat)
+    return _placed(draw, [(hidden, kernel, bias)], number, key, temperature)
 
 
 def plan(
@@ -602,8 +607,12 @@ def _check_top(form, hidden, kernel, log_probs, indices):
         raise ValueError(f"{name}: top_indices must be integer classes, got {_checks.describe(indices)}")
     _checks.same_shape(name, "top_log_probs", "top_indices", log_probs.shape, indices)
     _checks.labels_in_range(name, indices, _num_classes(form, kernel) * _shards(form.axis))
-    before, after = (part(jnp.sort(indices, axis=-1)) for part in (lambda x: x[..., :-1], lambda x: x[..., 1:]))
-    _checks.expect(before != after, after, f"{name}: top_indices has class {{value}} twice for one token")
+    ordered = jnp.sort(indices, axis=-1)
+    _checks.expect(
+        ordered[..., 1:] != ordered[..., :-1],
+        ordered[..., 1:],
+        f"{name}: top_indices has class {{value}} twice for one token",
+    )
     return indices.astype(jnp.int64 if indices.dtype.itemsize == 8 else jnp.int32)
 
 
@@ -865,7 +874,7 @@ def _loss_rows(options: _Loss, z, labels):
     nll, residual, log_total, p = _nll(z, labels, axis)
     loss, slope, outputs = nll, residual, ()
     if e or options.z_loss or options.has_aux:
-        top = jax.lax.stop_gradient(_accurate.maximum(z, axis))
+        top = _top(z, axis)
         logsumexp = top + log_total
         outputs = (nll, logsumexp, (_mode(z, axis) == labels).astype(z.dtype))
         if e:
@@ -896,6 +905,10 @@ def _offset(z, axis):
 
 def _psum(x, axis):
     return x if isinstance(axis, int) else jax.lax.psum(x, axis.name)
+
+
+def _top(z, axis):
+    return jax.lax.stop_gradient(_accurate.maximum(z, axis))
 
 
 def _mode(z, axis):
@@ -938,7 +951,7 @@ def _label_terms(z, labels, axis):
 
     One pass over z: a mask of its own size would be written to memory for each sum that it enters.
     """
-    top, largest = jax.lax.stop_gradient(_accurate.maximum(z, axis)), jnp.finfo(z.dtype).max
+    top, largest = _top(z, axis), jnp.finfo(z.dtype).max
     place, here, label_logit = _logits_at(z, labels, axis)
     at_label = jnp.arange(z.shape[1], dtype=place.dtype) == place
     never = jnp.minimum(top, -jnp.inf)  # a constant would be an array of the size of z, kept through the loop
@@ -993,8 +1006,7 @@ def _normaliser(z, axis):
     """Maximum and log sum_j exp(z_j - max). The value is that of `rest`, the derivative that of the plain logarithm."""
     plain = jnp.log(_accurate.total(_accurate.exp_gap(z, axis), axis))
     value = jnp.log1p(_accurate.rest(z, axis))
-    top = jax.lax.stop_gradient(_accurate.maximum(z, axis))
-    return top, jax.lax.stop_gradient(value) + (plain - jax.lax.stop_gradient(plain))
+    return _top(z, axis), jax.lax.stop_gradient(value) + (plain - jax.lax.stop_gradient(plain))
 
 
 def _top_divergence(form: _Logits, z, log_probs, indices):
@@ -1014,5 +1026,5 @@ def _top_divergence(form: _Logits, z, log_probs, indices):
     (top_in, log_in), (top_out, log_out) = _normaliser(within, 1), _normaliser(outside, form.axis)
     odds = (top_out - top_in) + (log_out - log_in)
     loss = categorical.kl_divergence(log_probs, within)[:, None] + jax.nn.softplus(odds)
-    possible = jax.lax.stop_gradient(_accurate.maximum(z, form.axis)) > -jnp.inf
+    possible = _top(z, form.axis) > -jnp.inf
     return jnp.where(excluded, _accurate.nan_unless(possible, jnp.inf * jnp.ones_like(odds)), loss)[:, 0]

@@ -146,6 +146,26 @@ def test_a_teacher_of_its_top_classes_is_one_that_excludes_the_others():
     close(got, want, 128 * U)
 
 
+def test_a_student_that_excludes_all_top_classes_is_infinitely_far():
+    bias = jnp.zeros(V).at[:2].set(-jnp.inf)
+    top = {"top_log_probs": jnp.zeros((N, 2)), "top_indices": jnp.tile(jnp.arange(2), (N, 1))}
+
+    def loss(x, bias):
+        return linear.distillation_loss(x, W, temperature=2.0, student_bias=bias, **top)
+
+    np.testing.assert_array_equal(loss(X, bias), np.full(N, np.inf))
+    np.testing.assert_array_equal(loss(X, jnp.full(V, -jnp.inf)), np.full(N, np.nan))
+    assert jnp.all(jnp.isfinite(jax.grad(lambda x: jnp.sum(jnp.minimum(loss(x, bias), 9.0)))(X)))
+
+
+def test_a_class_that_is_among_the_top_twice_is_named_under_checkify():
+    indices = jnp.array([[0, 1], [2, 2]])
+    call = checkify.checkify(lambda: linear.distillation_loss(
+        X[:2], W, temperature=2.0, top_log_probs=jnp.zeros((2, 2)), top_indices=indices))  # fmt: skip
+    message = "distillation_loss: top_indices has class 2 twice for one token"
+    assert call()[0].get().startswith(message)
+
+
 def test_draws_and_modes_do_not_depend_on_the_blocks():
     key, x = jax.random.key(0), jnp.tile(X[:1], (4000, 1))
 
@@ -329,30 +349,23 @@ def test_a_token_without_weight_is_as_if_not_there():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_token_without_weight_has_no_slope_in_it_and_no_aux(reduction):
     """Nor has what stands in for it, a token of class 0, where that class is impossible."""
-    weights, bias = jnp.array([1.0, 0.0, 2.0]), jnp.zeros(V).at[0].set(-jnp.inf)
+    bias = jnp.zeros(V).at[0].set(-jnp.inf)
 
-    def loss(weights, x):
-        how = {"weights": weights, "bias": bias, "reduction": reduction, "has_aux": True}
-        loss, aux = linear.cross_entropy(x, W, jnp.array([1, -1, 2]), **how)
-        return jnp.sum(loss) + jnp.sum(aux.nll) + jnp.sum(aux.logsumexp), aux
+    def both(weights, x, y):
+        def total(weights, x):
+            loss, aux = linear.cross_entropy(x, W, y, bias=bias, weights=weights, reduction=reduction, has_aux=True)
+            return jnp.sum(loss) + jnp.sum(aux.nll) + jnp.sum(aux.logsumexp), aux
 
-    (value, aux), slopes = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(weights, X[:3])
-    kept = jnp.array([0, 2])
-    (want, _), _ = jax.value_and_grad(lambda w, x: (sum_of_kept(w, x, bias, reduction), 0), (0, 1), has_aux=True)(
-        weights[kept], X[kept]
-    )
-    close(value, want)
+        return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(weights, x)
+
+    weights, y, kept = jnp.array([1.0, 0.0, 2.0]), jnp.array([1, -1, 2]), jnp.array([0, 2])
+    (value, aux), slopes = both(weights, X[:3], y)
+    (want, _), want_slopes = both(weights[kept], X[kept], y[kept])
+    close((value, [slope[kept] for slope in slopes]), (want, [*want_slopes]))
     assert slopes[0][1] == 0
     assert not slopes[1][1].any()
-    assert all(jnp.all(jnp.isfinite(slope)) for slope in slopes)
     assert aux.nll[1] == aux.logsumexp[1] == 0
     assert not aux.correct[1]
-
-
-def sum_of_kept(weights, x, bias, reduction):
-    how = {"weights": weights, "bias": bias, "reduction": reduction, "has_aux": True}
-    loss, aux = linear.cross_entropy(x, W, jnp.array([1, 2]), **how)
-    return jnp.sum(loss) + jnp.sum(aux.nll) + jnp.sum(aux.logsumexp)
 
 
 def test_smoothing_alone_squares_no_logsumexp():
@@ -371,42 +384,6 @@ def test_weights_of_float64_widen_all_that_they_meet():
         assert value == loss(X)[0]
         assert {value.dtype, aux.nll.dtype} == {jnp.dtype(jnp.float64)}
         assert slope.dtype == jnp.float32
-
-
-def test_a_student_that_excludes_all_top_classes_is_infinitely_far():
-    bias = jnp.zeros(V).at[:2].set(-jnp.inf)
-    top = {"top_log_probs": jnp.zeros((N, 2)), "top_indices": jnp.tile(jnp.arange(2), (N, 1))}
-
-    def loss(x, bias):
-        return linear.distillation_loss(x, W, temperature=2.0, student_bias=bias, **top)
-
-    np.testing.assert_array_equal(loss(X, bias), np.full(N, np.inf))
-    np.testing.assert_array_equal(loss(X, jnp.full(V, -jnp.inf)), np.full(N, np.nan))
-    assert jnp.all(jnp.isfinite(jax.grad(lambda x: jnp.sum(jnp.minimum(loss(x, bias), 9.0)))(X)))
-
-
-def test_a_class_that_is_among_the_top_twice_is_named_under_checkify():
-    indices = jnp.array([[0, 1], [2, 2]])
-    call = checkify.checkify(lambda: linear.distillation_loss(
-        X[:2], W, temperature=2.0, top_log_probs=jnp.zeros((2, 2)), top_indices=indices))  # fmt: skip
-    message = "distillation_loss: top_indices has class 2 twice for one token"
-    assert call()[0].get().startswith(message)
-
-
-def test_a_kernel_on_explicit_axes_beside_hidden_on_none():
-    mesh = jax.make_mesh((7,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:7])
-    kernel = jax.device_put(W, NamedSharding(mesh, P(None, "model")))
-    close(linear.cross_entropy(X, kernel, Y), linear.cross_entropy(X, W, Y))
-    assert linear.log_prob(Y, X, kernel).shape == (N,)
-
-
-def test_the_mode_of_a_sharded_vocabulary_is_the_first_nan():
-    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-    kernel, hidden = jnp.zeros((1, 12)).at[0, jnp.array([3, 7])].set(jnp.array([jnp.inf, jnp.nan])), jnp.ones((2, 1))
-    mode = jax.shard_map(lambda x, w: linear.mode(x, w, axis_name="model"), mesh=mesh,
-                         in_specs=(P(), P(None, "model")), out_specs=P())  # fmt: skip
-    np.testing.assert_array_equal(mode(hidden, kernel), linear.mode(hidden, kernel))
-    np.testing.assert_array_equal(mode(hidden, kernel), [7, 7])
 
 
 @pytest.mark.parametrize("label", [-1, V, 2**31 - 1])
@@ -658,7 +635,10 @@ def verbs(x, w, b, x2, w2, b2, log_probs, y, top, **how):
 def first_derivatives(function):
     """Values and their tangents, and the gradient of the sum of their squares."""
     args = *MODELS, TEACHER
-    squares = lambda *args: sum(jnp.sum(jnp.square(value)) for value in function(*args).values())  # noqa: E731
+
+    def squares(*args):
+        return sum(jnp.sum(jnp.square(value)) for value in function(*args).values())
+
     return jax.jvp(function, args, DIRECTION), jax.grad(squares, range(7))(*args)
 
 
@@ -670,7 +650,9 @@ def second_derivatives(function):
         values = function(*args)
         return sum(jnp.sum(jnp.square(values[name])) for name in ("entropy", "kl_divergence"))
 
-    push = lambda *args: jax.jvp(squares, args, DIRECTION)[1]  # noqa: E731
+    def push(*args):
+        return jax.jvp(squares, args, DIRECTION)[1]
+
     return jax.jvp(jax.grad(squares, range(7)), args, DIRECTION)[1], jax.grad(push, range(7))(*args)
 
 
@@ -760,7 +742,9 @@ def test_draws_and_modes_of_a_sharded_vocabulary(classes, data):
     b = jnp.zeros(padded).at[classes:].set(-jnp.inf).at[jnp.array([9, 200])].set(40)  # two that tie, far apart
 
     def all_of(x, w, b, **how):
-        draw = lambda t: linear.sample(key, x, w, bias=b, softcap=3.0, temperature=t, **how)  # noqa: E731
+        def draw(temperature):
+            return linear.sample(key, x, w, bias=b, softcap=3.0, temperature=temperature, **how)
+
         return linear.mode(x, w, bias=b, **how), draw(0.0), draw(1.0), draw(jnp.inf)
 
     local = functools.partial(all_of, axis_name="model", block_bytes=16 * 4 * padded * data // 8)
@@ -769,6 +753,22 @@ def test_draws_and_modes_of_a_sharded_vocabulary(classes, data):
     for draws, wanted in zip(got, want, strict=True):
         np.testing.assert_array_equal(draws, wanted)
     np.testing.assert_array_equal(got[0], np.full(64, 9))
+
+
+def test_a_kernel_on_explicit_axes_beside_hidden_on_none():
+    mesh = jax.make_mesh((7,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:7])
+    kernel = jax.device_put(W, NamedSharding(mesh, P(None, "model")))
+    close(linear.cross_entropy(X, kernel, Y), linear.cross_entropy(X, W, Y))
+    assert linear.log_prob(Y, X, kernel).shape == (N,)
+
+
+def test_the_mode_of_a_sharded_vocabulary_is_the_first_nan():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    kernel, hidden = jnp.zeros((1, 12)).at[0, jnp.array([3, 7])].set(jnp.array([jnp.inf, jnp.nan])), jnp.ones((2, 1))
+    mode = jax.shard_map(lambda x, w: linear.mode(x, w, axis_name="model"), mesh=mesh,
+                         in_specs=(P(), P(None, "model")), out_specs=P())  # fmt: skip
+    np.testing.assert_array_equal(mode(hidden, kernel), linear.mode(hidden, kernel))
+    np.testing.assert_array_equal(mode(hidden, kernel), [7, 7])
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

@@ -30,6 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from .. import _checks
+from . import terminal
 from .loop import History, State
 
 _ARRAYS, _DESCRIPTION, _SEAL = _PARTS = "arrays", "description.json", "seal.json"
@@ -235,7 +236,7 @@ def _locked(directory):
         raise OSError(f"fit: another process is training in {directory}") from None
     except OSError as error:
         reason = f"cannot be locked, {error.strerror}"
-        print(f"fit: {directory} {reason}: see to it that no other process trains there", file=sys.stderr)
+        terminal.tell(f"{directory} {reason}: see to it that no other process trains there")
     try:
         yield
     finally:
@@ -271,8 +272,7 @@ def _attempt(store, step, read, *arguments):
             return read(store, step, *arguments)
     except Exception as error:
         del store.scores[step]
-        if jax.process_index() == 0:
-            print(f"fit: checkpoint {_folder(store, step)} cannot be read: {_reason(error)}", file=sys.stderr)
+        terminal.tell(f"checkpoint {_folder(store, step)} cannot be read: {_reason(error)}")
         return None
 
 
