@@ -41,7 +41,7 @@ class Batches:
 
 
 KINDS = {
-    "arrays": {"data": (X, Y), "num_steps": 100_000, "record_every": 40, "validate_every": 2000},
+    "arrays": {"data": (X, Y), "num_steps": 400_000, "record_every": 40, "validate_every": 2000},
     "batches": {"data": Batches(), "num_steps": 3000, "record_every": 4, "validate_every": 20},
 }
 
