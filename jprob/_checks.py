@@ -1,17 +1,147 @@
-"""What a function demands of its arguments, said in one line.
+"""Checks of arguments, each answered by one line that names the function, what was expected and what came.
 
-Static faults (dtype, shape, axis) raise ValueError while the function is traced. Faults of the data cannot raise under
-`jit`: they are stated as `checkify.debug_check`, which costs nothing until the caller wraps the program in
-`checkify.checkify` and then reads `cross_entropy: label 7 is outside [0, 3)`.
+Static faults (dtype, shape, axis, a Python number out of range) raise ValueError while the function is traced. Faults
+of the data cannot raise under `jit`. They are traced only under `jprob.checkify`, since a check is an effect, and a
+program with an effect leaves the fast dispatch path of `jit`.
 """
 
+import functools
+import inspect
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
+from jax.experimental import checkify as jax_checkify
+
+from . import _accurate
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# A user context is part of every cache key of jax: what is traced with checks never serves a call without them.
+_checking = jax.make_user_context(False)
+
+
+def checkify(function: Callable[P, T]) -> Callable[P, tuple[jax_checkify.Error, T]]:
+    """`jax.experimental.checkify.checkify(function)`, with the data checks of jprob switched on.
+
+    Use it to find bad data: a label out of range, a negative scale, probabilities passed as logits. It works through
+    `jit`, `vmap`, `scan`, `grad`, `mle.step` and `mle.run`. Outside of it no jprob function checks data, so that no
+    call pays for it.
+
+    Args:
+      function: any function of arrays that calls jprob functions.
+
+    Returns:
+      A function of the same arguments. It returns the pair `(error, result)`, shapes and dtypes of the result
+      unchanged. `error.get()` is the message of the first failed check, or None. `error.throw()` raises it.
+
+    A limit of jax: a check inside a `scan` is lost when the whole scan is differentiated. Take `checkify` of the scan,
+    or the gradient inside of it.
+
+    >>> from jprob import categorical
+    >>> error, loss = checkify(categorical.cross_entropy)(jnp.zeros((2, 3)), jnp.array([0, 7]))
+    >>> print(error.get().split(" (")[0])
+    cross_entropy: label 7 is outside [0, 3)
+    """
+    checked = jax_checkify.checkify(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> tuple[jax_checkify.Error, T]:
+        with _checking(True):
+            return checked(*args, **kwargs)
+
+    return call
+
+
+class Range(NamedTuple):
+    """The values that a number may have: in words, and as a condition on a Python number or an array."""
+
+    words: str
+    holds: Callable[[Any], Any]
+
+
+UNIT_INTERVAL = Range("in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+NOT_NEGATIVE = Range("at least 0", lambda x: x >= 0)
+FINITE_NOT_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & (x < math.inf))
+FINITE_POSITIVE = Range("finite and above 0", lambda x: (x > 0) & (x < math.inf))
+
+
+def public(*, static: Sequence[str] = (), **numbers: Range) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a public function: `jax.jit`, with every wrong argument answered by one line.
+
+    `static` names the static arguments. `numbers` are keyword arguments that may be swept or annealed: they are traced,
+    so that a new value compiles nothing. A Python number among them is checked against its range at once. One equal to
+    the default is dropped, so that the function sees its default as a Python number and leaves out what it switches on.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name, signature = function.__name__, inspect.signature(function)
+        compiled = jax.jit(function, static_argnames=tuple(static))
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for number in numbers:
+                if isinstance(kwargs.get(number), int | float):
+                    _python_number(name, number, numbers[number], signature.parameters[number].default, kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except (TypeError, ValueError, OverflowError) as error:
+                if str(error).startswith(f"{name}: "):
+                    raise
+                fault = _fault(name, signature, static, args, kwargs)
+                if fault is None:
+                    raise
+                raise ValueError(fault) from None
+
+        setattr(call, "compiled", compiled)  # noqa: B010, for `lower` and the like
+        return call
+
+    return decorate
+
+
+def _python_number(function, name, range, default, kwargs):
+    value = kwargs[name]
+    if not range.holds(value):
+        raise ValueError(f"{function}: {name} must be {range.words}, got {value!r}")
+    if value == default:
+        del kwargs[name]
+
+
+def _fault(function, signature, static, args, kwargs):
+    """What is wrong with the arguments that `jit` refused, or None if they are not to blame."""
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        return f"{function}: {error}"
+    for name, value in given.items():
+        if name in static:
+            if not _hashable(value):
+                got = describe(value) if hasattr(value, "dtype") else repr(value)
+                return f"{function}: {name} is static and must be a hashable Python value, got {got}"
+            continue
+        for leaf in jax.tree.leaves(value):
+            if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
+                return f"{function}: {name} must be an array, got {describe(value)}"
+            if isinstance(leaf, int) and not -(2**31) <= leaf < 2**31:
+                return f"{function}: {name} must be a number that fits its dtype, got the integer {leaf}"
+            if (dtype := getattr(leaf, "dtype", None)) is not None and not _numeric(dtype):
+                return f"{function}: {name} must be an array of numbers, got {describe(leaf)}"
+    return None
+
+
+def _hashable(value):
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _numeric(dtype):
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_, jax.dtypes.prng_key))
 
 
 def describe(value: Any) -> str:
@@ -22,9 +152,9 @@ def describe(value: Any) -> str:
 
 
 def floating(function: str, **arguments: Any) -> None:
-    """Each argument is an array of real floating-point numbers."""
+    """Each argument is an array of real floating-point numbers of 16 bits or more."""
     for name, value in arguments.items():
-        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
+        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype.itemsize < 2:
             raise ValueError(f"{function}: {name} must be a floating-point array, got {describe(value)}")
 
 
@@ -59,29 +189,43 @@ def broadcasts(function: str, name: str, value: jax.Array, logits: jax.Array) ->
 
 def expect(ok: jax.Array, value: jax.Array, message: str) -> None:
     """Under checkify: `ok` holds everywhere, else `message` with the largest offending `value` in its `{value}`."""
-    if ok.size == 0:
+    if not _checking.value or ok.size == 0:
         return
     value = value.astype(jnp.promote_types(value.dtype, jnp.int8))  # bool has no order
     info = jnp.finfo if jnp.issubdtype(value.dtype, jnp.floating) else jnp.iinfo
     # A reduction, since no element can be taken out of an array that is sharded explicitly.
-    checkify.debug_check(jnp.all(ok), message, value=jnp.max(jnp.where(ok, info(value.dtype).min, value)))
+    jax_checkify.check(jnp.all(ok), message, value=jnp.max(jnp.where(ok, info(value.dtype).min, value)))
 
 
 def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
     """Under checkify: the rows of `logits` are not probabilities, which a second softmax would flatten."""
-    if logits.size <= logits.shape[axis] or logits.shape[axis] == 1:
+    if not _checking.value or logits.size <= logits.shape[axis] or logits.shape[axis] == 1:
         return  # a single row may sum to 1 by chance
     total = jnp.sum(logits, axis=axis, dtype=jnp.promote_types(logits.dtype, jnp.float32))
     # Rows of 0 and 1 alone may be a one-hot bias of true logits, so that they do not count as probabilities.
     fractional = jnp.any((logits > 0) & (logits < 1), axis=axis)
     probs = jnp.all((logits >= 0) & (logits <= 1), axis=axis) & fractional & (jnp.abs(total - 1) < 2**-8)
     message = f"{function}: logits are probabilities (their rows sum to {{value}}); pass their logarithm"
-    checkify.debug_check(~jnp.all(probs), message, value=jnp.max(total))
+    jax_checkify.check(~jnp.all(probs), message, value=jnp.max(total))
 
 
-def labels_in_range(function: str, labels: jax.Array, num_classes: int) -> None:
-    """Under checkify: integer labels lie in [0, num_classes)."""
-    expect((labels >= 0) & (labels < num_classes), labels, f"{function}: label {{value}} is outside [0, {num_classes})")
+def classes(function: str, name: str, value: jax.Array, expected: str, shape: Sequence[int]) -> jax.Array:
+    """Integer classes in the shape of the argument called `expected`, signed and of 32 bits at least.
+
+    A label of a smaller dtype could not be compared with the number of classes: 256 is 0 in uint8.
+    """
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{function}: {name} must be integer classes, got {describe(value)}")
+    same_shape(function, expected, name, shape, value)
+    value = jnp.asarray(value)
+    return value.astype(jnp.int64 if value.dtype.itemsize == 8 else jnp.int32)
+
+
+def in_range(function: str, name: str, value: jax.Array, num_classes: int, counted: Any = True) -> jax.Array:
+    """Whether each class lies in [0, num_classes); under checkify, all those that are `counted` do."""
+    inside = (value >= 0) & (value < num_classes)
+    expect(inside | ~jnp.asarray(counted), value, f"{function}: {name} {{value}} is outside [0, {num_classes})")
+    return inside
 
 
 def targets_are_probs(function: str, targets: jax.Array, axis: int) -> None:
@@ -93,12 +237,25 @@ def targets_are_probs(function: str, targets: jax.Array, axis: int) -> None:
 
 
 def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array) -> jax.Array:
-    """The weights: real numbers or bool, one for each example of the argument called `expected`, and not negative."""
+    """Weights (real numbers or bool, one for each example of the argument called `expected`), in float32 at least.
+
+    A negative one is NaN.
+    """
     if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jnp.complexfloating):
         raise ValueError(f"{function}: weights must be an array of real numbers, got {describe(value)}")
     same_shape(function, expected, "weights", shape, value)
     expect(value >= 0, value, f"{function}: weight {{value}} is negative")
-    return value
+    return _accurate.nan_unless(value >= 0, jnp.asarray(value).astype(_accurate.compute_dtype(value)))
+
+
+def number(function: str, name: str, value: Any, range: Range, dtype: jnp.dtype) -> jax.Array:
+    """One number, traced or not, in `dtype`: NaN outside of its range."""
+    value = jnp.asarray(value)
+    if value.ndim or jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise ValueError(f"{function}: {name} must be one real number, got {describe(value)}")
+    value = value.astype(dtype)
+    expect(range.holds(value), value, f"{function}: {name} {{value}} is not {range.words}")
+    return _accurate.nan_unless(range.holds(value), value)
 
 
 def broadcast_together(function: str, dtype: jnp.dtype, **arguments: Any) -> list[jax.Array]:
@@ -119,13 +276,15 @@ def nats_to(function: str, base: float | None) -> float:
     """Factor from nats to the unit of `base`."""
     if base is None:
         return 1.0
-    if not 1 < base < math.inf:
-        raise ValueError(f"{function}: base must be a number above 1, or None for nats, got {base}")
+    if not isinstance(base, int | float) or not 1 < base < math.inf:
+        raise ValueError(f"{function}: base must be a number above 1, or None for nats, got {base!r}")
     return 1 / math.log(base)
 
 
 def sample_shape(function: str, shape: Sequence[int] | None, batch: Sequence[int], name: str) -> tuple[int, ...]:
     """The shape of a sample: `batch`, or a given one that ends in it."""
+    if shape is not None and not isinstance(shape, tuple):
+        raise ValueError(f"{function}: shape must be a tuple of integers, got {shape!r}")
     shape, batch = tuple(batch if shape is None else shape), tuple(batch)
     if len(shape) < len(batch) or shape[len(shape) - len(batch) :] != batch:
         raise ValueError(f"{function}: shape must end in {list(batch)}, the shape of {name}, got {list(shape)}")

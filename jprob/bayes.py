@@ -31,7 +31,7 @@ class Beta(NamedTuple):
     beta: Array  # 1 + the number of "no"
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def log_posterior(
     log_prior: Float[Array, "*#shape"], log_likelihood: Float[Array, "*#shape"], *, axis: int = -1
 ) -> Float[Array, "*shape"]:
@@ -61,7 +61,7 @@ def log_posterior(
     return _accurate.log_softmax(_joint(prior, likelihood, axis), axis).astype(dtype)
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def log_evidence(
     log_prior: Float[Array, "*#shape"], log_likelihood: Float[Array, "*#shape"], *, axis: int = -1
 ) -> Float[Array, "*rest"]:
@@ -99,7 +99,7 @@ def log_evidence(
     return jnp.squeeze(_log_evidence(prior, likelihood, axis), axis) + none
 
 
-@jax.jit
+@_checks.public()
 def update(
     log_prior: Float[Array, "*#shape"], log_likelihoods: Float[Array, "steps *#shape"]
 ) -> Float[Array, "steps *shape"]:
@@ -143,7 +143,7 @@ def update(
     return _accurate.log_softmax(_joint(prior, total, axis), axis).astype(dtype)
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def gaussian_posterior(
     prior_loc: float | Float[Array, "*#rest"],
     prior_scale: float | Float[Array, "*#rest"],
@@ -195,7 +195,7 @@ def gaussian_posterior(
     return gaussian.Parameters(jnp.where(some, loc, prior_loc), jnp.where(some, _parallel(a, b), a))
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def beta_posterior(
     prior_alpha: float | Float[Array, "*#rest"],
     prior_beta: float | Float[Array, "*#rest"],

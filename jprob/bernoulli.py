@@ -9,8 +9,6 @@ Values and gradients are computed in float32 at least (float64 where an input ha
 gradient p - y cancels, y being a soft label, the error is relative to the larger of (1 - y) p and y (1 - p).
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -19,7 +17,7 @@ from jaxtyping import Bool, Float, Key, Real
 from . import _accurate, _checks, categorical
 
 
-@jax.jit
+@_checks.public()
 def cross_entropy(
     logits: Float[Array, "*shape"], labels: Real[Array, "*shape"] | Bool[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
@@ -48,7 +46,7 @@ def cross_entropy(
     return _accurate.weigh(y, _softplus(-z)) + _accurate.weigh(1 - y, _softplus(z))
 
 
-@jax.jit
+@_checks.public()
 def log_prob(
     labels: Real[Array, "*shape"] | Bool[Array, "*shape"], logits: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
@@ -70,7 +68,7 @@ def log_prob(
     return -cross_entropy(logits, labels)
 
 
-@partial(jax.jit, static_argnames=("base",))
+@_checks.public(static=("base",))
 def entropy(logits: Float[Array, "*shape"], *, base: float | None = None) -> Float[Array, "*shape"]:
     """Entropy -p log p - (1 - p) log(1 - p) of p = sigmoid(logits).
 
@@ -94,7 +92,7 @@ def entropy(logits: Float[Array, "*shape"], *, base: float | None = None) -> Flo
     return _entropy(logits.astype(_accurate.compute_dtype(logits))) * _checks.nats_to("entropy", base)
 
 
-@partial(jax.jit, static_argnames=("base",))
+@_checks.public(static=("base",))
 def kl_divergence(
     p_logits: Float[Array, "*shape"], q_logits: Float[Array, "*shape"], *, base: float | None = None
 ) -> Float[Array, "*shape"]:
@@ -124,7 +122,7 @@ def kl_divergence(
     return categorical.kl_divergence(p, q, base=base)
 
 
-@jax.jit
+@_checks.public()
 def brier_score(
     logits: Float[Array, "*shape"], labels: Real[Array, "*shape"] | Bool[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
@@ -153,7 +151,7 @@ def brier_score(
     return jnp.square((1 - y) * _sigmoid(z) - y * _sigmoid(-z))
 
 
-@partial(jax.jit, static_argnames=("shape",))
+@_checks.public(static=("shape",))
 def sample(
     key: Key[Array, ""], logits: Float[Array, "*shape"], *, shape: tuple[int, ...] | None = None
 ) -> Bool[Array, "*sample"]:

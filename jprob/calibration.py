@@ -52,7 +52,7 @@ class BrierDecomposition(NamedTuple):
     within_bin: Float[Array, "*batch"]  # variance of c in its bin - 2 covariance of c and correctness there
 
 
-@partial(jax.jit, static_argnames=("num_bins",))
+@_checks.public(static=("num_bins",))
 def reliability(
     logits: Float[Array, "*shape K"],
     labels: Integer[Array, "*shape"],
@@ -109,7 +109,7 @@ def reliability(
     return Reliability(*sums.T)
 
 
-@jax.jit
+@_checks.public()
 def expected_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     """Expected calibration error: the mean over examples of |accuracy - mean confidence| of their bin.
 
@@ -136,7 +136,7 @@ def expected_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     return _sums.ratio(gap, jnp.sum(table.weight, axis=-1))
 
 
-@jax.jit
+@_checks.public()
 def maximum_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     """Maximum calibration error: the largest |accuracy - mean confidence| of any bin that holds an example.
 
@@ -161,7 +161,7 @@ def maximum_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     return jnp.max(_sums.ratio(jnp.abs(table.correct - table.confidence), table.weight), axis=-1)
 
 
-@jax.jit
+@_checks.public()
 def brier_decomposition(table: Reliability) -> BrierDecomposition:
     """Brier score of the confidence, in parts: score = reliability - resolution + uncertainty + within_bin.
 
@@ -207,7 +207,7 @@ def brier_decomposition(table: Reliability) -> BrierDecomposition:
     return BrierDecomposition(score, *parts, score - (parts[0] - parts[1] + parts[2]))
 
 
-@jax.jit
+@_checks.public()
 def fit_temperature(
     logits: Float[Array, "*shape K"],
     labels: Integer[Array, "*shape"],
@@ -341,16 +341,13 @@ def _examples(function, logits, labels, weights):
     _checks.floating(function, logits=logits)
     _checks.class_axis(function, logits, -1)
     _checks.logits_not_probs(function, logits, -1)
-    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"{function}: labels must be integer classes, got {_checks.describe(labels)}")
     shape, classes = logits.shape[:-1], logits.shape[-1]
-    _checks.same_shape(function, "logits without the last axis", "labels", shape, labels)
+    labels = _checks.classes(function, "labels", labels, "logits without the last axis", shape)
     w = jnp.ones(shape, logits.dtype)
     if weights is not None:
         w = _checks.weights(function, "logits without the last axis", shape, weights)
     dtype = _accurate.compute_dtype(logits, w)
-    inside = (labels >= 0) & (labels < classes)
-    _checks.expect(inside | (w == 0), labels, f"{function}: label {{value}} is outside [0, {classes})")
+    _checks.in_range(function, "label", labels, classes, w != 0)
     return logits.astype(dtype).reshape(-1, classes), labels.ravel(), w.ravel().astype(dtype)
 
 

@@ -38,7 +38,7 @@ from jaxtyping import Bool, Float, Int, Integer, Key
 from . import _accurate, _checks
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def softmax(
     logits: Float[Array, "*shape"],
     *,
@@ -75,7 +75,7 @@ def softmax(
     return _for_temperature(temperature, _accurate.softmax(z, axis).astype(logits.dtype))
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def log_softmax(
     logits: Float[Array, "*shape"],
     *,
@@ -105,7 +105,7 @@ def log_softmax(
     return _for_temperature(temperature, _accurate.log_softmax(z, axis).astype(logits.dtype))
 
 
-@partial(jax.jit, static_argnames=("axis", "label_smoothing"))
+@_checks.public(static=("axis", "label_smoothing"))
 def cross_entropy(
     logits: Float[Array, "*shape"],
     labels: Integer[Array, "*rest"] | Float[Array, "*shape"],
@@ -162,7 +162,7 @@ def cross_entropy(
     return loss
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def brier_score(
     logits: Float[Array, "*shape"],
     labels: Integer[Array, "*rest"] | Float[Array, "*shape"],
@@ -207,7 +207,7 @@ def brier_score(
     return jnp.squeeze(_squared_error(z, targets, axis), axis)
 
 
-@partial(jax.jit, static_argnames=("axis", "base"))
+@_checks.public(static=("axis", "base"))
 def entropy(
     logits: Float[Array, "*shape"],
     *,
@@ -242,7 +242,7 @@ def entropy(
     return jnp.squeeze(_entropy(z, axis), axis) * unit
 
 
-@partial(jax.jit, static_argnames=("axis", "base"))
+@_checks.public(static=("axis", "base"))
 def kl_divergence(
     p_logits: Float[Array, "*shape"],
     q_logits: Float[Array, "*shape"],
@@ -283,7 +283,7 @@ def kl_divergence(
     return jnp.squeeze(_kl_divergence(p, q, axis), axis) * unit
 
 
-@partial(jax.jit, static_argnames=("axis", "base"))
+@_checks.public(static=("axis", "base"))
 def js_divergence(
     p_logits: Float[Array, "*shape"],
     q_logits: Float[Array, "*shape"],
@@ -322,7 +322,7 @@ def js_divergence(
     return jnp.squeeze(_js_divergence(p, q, axis), axis) * unit
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def distillation_loss(
     student_logits: Float[Array, "*shape"],
     teacher_logits: Float[Array, "*shape"],
@@ -368,7 +368,7 @@ def distillation_loss(
     return jnp.squeeze(loss, front) * jnp.square(scale)
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def log_prob(
     labels: Integer[Array, "*rest"],
     logits: Float[Array, "*shape"],
@@ -399,7 +399,7 @@ def log_prob(
     return -cross_entropy(logits, labels, axis=axis, where=where)
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def mode(
     logits: Float[Array, "*shape"], *, axis: int = -1, where: Bool[Array, "*#shape"] | None = None
 ) -> Int[Array, "*rest"]:
@@ -423,7 +423,7 @@ def mode(
     return jax.lax.argmax(z, axis, jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("axis", "shape"))
+@_checks.public(static=("axis", "shape"))
 def sample(
     key: Key[Array, ""],
     logits: Float[Array, "*shape"],
@@ -527,10 +527,8 @@ def _canonical_labelled(function, logits, labels, axis, where):
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"{function}: labels must be integer or floating-point, got {_checks.describe(labels)}")
     expected = logits.shape[:axis] + logits.shape[axis + 1 :]
-    _checks.same_shape(function, "logits without the class axis", "integer labels", expected, labels)
-    if labels.dtype.itemsize < 4:  # a comparison with K would wrap K to the label's dtype: 256 is 0 in uint8
-        labels = labels.astype(jnp.int32)
-    _checks.labels_in_range(function, labels, logits.shape[axis])
+    labels = _checks.classes(function, "labels", labels, "logits without the class axis", expected)
+    _checks.in_range(function, "label", labels, logits.shape[axis])
     return z, labels, axis
 
 

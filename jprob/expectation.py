@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
     standard_error: Array
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def mean(
     values: Real[Array, "*#shape"] | Bool[Array, "*#shape"],
     logits: Float[Array, "*shape"],
@@ -63,7 +63,7 @@ def mean(
     return jnp.squeeze(_mean(v, z, axis), axis)
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def variance(
     values: Real[Array, "*#shape"] | Bool[Array, "*#shape"],
     logits: Float[Array, "*shape"],
@@ -98,7 +98,7 @@ def variance(
     return jnp.squeeze(_variance(v, z, axis), axis)
 
 
-@partial(jax.jit, static_argnames=("fn", "sample", "num_samples"))
+@_checks.public(static=("fn", "sample", "num_samples"))
 def monte_carlo(
     fn: Callable[[Any], Array], sample: Callable[[Array], Any], key: Key[Array, ""], *, num_samples: int
 ) -> Estimate:

@@ -27,7 +27,7 @@ from jaxtyping import Float, Key
 from . import _accurate, _checks
 
 
-@jax.jit
+@_checks.public()
 def log_prob(
     x: Float[Array, "*#shape"],
     loc: float | Float[Array, "*#shape"] = 0.0,
@@ -115,7 +115,7 @@ class Parameters(NamedTuple):
     scale: Array  # standard deviation
 
 
-@jax.jit
+@_checks.public()
 def prob(
     x: Float[Array, "*#shape"],
     loc: float | Float[Array, "*#shape"] = 0.0,
@@ -154,7 +154,7 @@ def prob(
     return _prob(x, loc, spread) * unit
 
 
-@jax.jit
+@_checks.public()
 def cdf(
     x: Float[Array, "*#shape"],
     loc: float | Float[Array, "*#shape"] = 0.0,
@@ -187,7 +187,7 @@ def cdf(
     return _cdf(x - loc, scale)
 
 
-@jax.jit
+@_checks.public()
 def log_cdf(
     x: Float[Array, "*#shape"],
     loc: float | Float[Array, "*#shape"] = 0.0,
@@ -221,7 +221,7 @@ def log_cdf(
     return _log_cdf(x - loc, scale)
 
 
-@jax.jit
+@_checks.public()
 def quantile(
     q: Float[Array, "*#shape"],
     loc: float | Float[Array, "*#shape"] = 0.0,
@@ -256,7 +256,7 @@ def quantile(
     return loc + scale * _quantile(_accurate.nan_unless(inside, q))
 
 
-@jax.jit
+@_checks.public()
 def interval_prob(
     low: Float[Array, "*#shape"],
     high: Float[Array, "*#shape"],
@@ -295,7 +295,7 @@ def interval_prob(
     return _interval_prob(low, high, loc, scale)
 
 
-@jax.jit
+@_checks.public()
 def entropy(scale: float | Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Differential entropy log scale + (1 + log(2 pi)) / 2, in nats.
 
@@ -318,7 +318,7 @@ def entropy(scale: float | Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.log(_positive("entropy", "scale", scale)) + (0.5 + _HALF_LOG_2PI)
 
 
-@jax.jit
+@_checks.public()
 def kl_divergence(
     p_loc: float | Float[Array, "*#shape"],
     p_scale: float | Float[Array, "*#shape"],
@@ -355,7 +355,7 @@ def kl_divergence(
     return _scale_divergence(p_scale, q_scale) + _half_square(p_loc - q_loc, scale)
 
 
-@jax.jit
+@_checks.public()
 def cross_entropy(
     p_loc: float | Float[Array, "*#shape"],
     p_scale: float | Float[Array, "*#shape"],
@@ -390,7 +390,7 @@ def cross_entropy(
     return _cross_entropy(p_loc - q_loc, p_scale, q_scale) - jnp.log(unit)
 
 
-@partial(jax.jit, static_argnames=("beta",))
+@_checks.public(static=("beta",))
 def nll(
     x: Float[Array, "*#shape"],
     loc: float | Float[Array, "*#shape"] = 0.0,
@@ -436,7 +436,7 @@ def nll(
     return _nll(x, loc, spread, beta) if log_scale is None else _nll_log_scale(x - loc, spread, beta)
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def fit(x: Float[Array, "*shape"], *, axis: int = -1, weights: Float[Array, "*#shape"] | None = None) -> Parameters:
     """Maximum-likelihood fit: the weighted mean, and the root of the weighted mean square deviation from it.
 
@@ -468,7 +468,7 @@ def fit(x: Float[Array, "*shape"], *, axis: int = -1, weights: Float[Array, "*#s
     return Parameters(jnp.squeeze(loc, axis) + none, jnp.squeeze(scale, axis) + none)
 
 
-@partial(jax.jit, static_argnames=("shape",))
+@_checks.public(static=("shape",))
 def sample(
     key: Key[Array, ""],
     loc: float | Float[Array, "*#shape"] = 0.0,

@@ -99,7 +99,7 @@ class _Loss(NamedTuple):
     has_bias: bool
 
 
-@partial(jax.jit, static_argnames=(*_FORM, "label_smoothing", "z_loss", "reduction", "has_aux"))
+@_checks.public(static=(*_FORM, "label_smoothing", "z_loss", "reduction", "has_aux"))
 def cross_entropy(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
@@ -175,7 +175,7 @@ def cross_entropy(
     return _placed(partial(_cross_entropy, loss, reduction), hidden, kernel, bias, labels, weights)
 
 
-@partial(jax.jit, static_argnames=_FORM)
+@_checks.public(static=_FORM)
 def log_prob(
     labels: Integer[Array, "*tokens"],
     hidden: Float[Array, "*tokens H"],
@@ -221,7 +221,7 @@ def log_prob(
     return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], labels)
 
 
-@partial(jax.jit, static_argnames=(*_FORM, "base"))
+@_checks.public(static=(*_FORM, "base"))
 def entropy(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
@@ -267,7 +267,7 @@ def entropy(
     return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
 
 
-@partial(jax.jit, static_argnames=(*_FORM, "base"))
+@_checks.public(static=(*_FORM, "base"))
 def kl_divergence(
     p_hidden: Float[Array, "*tokens P"],
     p_kernel: Float[Array, "_ _"],
@@ -320,7 +320,7 @@ def kl_divergence(
     return _placed(partial(_per_token, rows, form), sides)
 
 
-@partial(jax.jit, static_argnames=_FORM)
+@_checks.public(static=_FORM)
 def distillation_loss(
     student_hidden: Float[Array, "*tokens S"],
     student_kernel: Float[Array, "_ _"],
@@ -401,7 +401,7 @@ def distillation_loss(
     return _placed(partial(_per_token, top_rows, form), [student], top_log_probs, indices)
 
 
-@partial(jax.jit, static_argnames=("transposed_kernel", "block_bytes", "axis_name"))
+@_checks.public(static=("transposed_kernel", "block_bytes", "axis_name"))
 def mode(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
@@ -439,7 +439,7 @@ def mode(
     return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
 
 
-@partial(jax.jit, static_argnames=("softcap", "transposed_kernel", "block_bytes", "axis_name"))
+@_checks.public(static=("softcap", "transposed_kernel", "block_bytes", "axis_name"))
 def sample(
     key: Key[Array, ""],
     hidden: Float[Array, "*tokens H"],
@@ -588,12 +588,9 @@ def _num_classes(form, kernel):
 
 def _labels(function, form, hidden, kernel, labels, weights=None):
     """Signed labels of 32 bits or more, 0 where the weight is 0: one of fewer bits could not hold V."""
-    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"{function}: labels must be integer classes, got {_checks.describe(labels)}")
-    _checks.same_shape(function, "hidden without its last axis", "labels", hidden.shape[:-1], labels)
-    labels = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
-    counted = labels if weights is None else jnp.where(weights == 0, 0, labels)
-    _checks.labels_in_range(function, counted, _num_classes(form, kernel) * _shards(form.axis))
+    labels = _checks.classes(function, "labels", labels, "hidden without its last axis", hidden.shape[:-1])
+    counted = True if weights is None else weights != 0
+    _checks.in_range(function, "label", labels, _num_classes(form, kernel) * _shards(form.axis), counted)
     return labels
 
 
@@ -603,17 +600,15 @@ def _check_top(form, hidden, kernel, log_probs, indices):
     if log_probs.ndim == 0 or log_probs.shape[:-1] != hidden.shape[:-1] or log_probs.shape[-1] == 0:
         expected = f"the shape {[*hidden.shape[:-1], 'k']}"
         raise ValueError(f"{name}: top_log_probs must have {expected}, got {_checks.describe(log_probs)}")
-    if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise ValueError(f"{name}: top_indices must be integer classes, got {_checks.describe(indices)}")
-    _checks.same_shape(name, "top_log_probs", "top_indices", log_probs.shape, indices)
-    _checks.labels_in_range(name, indices, _num_classes(form, kernel) * _shards(form.axis))
+    indices = _checks.classes(name, "top_indices", indices, "top_log_probs", log_probs.shape)
+    _checks.in_range(name, "label", indices, _num_classes(form, kernel) * _shards(form.axis))
     ordered = jnp.sort(indices, axis=-1)
     _checks.expect(
         ordered[..., 1:] != ordered[..., :-1],
         ordered[..., 1:],
         f"{name}: top_indices has class {{value}} twice for one token",
     )
-    return indices.astype(jnp.int64 if indices.dtype.itemsize == 8 else jnp.int32)
+    return indices
 
 
 def _given(arguments, *names):

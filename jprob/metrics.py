@@ -16,10 +16,8 @@ Counts are whole numbers in float32 at least, exact up to 2**24 = 16,777,216 per
 longer grows by adding single examples. u is half the spacing at 1 of the dtype (2**-24 for float32).
 """
 
-from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer, Real
@@ -29,7 +27,7 @@ from . import _accurate, _checks, _sums
 _AVERAGES = (None, "macro", "micro", "weighted")
 
 
-@partial(jax.jit, static_argnames=("num_classes",))
+@_checks.public(static=("num_classes",))
 def confusion_matrix(
     labels: Integer[Array, "*shape"],
     predictions: Integer[Array, "*shape"],
@@ -66,16 +64,12 @@ def confusion_matrix(
     name = "confusion_matrix"
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"{name}: num_classes must be a positive integer, got {num_classes!r}")
-    for argument, value in (("labels", labels), ("predictions", predictions)):
-        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
-            raise ValueError(f"{name}: {argument} must be integer classes, got {_checks.describe(value)}")
-    _checks.same_shape(name, "labels", "predictions", labels.shape, predictions)
-    inside = [(c >= 0) & (c < num_classes) for c in (labels, predictions)]
+    labels = _checks.classes(name, "labels", labels, "labels", jnp.shape(labels))
+    predictions = _checks.classes(name, "predictions", predictions, "labels", labels.shape)
     w = None if weights is None else _checks.weights(name, "labels", labels.shape, weights)
     counted = True if w is None else w != 0
-    for what, ok, value in zip(("label", "prediction"), inside, (labels, predictions), strict=True):
-        _checks.expect(ok | jnp.logical_not(counted), value, f"{name}: {what} {{value}} is outside [0, {num_classes})")
-    valid = (inside[0] & inside[1]).ravel()
+    valid = _checks.in_range(name, "label", labels, num_classes, counted)
+    valid = (valid & _checks.in_range(name, "prediction", predictions, num_classes, counted)).ravel()
     cell = [jnp.where(valid, c.ravel(), 0).astype(jnp.int32) for c in (labels, predictions)]
     cell = cell[0] * num_classes + cell[1]
     if w is None:
@@ -89,7 +83,7 @@ def confusion_matrix(
     return counts.reshape(num_classes, num_classes)
 
 
-@jax.jit
+@_checks.public()
 def accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batch"]:
     """Accuracy: the share of examples whose prediction is their label, sum_k C[k, k] / sum C.
 
@@ -109,7 +103,7 @@ def accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batch"]:
     return _sums.ratio(jnp.sum(counts, axis=-1), jnp.sum(row, axis=-1))
 
 
-@jax.jit
+@_checks.public()
 def balanced_accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batch"]:
     """Balanced accuracy: the mean recall of the classes that occur as a label, so that each counts the same.
 
@@ -133,7 +127,7 @@ def balanced_accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batc
     return _sums.ratio(jnp.sum(_sums.ratio(counts, row), axis=-1), jnp.sum(row != 0, axis=-1))
 
 
-@partial(jax.jit, static_argnames=("average",))
+@_checks.public(static=("average",))
 def precision(
     matrix: Float[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
 ) -> Float[Array, "*result"]:
@@ -157,7 +151,7 @@ def precision(
     return _averaged("precision", counts, column, row, column, average)
 
 
-@partial(jax.jit, static_argnames=("average",))
+@_checks.public(static=("average",))
 def recall(
     matrix: Float[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
 ) -> Float[Array, "*result"]:
@@ -181,7 +175,7 @@ def recall(
     return _averaged("recall", counts, row, row, column, average)
 
 
-@partial(jax.jit, static_argnames=("average",))
+@_checks.public(static=("average",))
 def f1_score(
     matrix: Float[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
 ) -> Float[Array, "*result"]:
@@ -209,7 +203,7 @@ def f1_score(
     return _averaged("f1_score", counts, (row + column) / 2, row, column, average)
 
 
-@jax.jit
+@_checks.public()
 def perplexity(
     nll: Float[Array, "*shape"],
     *,

@@ -11,7 +11,6 @@ spacing at 1 of that dtype, and k the condition number of L for the substitution
 diagonal L, however different its scales.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ class Parameters(NamedTuple):
     scale_tril: Array  # lower Cholesky factor of the covariance
 
 
-@jax.jit
+@_checks.public()
 def log_prob(
     x: Float[Array, "*#batch D"], loc: Float[Array, "*#batch D"], scale_tril: Float[Array, "*#batch D D"]
 ) -> Float[Array, "*batch"]:
@@ -58,7 +57,7 @@ def log_prob(
     return jnp.sum(gaussian.log_prob(r) - jnp.log(_diagonal(scale_tril)), axis=-1)
 
 
-@jax.jit
+@_checks.public()
 def entropy(scale_tril: Float[Array, "*batch D D"]) -> Float[Array, "*batch"]:
     """Differential entropy sum_i log L_ii + D (1 + log(2 pi)) / 2, in nats.
 
@@ -81,7 +80,7 @@ def entropy(scale_tril: Float[Array, "*batch D D"]) -> Float[Array, "*batch"]:
     return jnp.sum(gaussian.entropy(_diagonal(scale_tril)), axis=-1)
 
 
-@jax.jit
+@_checks.public()
 def kl_divergence(
     p_loc: Float[Array, "*#batch D"],
     p_scale_tril: Float[Array, "*#batch D D"],
@@ -123,7 +122,7 @@ def kl_divergence(
     return jnp.sum(stretch, axis=-1) + squares / 2
 
 
-@partial(jax.jit, static_argnames=("shape",))
+@_checks.public(static=("shape",))
 def sample(
     key: Key[Array, ""],
     loc: Float[Array, "*#batch D"],
@@ -157,7 +156,7 @@ def sample(
     return loc + jnp.einsum("...ij,...j->...i", scale_tril, z, precision="highest")
 
 
-@partial(jax.jit, static_argnames=("axis",))
+@_checks.public(static=("axis",))
 def fit(x: Float[Array, "*shape D"], *, axis: int = -2, weights: Float[Array, "*#shape"] | None = None) -> Parameters:
     """Maximum-likelihood fit: the weighted mean, and a factor of the weighted mean of the products of deviations.
 
@@ -206,7 +205,7 @@ def fit(x: Float[Array, "*shape D"], *, axis: int = -2, weights: Float[Array, "*
     return Parameters(loc + none, jnp.swapaxes(upper * sign[..., None], -2, -1) + none[..., None])
 
 
-@jax.jit
+@_checks.public()
 def scale_tril(
     *,
     covariance: Float[Array, "*batch D D"] | None = None,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from jax.experimental import checkify
 
+import jprob
 from jprob import bayes, categorical, gaussian
 
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
@@ -213,6 +213,6 @@ def test_a_static_fault_says_what_was_expected(call, message):
     ],
 )
 def test_a_fault_of_the_data_is_named(call, message):
-    error, value = checkify.checkify(call)()
+    error, value = jprob.checkify(call)()
     assert message in error.get()
     assert "log_posterior" in message or jnp.isnan(jax.tree.leaves(value)[0])

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from jax.experimental import checkify
 
+import jprob
 from jprob import bernoulli, categorical
 
 U = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}  # of the dtype computed in
@@ -121,7 +121,7 @@ def test_a_label_outside_0_and_1_is_nan_and_named(label):
     assert jnp.isnan(value[0])
     assert jnp.isfinite(value[1])
     assert jnp.isnan(jax.grad(lambda z: bernoulli.cross_entropy(z, labels).sum())(jnp.zeros(2))[0])
-    error, _ = checkify.checkify(bernoulli.cross_entropy)(jnp.zeros(2), labels)
+    error, _ = jprob.checkify(bernoulli.cross_entropy)(jnp.zeros(2), labels)
     assert f"cross_entropy: label {float(label)} is outside [0, 1]" in error.get()
 
 

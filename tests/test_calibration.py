@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 from scipy.optimize import brentq
 
+import jprob
 from jprob import calibration, categorical
 
 U = 2.0**-24
@@ -164,9 +164,9 @@ def test_a_label_out_of_range_is_nan_and_named_unless_it_weighs_0(bad):
     assert jnp.isnan(jax.grad(calibration.fit_temperature)(z, labels)).all()
     present = jnp.ones(30).at[3].set(0)
     for function in (calibration.reliability, calibration.fit_temperature):
-        error, _ = checkify.checkify(function)(z, labels)
+        error, _ = jprob.checkify(function)(z, labels)
         assert f"{function.__name__}: label {bad} is outside [0, 5)" in error.get()
-        error, got = checkify.checkify(function)(z, labels, weights=present)
+        error, got = jprob.checkify(function)(z, labels, weights=present)
         assert error.get() is None
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
 
@@ -354,4 +354,4 @@ def test_negative_weights_and_probabilities_speak_under_checkify():
             "expected_calibration_error: weight -1.0 is negative",
         ),
     ):
-        assert message in checkify.checkify(call)()[0].get()
+        assert message in jprob.checkify(call)()[0].get()

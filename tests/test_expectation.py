@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from jax.experimental import checkify
 
+import jprob
 from jprob import expectation, gaussian
 
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
@@ -148,5 +148,5 @@ def test_a_static_fault_says_what_was_expected(call, message):
 
 
 def test_probabilities_where_logits_belong_are_named():
-    error, _ = checkify.checkify(expectation.mean)(jnp.arange(2.0), jnp.array([[0.25, 0.75], [0.5, 0.5]]))
+    error, _ = jprob.checkify(expectation.mean)(jnp.arange(2.0), jnp.array([[0.25, 0.75], [0.5, 0.5]]))
     assert "mean: logits are probabilities" in error.get()

@@ -38,7 +38,7 @@ def test_imports_point_downwards(path):
         assert top in FLOORS[floor] | ALONE.get(path.name, set()) | {"jprob"} | set(sys.stdlib_module_names), (
             f"{path.name} imports {name}"
         )
-        if floor == "jprob":
+        if floor == "jprob" and path.name != "__init__.py":  # which loads it on first use
             assert not name.startswith("jprob.mle"), f"{path.name} imports {name} from the floor above"
 
 

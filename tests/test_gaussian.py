@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from jax.experimental import checkify
 
+import jprob
 from jprob import gaussian
 
 U = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}  # of the dtype computed in
@@ -189,7 +189,7 @@ def test_a_difference_of_infinities_is_undefined():
 def test_a_scale_that_is_not_positive_and_finite_is_nan_and_named(scale):
     x = jnp.zeros(2)
     scales = jnp.array([scale, 1.0])
-    error, value = checkify.checkify(gaussian.log_prob)(x, 0.0, scales)
+    error, value = jprob.checkify(gaussian.log_prob)(x, 0.0, scales)
     assert jnp.isnan(value).tolist() == [True, False]
     assert f"log_prob: scale {scale:.1f} is not positive" in error.get()
 
@@ -304,7 +304,7 @@ def test_interval_prob_has_its_corner_cases():
         low, high, jnp.zeros(7), jnp.ones(7)
     )
     assert jnp.isfinite(jnp.stack(slopes)).all()
-    error, value = checkify.checkify(gaussian.interval_prob)(jnp.ones(1), jnp.zeros(1))
+    error, value = jprob.checkify(gaussian.interval_prob)(jnp.ones(1), jnp.zeros(1))
     assert "interval_prob: low 1.0 is above high" in error.get()
     assert jnp.isnan(value).all()
     inside = gaussian.interval_prob(-jnp.arange(1.0, 4.0), jnp.arange(1.0, 4.0))
@@ -394,7 +394,7 @@ def test_fit_without_spread_or_weight_has_gradient_0():
     assert jax.grad(total)(jnp.ones(3), jnp.zeros(3)).tolist() == [0] * 3
     unseen = gaussian.fit(jnp.array([1.0, 3.0, jnp.nan, jnp.inf]), weights=jnp.array([1.0, 1.0, 0.0, 0.0]))
     assert unseen == (2, 1)
-    error, value = checkify.checkify(lambda w: gaussian.fit(jnp.ones(2), weights=w))(jnp.array([1.0, -1.0]))
+    error, value = jprob.checkify(lambda w: gaussian.fit(jnp.ones(2), weights=w))(jnp.array([1.0, -1.0]))
     assert "fit: weight -1.0 is negative" in error.get()
     assert jnp.isnan(value.loc)
 

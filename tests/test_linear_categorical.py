@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jprob
 from jprob import categorical
 from jprob import linear_categorical as linear
 
@@ -160,7 +160,7 @@ def test_a_student_that_excludes_all_top_classes_is_infinitely_far():
 
 def test_a_class_that_is_among_the_top_twice_is_named_under_checkify():
     indices = jnp.array([[0, 1], [2, 2]])
-    call = checkify.checkify(lambda: linear.distillation_loss(
+    call = jprob.checkify(lambda: linear.distillation_loss(
         X[:2], W, temperature=2.0, top_log_probs=jnp.zeros((2, 2)), top_indices=indices))  # fmt: skip
     message = "distillation_loss: top_indices has class 2 twice for one token"
     assert call()[0].get().startswith(message)
@@ -400,7 +400,7 @@ def test_a_label_out_of_range_is_nan_there_and_nowhere_else(label):
     slope = jax.grad(lambda x: jnp.sum(per_token(x, labels)[0]))(X)
     np.testing.assert_array_equal(np.isnan(slope).all(1), np.arange(N) == 3)
     assert jnp.isnan(linear.cross_entropy(X, W, labels))
-    error, _ = checkify.checkify(linear.cross_entropy)(X, W, labels)
+    error, _ = jprob.checkify(linear.cross_entropy)(X, W, labels)
     assert re.search(rf"cross_entropy: label {label} is outside \[0, {V}\)", error.get() or "")
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
-from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
+import jprob
 from jprob import metrics
 
 U = 2.0**-24
@@ -161,10 +161,10 @@ def test_a_class_out_of_range_makes_the_sum_nan_and_is_named_unless_it_weighs_0(
     call = lambda w: matrix(pair, w)  # noqa: E731
     for w in (None, np.ones(3, np.float32)):
         assert jnp.all(jnp.isnan(call(w)))
-        assert f"confusion_matrix: {what} {bad} is outside [0, {K})" in checkify.checkify(call)(w)[0].get()
+        assert f"confusion_matrix: {what} {bad} is outside [0, {K})" in jprob.checkify(call)(w)[0].get()
     assert jnp.isnan(jax.grad(lambda w: call(w)[0, 0])(jnp.ones(3))[1])
     absent = np.array([1.0, 0.0, 1.0])
-    error, got = checkify.checkify(call)(absent)
+    error, got = jprob.checkify(call)(absent)
     assert error.get() is None
     assert jnp.array_equal(got, matrix((good[[0, 2]], good[[0, 2]])))
 
@@ -258,4 +258,4 @@ def test_negative_weights_and_counts_speak_under_checkify():
         (lambda: metrics.perplexity(jnp.ones(3), weights=w), "perplexity: weight -2.0 is negative"),
         (lambda: metrics.f1_score(-jnp.eye(2)), "f1_score: count -1.0 is negative"),
     ):
-        assert message in checkify.checkify(call)()[0].get()
+        assert message in jprob.checkify(call)()[0].get()

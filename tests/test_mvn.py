@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from jax.experimental import checkify
 
+import jprob
 from jprob import gaussian, mvn
 
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
@@ -172,6 +172,6 @@ def test_a_static_fault_says_what_was_expected(call, message):
     ],
 )
 def test_a_fault_of_the_data_is_named_and_nan(call, message):
-    error, value = checkify.checkify(call)(jnp.eye(3))
+    error, value = jprob.checkify(call)(jnp.eye(3))
     assert message in error.get()
     assert jnp.isnan(value).any()
