@@ -1,9 +1,12 @@
-"""Eight CPU devices for every test; set before jax starts."""
+"""Eight CPU devices and strict promotion for every test; set before jax starts."""
 
 import gc
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+# What a strict program of a user sets: no silent promotion of dtypes or ranks. Set here, subprocesses have it too.
+os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
 import jax
 import pytest
