@@ -1,26 +1,27 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: help study test lint lock clean force
+.PHONY: help study test test-slow lint lock clean force
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*  ## /\1 /p' Makefile | while read -r name text; do printf '%-7s%s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1 /p' Makefile | while read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
 
 study: .venv/ready  ## run the study of configs/study.toml
 	@.venv/bin/python -m experiments run configs/study.toml
 
 pytest = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8
-# The second run checks arguments and results against their annotations: of each function, with its options, in one dtype.
-typed = jprob experiments tests/test_contract.py::test_dtypes_of_value_and_gradient \
-  $(patsubst %,tests/test_%.py,types bayes calibration categorical expectation metrics mvn)
+# Arguments and results are checked against their annotations, but where a test hands over wrong ones on purpose.
+typed = --jaxtyping-packages=jprob,experiments,typecheck.checked -m "not wrong_types"
 # Compiling is most of the work of a test run. Kept inside .venv, the cache goes when jax changes.
-test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.venv/jax-cache
-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
-test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
+test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.venv/jax-cache
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 test: .venv/ready  ## run the tests and the examples in the docstrings
-	@$(pytest)
-	@$(pytest) --jaxtyping-packages=jprob,experiments,typecheck.checked -m "not wrong_types" \
-	  -k "not float16 and not float64 and not rare" $(typed)
+	@$(pytest) $(typed)
+	@$(pytest) -m wrong_types tests
+
+test-slow: .venv/ready  ## run the tests marked slow, which make test leaves out
+	@$(pytest) --slow -m slow tests
 
 lint: .venv/ready  ## check style, format and types
 	@.venv/bin/python -m ruff check

@@ -12,6 +12,18 @@ import jax
 import pytest
 import submitit  # noqa: F401
 
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: make test-slow runs it"))
+
+
 # Tracing makes objects by the million, and to look through them as often as usual takes a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
 
