@@ -46,7 +46,8 @@ def test_flow_time_is_that_of_the_integrated_flow(arm, margin, level):
 
 # In float32 .999 is off by 1.3e-8, that is by 1.3e-5 of 1 - .999^n whatever n: by far Adam's largest rounding. It is
 # optax's, and a plain loop that makes it too is matched twenty times better.
-BIAS = np.asarray(1 - jnp.array([0.9, 0.999], jnp.float32) ** jnp.arange(1, 100)[:, None], np.float64)
+with jax.numpy_dtype_promotion("standard"):  # a float to an integer power, as optax has it
+    BIAS = np.asarray(1 - jnp.array([[0.9, 0.999]], jnp.float32) ** jnp.arange(1, 100)[:, None], np.float64)
 
 
 def by_hand(arm, rule, margin, rate, eps, momentum=0.9):

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 from experiments import data, plots, stats
 from experiments.config import distinct, split
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.report import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import categorical, mle
 
@@ -97,8 +97,8 @@ class Member(NamedTuple):
 def outputs(params, x):
     """Logits of the model that `params` describe: linear, or through one layer of tanh."""
     if "hidden" in params:
-        x = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
-    return x @ params["output"]["kernel"] + params["output"]["bias"]
+        x = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+    return x @ params["output"]["kernel"] + params["output"]["bias"][None]
 
 
 def loss(arm: str, z, labels):
@@ -312,7 +312,7 @@ def wrong_hypothesis(pick: Seeds, config: Config, optimizer: str) -> Hypothesis:
         "accuracy, though its learning rate is tuned by itself.",
         gaps_text(gaps),
         "the 95 % interval of a model's mean gap holds 0, or lies below it",
-        "holds" if all(stats.bca_interval(g).low > 0 for g in gaps.values()) else "falsified",
+        decided(all(stats.bca_interval(g).low > 0 for g in gaps.values())),
     )
 
 
@@ -328,7 +328,7 @@ def participation_hypothesis(pick: Seeds, config: Config) -> Hypothesis:
         "The reason shows in the first step: from a confidently wrong start, fewer examples pull under B than under A.",
         f"participation ratio at output std {config.wrong_std:g}: " + "; ".join(ratios),
         "the 95 % interval of the difference A - B holds 0, or lies below it",
-        "holds" if holds else "falsified",
+        decided(holds),
     )
 
 
