@@ -60,7 +60,7 @@ def test_every_study_has_a_config():
 
 def test_the_study_starts_as_a_command():
     done = subprocess.run([sys.executable, "-m", "experiments", "list"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
+    assert (done.returncode, done.stderr) == (0, "")
     assert "configs/study.toml: Cross-entropy against squared error" in done.stdout
     assert all(name in done.stdout for name in studies.names())
 
