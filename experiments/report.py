@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import msgspec
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -32,7 +33,7 @@ class Hypothesis(NamedTuple):
     verdict: str  # one of VERDICTS
 
 
-def decided(holds: bool) -> str:
+def decided(holds: bool | np.bool_) -> str:
     """Of a claim that has been decided."""
     return "holds" if holds else "falsified"
 
