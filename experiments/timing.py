@@ -18,11 +18,14 @@ from experiments.results import Record
 def race(contestants: Sequence[Callable[[], object]], rounds: int, seconds: float = 0.0) -> np.ndarray:
     """Seconds a call, [contestants, rounds]: everyone runs once a round, each round starting one further on.
 
-    A time is that of as many calls as fit into `seconds`, or of one. The last result of a sample is waited for.
+    A time is that of as many calls as take `seconds`, or of one. The last result of a sample is waited for.
     """
     for run in contestants:
         jax.block_until_ready(run())  # the first call may still load or allocate
-    calls = [max(1, int(seconds / _seconds(run, 1))) if seconds else 1 for run in contestants]
+    calls = [1] * len(contestants)
+    for i, run in enumerate(contestants):
+        while seconds and _seconds(run, calls[i]) < seconds:
+            calls[i] *= 2
     taken = np.empty((len(contestants), rounds))
     for i in range(rounds):
         for j in np.roll(np.arange(len(contestants)), -i).tolist():
@@ -31,7 +34,7 @@ def race(contestants: Sequence[Callable[[], object]], rounds: int, seconds: floa
 
 
 def _seconds(run: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
+    result, start = None, time.perf_counter()
     for _ in range(calls):
         result = run()
     jax.block_until_ready(result)

@@ -44,7 +44,7 @@ Shape = Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Each shape is [rows, classes]; a time is that of as many calls as fit into `seconds_a_sample`, or of one."""
+    """Each shape is [rows, classes]; a time is that of as many calls as take `seconds_a_sample`, or of one."""
 
     functions: Annotated[
         list[Literal["cross_entropy", "cross_entropy, soft", "kl_divergence", "softmax", "log_softmax"]],
@@ -107,7 +107,7 @@ def program(call: Callable, mode: str, fields: Sequence[str], x: Inputs) -> tupl
     return jax.jit(jax.value_and_grad(scalar, 1 + fields.index("logits"))), [x.others, *arguments]
 
 
-def temporaries(call: Callable, arguments: Sequence[jax.Array]) -> int:
+def temporaries(call: Callable, arguments: Sequence[Any]) -> int:
     """Bytes that the program needs beyond its arguments and results; 0 where the backend does not tell."""
     memory = jax.jit(call).lower(*arguments).compile().memory_analysis()
     return 0 if memory is None else memory.temp_size_in_bytes
@@ -160,7 +160,7 @@ def torch_program(function: str, mode: str, x: Inputs) -> Callable[[], object] |
 
 
 def measure(
-    config: Config, cell: dict[str, Setting], programs: dict[str, tuple], others: dict[str, Callable]
+    config: Config, cell: dict[str, Setting], programs: dict[str, tuple[Callable, list]], others: dict[str, Callable]
 ) -> Record:
     """Everyone's time in every round, and the temporaries of the two `programs`."""
     size = int(cell["rows"]) * int(cell["classes"])
