@@ -86,7 +86,7 @@ def test_a_time_is_that_of_a_step_of_one_seed(monkeypatch):
 
 def test_fit_and_its_checkpoints_are_timed(capsys, tmp_path):
     """Without a line on stderr, though `fit` tells where it resumes."""
-    t = loop.task(loop.EXAMPLES, 1)
+    t = loop.task(32, 1)
     record = loop.measure_fit(t, loop.RECORD_EVERY, rounds=1)
     names = ("fit", "run", "short", "saved", "resumed")
     assert {name: len(times) for name, times in record.values.items()} == {f"seconds_{name}": 1 for name in names}
