@@ -28,6 +28,7 @@ class Finder:
         if name == MODULE:
             sys.meta_path.remove(Finder)
             os.kill(os.getpid(), 2)
+sys.modules.pop(MODULE, None)  # which some installed package may import as Python starts
 sys.meta_path.insert(0, Finder)
 """
 PROGRAM = "import runpy; runpy.run_module('experiments', run_name='__main__')"
