@@ -22,13 +22,13 @@ def _tiny_studies(monkeypatch, tmp_path):
 
 # Sends SIGINT to its own process as Python begins to import MODULE: at the same place, however fast the machine is.
 HOOK = """
-import os, sys
+import _signal, os, sys
+_signal.signal(2, _signal.default_int_handler)  # which a process in the background may have inherited as ignored
 class Finder:
     def find_spec(name, path=None, target=None):
         if name == MODULE:
             sys.meta_path.remove(Finder)
             os.kill(os.getpid(), 2)
-sys.modules.pop(MODULE, None)  # which some installed package may import as Python starts
 sys.meta_path.insert(0, Finder)
 """
 PROGRAM = "import runpy; runpy.run_module('experiments', run_name='__main__')"

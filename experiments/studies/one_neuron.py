@@ -206,12 +206,7 @@ def table(config: Config, paths: Paths) -> Table:
     for (w, b, loss, rate), path in paths.items():
         steps = steps_to_half(path.output)
         half = f"{steps:g}" if math.isfinite(steps) else f"> {config.num_steps}"
-        ends = [
-            f"{path.output[0]:.4f}",
-            half,
-            f"{path.output[-1]:.4f}",
-            f"{path.cost[-1]:.4f}",
-        ]
+        ends = [f"{path.output[0]:.4f}", half, f"{path.output[-1]:.4f}", f"{path.cost[-1]:.4f}"]
         rows.append([f"({w:g}, {b:g})", loss, f"{rate:g}", *ends, f"{deviation((w, b, loss, rate), path):.1e}"])
     header = ["start (w, b)", "loss", "lr", "first a", "steps to a < 1/2", "last a", "last C", "deviation"]
     return Table(f"{config.num_steps} steps; the deviation is from the float64 recursion.", header, rows)
