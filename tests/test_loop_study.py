@@ -16,9 +16,9 @@ CONFIG = {"batch_sizes": [32, 1024], "seeds": [1, 8], "epochs": 4, "fit_batch_si
 
 
 @pytest.fixture(autouse=True)
-def _standard_promotion():
-    """optax's adam, in which everyone trains here, multiplies floats by an integer count."""
-    with jax.numpy_dtype_promotion("standard"):
+def _as_in_a_run():
+    """The precision of a run; optax's adam, by which everyone trains, multiplies floats by an integer count."""
+    with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
         yield
 
 

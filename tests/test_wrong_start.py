@@ -128,7 +128,8 @@ def test_verdicts_follow_the_figures(change, part, want):
 
 def test_it_runs_small_and_reports():
     config = msgspec.structs.replace(CONFIG, models=["mlp"], optimizers=["sgd"])
-    items = list(wrong_start.run(config))
+    with jax.default_matmul_precision("highest"):  # as in a run, so that both compile the same programs
+        items = list(wrong_start.run(config))
     records = [item for item in items if isinstance(item, Record)]
     done = [item.done for item in items if isinstance(item, results.Progress)]
     assert done == sorted(done)
