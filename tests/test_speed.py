@@ -21,7 +21,6 @@ def test_contestants_compute_the_same(function):
         programs = [speed.program(call, mode, fields, x) for call in both]
         ours, peers = (speed.runner(*program, 12)() for program in programs)
         chex.assert_trees_all_close(ours, peers, rtol=1e-5, atol=1e-6)  # 16 + R of about 12 units of 6e-8 each
-        assert all(speed.temporaries(*program) >= 0 for program in programs)
 
 
 def test_a_forward_call_is_the_public_function_itself():
@@ -65,3 +64,8 @@ def test_inputs_are_distributions():
     assert x.logits.dtype == x.targets.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(x.targets, np.float32).sum(axis=1), 1, atol=3 * 2.0**-9)
     assert jax.tree.map(lambda a: a.shape, x) == speed.Inputs((4, 3), (4, 3), (4,), (4, 3))
+
+
+def test_temporaries_are_those_of_the_program():
+    x = jnp.ones((256, 256))
+    assert speed.temporaries(jnp.negative, [x]) < x.nbytes <= speed.temporaries(lambda x: (x @ x) @ x, [x])
