@@ -1,4 +1,4 @@
-"""What a results folder holds, as a table, CSV or SQL; and the answer to any query that only reads."""
+"""Results for people and programs: a table, CSV or SQL of a folder, and the answer to any query that only reads."""
 
 import csv
 import re
@@ -8,14 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from experiments import folders
 from experiments.errors import InputError
-from experiments.tables import print_table
 
 Format = Literal["table", "csv", "sql"]
 
 _SUMMARY = "SELECT run, name, points, first, last FROM summary ORDER BY run, name"
 _EVERYTHING = "SELECT run, step, name, value FROM measurements ORDER BY run, name, step"
+_UNLIMITED = 100_000
+_STYLES = {"holds": "green", "falsified": "bold red", "undecided": "yellow"}
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 
@@ -74,3 +80,26 @@ def _cell(value: object, number: Callable[[float], str]) -> str:
     if value is None:
         return "nan"  # which SQLite keeps as NULL
     return number(value) if isinstance(value, float) else str(value)
+
+
+class _Console(Console):
+    """rich ends the process with status 1 when `| head` has read enough; what that means is for the caller to say."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, wrapped: bool) -> None:
+    """Prints to stdout. Off a terminal it has 100 columns if `wrapped`; if not, a row is a line, for grep and cut."""
+    console = _Console()
+    if not console.is_terminal:
+        console = _Console(width=100 if wrapped else _UNLIMITED)
+    table = Table(
+        *header,
+        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        pad_edge=False,
+        padding=(0, 2, 1 if wrapped else 0, 0),  # a blank line between rows of several lines
+    )
+    for row in rows:
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    console.print(table)

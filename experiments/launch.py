@@ -155,4 +155,4 @@ def _merge(run: Run, study: str, parts: Sequence[Piece], failed: Sequence[str]) 
             seconds += part.store.finished()[study]
             data |= part.manifest["data"]
     run.update_manifest(seconds=run.manifest["seconds"] | {study: seconds}, data=data)
-    run.store.write_finished(study, runner.without_repetition(records), seconds)
+    run.store.finish(study, seconds, runner.without_repetition(records))

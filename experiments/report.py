@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jinja2
 import msgspec
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments import folders, plots, studies
 from experiments.errors import InputError
+from experiments.export import print_table
 from experiments.folders import Run
-from experiments.tables import print_table
 
 PAGE, FIGURES = "report.html", "figures"
 VERDICTS = ("holds", "falsified", "undecided")
@@ -30,6 +31,11 @@ class Hypothesis(NamedTuple):
     measured: str  # the figures with their interval, formatted for people: "-0.9998 [-1.0003, -0.9994]"
     falsified_if: str  # the rule, in words with its numbers
     verdict: str  # one of VERDICTS
+
+
+def decided(holds: bool | np.bool_) -> str:
+    """Of a claim that has been decided."""
+    return "holds" if holds else "falsified"
 
 
 class Plot(NamedTuple):

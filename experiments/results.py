@@ -103,12 +103,11 @@ class Store:
                 curves.setdefault(name, []).append(value)
         return values | {name: np.array(curve) for name, curve in curves.items()}
 
-    def finish(self, study: str, seconds: float) -> None:
-        """Marks a study as finished: the same command leaves it as it is from now on."""
-        self.write_finished(study, [], seconds)
+    def finish(self, study: str, seconds: float, records: Iterable[Record] = ()) -> None:
+        """Stores records that were measured elsewhere and marks their study as finished: all of it, or nothing.
 
-    def write_finished(self, study: str, records: Iterable[Record], seconds: float) -> None:
-        """Stores records that were measured elsewhere and marks their study as finished: all of it, or nothing."""
+        The same command leaves a finished study as it is.
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self.database as database:
             for record in records:

@@ -5,35 +5,40 @@ keeps the time of every contestant in every round, and what it reports is the me
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from experiments import stats
+from experiments.report import Hypothesis
 from experiments.results import Record
 
 
 def race(contestants: Sequence[Callable[[], object]], rounds: int, seconds: float = 0.0) -> np.ndarray:
     """Seconds a call, [contestants, rounds]: everyone runs once a round, each round starting one further on.
 
-    A time is that of as many calls as fit into `seconds`, or of one.
+    A time is that of as many calls as take `seconds`, or of one. The last result of a sample is waited for.
     """
     for run in contestants:
-        run()  # the first call may still load or allocate
+        jax.block_until_ready(run())  # the first call may still load or allocate
     calls = [1] * len(contestants)
-    if seconds:
-        for i, run in enumerate(contestants):
-            start = time.perf_counter()
-            run()
-            calls[i] = max(1, int(seconds / (time.perf_counter() - start)))
+    for i, run in enumerate(contestants):
+        while seconds and _seconds(run, calls[i]) < seconds:
+            calls[i] *= 2
     taken = np.empty((len(contestants), rounds))
     for i in range(rounds):
         for j in np.roll(np.arange(len(contestants)), -i).tolist():
-            start = time.perf_counter()
-            for _ in range(calls[j]):
-                contestants[j]()
-            taken[j, i] = (time.perf_counter() - start) / calls[j]
+            taken[j, i] = _seconds(contestants[j], calls[j]) / calls[j]
     return taken
+
+
+def _seconds(run: Callable[[], object], calls: int) -> float:
+    result, start = None, time.perf_counter()
+    for _ in range(calls):
+        result = run()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
 
 
 def ratio(record: Record, name: str, base: str) -> np.ndarray:
@@ -62,3 +67,25 @@ def judge(
     beyond = np.max(sign * medians) > sign * limit
     verdict = "falsified" if any(over) else "undecided" if beyond else "holds"
     return medians, records[int(np.argmax(sign * medians))], verdict
+
+
+def hypothesis(
+    claim: str,
+    records: Sequence[Record],
+    name: str,
+    base: str,
+    limit: float,
+    names: Mapping[str, str],
+    name_of: Callable[[Record], str],
+    sign: int = 1,
+) -> Hypothesis:
+    """The claim that `judge` judges, with the range of its medians and the worst of them."""
+    medians, worst, verdict = judge(records, name, base, limit, sign)
+    return Hypothesis(
+        claim,
+        f"time of {names[name]} / {names[base]}: {min(medians):.3g} to {max(medians):.3g}; at its worst "
+        f"{ratio_text(worst, name, base)} ({name_of(worst)})",
+        f"somewhere the 95 % interval of the median ratio lies {'above' if sign > 0 else 'below'} {limit:g}; undecided "
+        "while a median does",
+        verdict,
+    )

@@ -3,9 +3,7 @@
 import csv
 import io
 import math
-import os
 import sqlite3
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -125,12 +123,3 @@ def test_a_folder_without_results_is_one_line(capsys, arguments, line):
     assert main(["results", *arguments]) == 2
     assert capsys.readouterr() == ("", line + "\n")
     assert tiny_studies.tree() == before
-
-
-def test_a_reader_that_stops_reading_is_no_error(folder):
-    command = [*tiny_studies.COMMAND, "results", str(folder), "--format", "sql"]
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(command, env=tiny_studies.environment(), stdout=writing, stderr=subprocess.PIPE)
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (0, b"")

@@ -5,6 +5,7 @@ import io
 import re
 from pathlib import Path
 
+import jax
 import pytest
 from cases import PLANS, public_functions
 
@@ -14,11 +15,20 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+# Long trainings: what they call has tests of its own, which take less.
+LONG = ("mle.fit(", "jax.vmap(train)")
+CODE = [
+    pytest.param(code, marks=[pytest.mark.slow] if any(call in code for call in LONG) else [])
+    for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+]
+
+
+@pytest.mark.parametrize("code", CODE)
 def test_its_code_runs_and_prints_what_it_says(code):
     assert len(code.strip().splitlines()) <= (10 if code in TEXT[: TEXT.index("## Two commands")] else 20)
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    # A program of a person who sets nothing.
+    with contextlib.redirect_stdout(out), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(compile(code, "README.md", "exec"), {})
     promised = re.findall(r"print\(.*\)  # (.*?)(?:\.\.\.)?$", code, re.MULTILINE)
     printed = out.getvalue().splitlines()

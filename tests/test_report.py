@@ -21,11 +21,19 @@ def _tiny_studies(monkeypatch, tmp_path):
     tiny_studies.install(monkeypatch, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run whose folder each test copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_studies.install(patch, tmp_path_factory.mktemp("finished"))
+        assert main(["run", "configs/coin.toml", "--out", "run"]) == 0
+        return Path("run").absolute()
+
+
 @pytest.fixture
-def folder(capsys):
-    assert main(["run", "configs/coin.toml", "--out", "run"]) == 0
+def folder(finished, capsys):
     capsys.readouterr()
-    return Path("run")
+    return shutil.copytree(finished, Path("run"))
 
 
 def page(folder):

@@ -16,6 +16,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import jprob
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -32,7 +34,7 @@ def build(kind, folder):
 
 def test_the_wheel_holds_jprob_alone(tmp_path):
     with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
-        names = {name for name in wheel.namelist() if not name.startswith(f"jprob-{PROJECT['version']}.dist-info/")}
+        names = {name for name in wheel.namelist() if not name.startswith(f"jprob-{jprob.__version__}.dist-info/")}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "jprob").rglob("*.py")}
     assert names == sources | {"jprob/py.typed"}
 
@@ -110,7 +112,7 @@ def script(path, text):
 
 @needs_make
 def test_help_lists_every_target_and_is_the_default():
-    targets = re.findall(r"^([a-z]+):(?!.*=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):(?!.*=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     env = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
     shown = subprocess.run([MAKE, "help"], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in shown.splitlines()] == list(dict.fromkeys(targets))

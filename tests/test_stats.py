@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -99,12 +98,6 @@ def test_known_p_values():
     assert stats.sign_flip_p([2.0]) == 1
     assert stats.sign_flip_p([1.0] * 20) == 2.0**-19
     assert stats.sign_flip_p([1.0] * 30) == 1e-5  # the smallest that 99 999 patterns can show
-
-
-def test_twenty_differences_are_enumerated_in_an_instant():
-    start = time.perf_counter()
-    stats.sign_flip_p(GENERATOR.normal(size=20))
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, 0.6])

@@ -39,7 +39,7 @@ from mpmath import mpf
 
 from experiments import plots
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.report import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record, Setting, Value
 
 OURS, ABSENT, DIGITS, SINGLE = "jprob", "absent", 120, 2.0**-24
@@ -525,30 +525,13 @@ FUNCTIONS = {
 
 
 def _jprob() -> dict[str, Callable]:
-    from jprob import bernoulli, categorical, expectation, gaussian, mvn
-
-    return {
-        "softmax": lambda z, y: categorical.softmax(z),
-        "log_softmax": lambda z, y: categorical.log_softmax(z),
-        "cross_entropy": categorical.cross_entropy,
-        "cross_entropy, soft": categorical.cross_entropy,
-        "brier_score": categorical.brier_score,
-        "entropy": lambda z, y: categorical.entropy(z),
-        "kl_divergence": categorical.kl_divergence,
-        "js_divergence": categorical.js_divergence,
-        "bernoulli.cross_entropy": bernoulli.cross_entropy,
-        "bernoulli.entropy": lambda z, y: bernoulli.entropy(z),
-        "bernoulli.kl_divergence": bernoulli.kl_divergence,
-        "gaussian.log_prob": gaussian.log_prob,
-        "gaussian.cdf": gaussian.cdf,
-        "gaussian.log_cdf": gaussian.log_cdf,
-        "gaussian.interval_prob": gaussian.interval_prob,
-        "gaussian.kl_divergence": gaussian.kl_divergence,
-        "gaussian.quantile": gaussian.quantile,
-        "gaussian.entropy": gaussian.entropy,
-        "mvn.log_prob": mvn.log_prob,
-        "expectation.variance": expectation.variance,
-    }
+    """Each function by its name; those without a label leave it out."""
+    calls = {}
+    for name in FUNCTIONS:
+        module, _, verb = f"categorical.{name}".removesuffix(", soft").rpartition(".")
+        calls[name] = getattr(import_module(f"jprob.{module.removeprefix('categorical.')}"), verb)
+    unlabelled = ("softmax", "log_softmax", "entropy", "bernoulli.entropy")
+    return calls | {name: lambda z, y, call=calls[name]: call(z) for name in unlabelled}
 
 
 def _of_label(x: Any, y: Any) -> Any:
@@ -933,10 +916,6 @@ def _finite(off: float, dtype: str) -> float:
     return off if math.isfinite(off) else 1 / UNITS[dtype]
 
 
-def _verdict(holds: bool) -> str:
-    return "holds" if holds else "falsified"
-
-
 def broken(rows: Rows) -> list[Line]:
     """Where jprob leaves its bound."""
     return [(*key, part) for key, cells in rows.items() for part in PARTS if not cells[OURS][f"{part} share"] <= 1]
@@ -956,7 +935,7 @@ def bound_hypothesis(rows: Rows) -> Hypothesis:
         "of at most (16 + R) u, R the largest gap between logits.",
         measured,
         "an error is above the bound in the function's docstring, and one rounding to the dtype of the result",
-        _verdict(not out),
+        decided(not out),
     )
 
 
@@ -983,12 +962,11 @@ def peers_hypothesis(rows: Rows, peers: Sequence[str]) -> Hypothesis:
     if lines:
         by = {line: ", ".join(peer for peer, other in found if other == line) for line in lines}
         measured += ": " + "; ".join(f"{named(line)}: {by[line]}" for line in lines)
-    verdict = "undecided" if not peers else _verdict(not lines)
     return Hypothesis(
         "No peer is more exact than jprob by more than 16 u in any row.",
         measured,
         "the error of a peer is smaller by more than 16 u of float32 (in bfloat16: by more than 1 u)",
-        verdict,
+        decided(not lines) if peers else "undecided",
     )
 
 
@@ -1002,7 +980,7 @@ def sign_hypothesis(rows: Rows, peers: Sequence[str]) -> Hypothesis:
         "No divergence that jprob returns is negative.",
         f"rows with a negative divergence, of {len(divergences)}: {told}",
         "one of jprob's is below 0",
-        _verdict(count[OURS] == 0),
+        decided(count[OURS] == 0),
     )
 
 

@@ -38,7 +38,7 @@ from matplotlib import colormaps
 
 from experiments import plots
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.report import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import categorical
 
@@ -284,9 +284,7 @@ def knees(curves: Curves) -> dict[tuple[float, float], float]:
 
 
 def _verdict(values: Sequence[float], width: float) -> str:
-    if not values:
-        return "undecided"
-    return "holds" if all(abs(value) <= width for value in values) else "falsified"
+    return decided(all(abs(value) <= width for value in values)) if values else "undecided"
 
 
 def sgd_hypothesis(config: Config, curves: Curves) -> Hypothesis:

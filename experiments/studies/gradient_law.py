@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Float64
 
 from experiments import plots
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.report import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import bernoulli, categorical
 
@@ -142,10 +142,6 @@ def _wrong_slope(curves: Curves, arm: str, k: int) -> float:
     return slope(curve["margin"], curve["norm"], math.log(k) + 4, 15.0)
 
 
-def _verdict(holds: bool) -> str:
-    return "holds" if holds else "falsified"
-
-
 def slope_hypothesis(curves: Curves, config: Config, arm: str) -> Hypothesis:
     """The slope of one arm, for every number of classes."""
     claimed, width = SLOPES[arm]
@@ -158,7 +154,7 @@ def slope_hypothesis(curves: Curves, config: Config, arm: str) -> Hypothesis:
         claim,
         "slope of log norm against m: " + ", ".join(f"{s:+.5f} (K = {k})" for k, s in slopes.items()),
         f"a slope over m in [ln K + 4, 15] is more than {width} from {claimed:g}",
-        _verdict(all(abs(s - claimed) <= width for s in slopes.values())),
+        decided(all(abs(s - claimed) <= width for s in slopes.values())),
     )
 
 
@@ -175,7 +171,7 @@ def exactness_hypothesis(curves: Curves, config: Config) -> Hypothesis:
         "The gradient that float32 delivers is the one that the formulas give, at every margin and for every arm.",
         "largest relative deviation of the norm: " + ", ".join(f"{off:.1e} ({arm})" for arm, off in worst.items()),
         f"a norm deviates by more than (16 + 3 R) u = {bound:.1e}, R = {config.margin_limit:g}, u = 2^-24",
-        _verdict(all(off <= bound for off in worst.values())),
+        decided(all(off <= bound for off in worst.values())),
     )
 
 
@@ -191,7 +187,7 @@ def uniform_hypothesis(curves: Curves, config: Config) -> Hypothesis:
         "At uniform p the gradient of squared error is that of cross-entropy divided by K.",
         "K ||g_B|| / ||g_A|| - 1: " + ", ".join(f"{d:+.1e} (K = {k})" for k, d in off.items()),
         f"K ||g_B|| / ||g_A|| is more than 32 u = {bound:.1e} from 1",
-        _verdict(all(abs(d) <= bound for d in off.values())),
+        decided(all(abs(d) <= bound for d in off.values())),
     )
 
 
@@ -204,7 +200,7 @@ def peak_hypothesis(curves: Curves) -> Hypothesis:
         "With two classes squared error pulls hardest at m = ln 2 = .69315, with 8/27, and less the more wrong it is.",
         f"largest |g_truth| = 8/27 times 1 {height:+.1e}, at m = {place:.4f}",
         "the height is more than 1e-5 off, relatively, or the place more than .003",
-        _verdict(abs(height) <= 1e-5 and abs(place - math.log(2)) <= 3e-3),
+        decided(abs(height) <= 1e-5 and abs(place - math.log(2)) <= 3e-3),
     )
 
 

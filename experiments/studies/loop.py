@@ -92,8 +92,8 @@ def task(batch_size: int, epochs: int) -> Task:
 
 def nll(params: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array], key: jax.Array | None) -> jax.Array:
     """The network, and its loss per example."""
-    hidden = jax.nn.relu(batch[0] @ params["hidden"] + params["hidden_bias"])
-    return categorical.cross_entropy(hidden @ params["output"] + params["output_bias"], batch[1])
+    hidden = jax.nn.relu(batch[0] @ params["hidden"] + params["hidden_bias"][None])
+    return categorical.cross_entropy(hidden @ params["output"] + params["output_bias"][None], batch[1])
 
 
 def run_loop(t: Task, params, examples, key):
@@ -286,31 +286,17 @@ def name_of(record: Record) -> str:
 
 def scan_hypothesis(records: Sequence[Record]) -> Hypothesis:
     """In no cell does `run` take more than 1.03 times what the scan takes."""
-    medians, worst, verdict = timing.judge(records, "run", "scan", SLOWER)
-    return Hypothesis(
-        f"mle.run is no slower than a hand-written lax.scan, up to a factor of {SLOWER}.",
-        f"time of run / scan: {min(medians):.2f} to {max(medians):.2f}; at its worst "
-        f"{timing.ratio_text(worst, 'run', 'scan')} ({name_of(worst)})",
-        f"somewhere the 95 % interval of the median ratio lies above {SLOWER}; undecided while a median does",
-        verdict,
-    )
+    claim = f"mle.run is no slower than a hand-written lax.scan, up to a factor of {SLOWER}."
+    return timing.hypothesis(claim, records, "run", "scan", SLOWER, NAMES, name_of)
 
 
 def faster_hypothesis(records: Sequence[Record], name: str) -> Hypothesis:
     """In every cell the other takes at least so many times what `run` takes."""
-    factor, measured, verdict = FASTER[name], f"{NAMES[name]} has not run here", "undecided"
-    if all(f"seconds_{name}" in record.values for record in records):
-        medians, worst, verdict = timing.judge(records, name, "run", factor, sign=-1)
-        measured = (
-            f"time of {NAMES[name]} / run: {min(medians):.3g} to {max(medians):.3g}; at its worst "
-            f"{timing.ratio_text(worst, name, 'run')} ({name_of(worst)})"
-        )
-    return Hypothesis(
-        f"A step of one seed takes {NAMES[name]} at least {factor:g} times as long as mle.run.",
-        measured,
-        f"somewhere the 95 % interval of the median ratio lies below {factor:g}; undecided while a median does",
-        verdict,
-    )
+    factor = FASTER[name]
+    claim = f"A step of one seed takes {NAMES[name]} at least {factor:g} times as long as mle.run."
+    if any(f"seconds_{name}" not in record.values for record in records):
+        return Hypothesis(claim, f"{NAMES[name]} has not run here", "a median ratio is smaller", "undecided")
+    return timing.hypothesis(claim, records, name, "run", factor, NAMES, name_of, sign=-1)
 
 
 def fit_hypothesis(record: Record) -> Hypothesis:

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Float64
 
 from experiments import plots
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.report import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import bernoulli
 
@@ -132,7 +132,7 @@ def integration_hypothesis(paths: Paths) -> Hypothesis:
         "The demonstration's curves are what the formulas give: no part of them is rounding.",
         f"largest deviation of an output or a cost at any step: {worst:.1e}",
         f"a number is more than {TOLERANCE:g} from the same recursion in float64",
-        "holds" if worst <= TOLERANCE else "falsified",
+        decided(worst <= TOLERANCE),
     )
 
 
@@ -150,7 +150,7 @@ def slowdown_hypothesis(config: Config, paths: Paths) -> Hypothesis:
     if rate is not None:
         slow, fast = (steps_to_half(paths[w, b, loss, rate].output) for loss in (SQUARED, CROSS))
         measured = f"at lr {rate:g}: {slow:g} steps (squared error), {fast:g} (cross-entropy)"
-        verdict = "undecided" if slow == fast == math.inf else "holds" if fast < slow else "falsified"
+        verdict = "undecided" if slow == fast == math.inf else decided(fast < slow)
     return Hypothesis(
         f"From (w, b) = ({w:g}, {b:g}), at the same rate, cross-entropy is below 1/2 sooner than squared error.",
         measured,
@@ -206,12 +206,7 @@ def table(config: Config, paths: Paths) -> Table:
     for (w, b, loss, rate), path in paths.items():
         steps = steps_to_half(path.output)
         half = f"{steps:g}" if math.isfinite(steps) else f"> {config.num_steps}"
-        ends = [
-            f"{path.output[0]:.4f}",
-            half,
-            f"{path.output[-1]:.4f}",
-            f"{path.cost[-1]:.4f}",
-        ]
+        ends = [f"{path.output[0]:.4f}", half, f"{path.output[-1]:.4f}", f"{path.cost[-1]:.4f}"]
         rows.append([f"({w:g}, {b:g})", loss, f"{rate:g}", *ends, f"{deviation((w, b, loss, rate), path):.1e}"])
     header = ["start (w, b)", "loss", "lr", "first a", "steps to a < 1/2", "last a", "last C", "deviation"]
     return Table(f"{config.num_steps} steps; the deviation is from the float64 recursion.", header, rows)

@@ -1,21 +1,24 @@
-"""Speed: what exactness costs beside the peers, and beside a plain copy of the array.
+"""Speed: what exactness costs next to the peers, and next to a plain copy of the array.
 
-Each function runs over a batch of rows of logits, forward (the mean over rows, or the map itself) and with its
-gradient in the logits. In one round every contestant runs in turn, in an order that moves on from round to round, so
-that a disturbance of the machine meets them all; a time is that of several calls in a row. What is compared is the
-ratio of two times of the same round, and its median over rounds, since times drift and ratios do not.
+A call is that of a user: jprob's public function directly, the peer's under `jax.jit`. The gradient is that of the mean
+over rows, in the logits, under `jax.jit` for both. Every contestant runs once a round, in an order that moves on from
+round to round, so that a disturbance of the machine meets them all. The ratio of two times of the same round is
+compared, and its median over rounds, since times drift and ratios do not.
+
+A call of few logits costs mostly its dispatch. Up to QUEUED logits the calls of a sample are queued, as in a training
+loop, and only the last one is waited for. Larger calls are waited for one by one.
 
 The contestants: jprob; the peer, optax where it has the function and jax.nn where not; torch on the CPU, where it is
 installed and the device is a CPU; and a copy of the logits, which reads and writes each of them once and is the floor
 for anything that returns an array of that size. The memory is that of XLA's temporaries: what the program needs beyond
-its arguments and results.
+its arguments and results. Last comes a whole training step written by hand, once with each cross-entropy.
 """
 
 import importlib
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +29,13 @@ import optax
 from experiments import plots, timing
 from experiments.config import distinct
 from experiments.report import Hypothesis, Plot, Section, Table
-from experiments.results import Progress, Record
+from experiments.results import Progress, Record, Setting
 from jprob import categorical
 
 MODES = ("forward", "value and gradient")
+STEP, BATCH, FEATURES, HIDDEN, CLASSES = ("cross_entropy", "training step"), 32, 64, 128, 10
 SLOWER = 1.1  # a ratio to the peer up to which a function counts as not slower
+QUEUED = 1 << 17
 PEERS = {"cross_entropy": "optax", "cross_entropy, soft": "optax", "kl_divergence": "optax", "softmax": "jax.nn",
          "log_softmax": "jax.nn"}  # fmt: skip
 
@@ -39,7 +44,7 @@ Shape = Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Each shape is [rows, classes]; a time is that of as many calls as fit into `seconds_a_sample`, or of one."""
+    """Each shape is [rows, classes]; a time is that of as many calls as take `seconds_a_sample`, or of one."""
 
     functions: Annotated[
         list[Literal["cross_entropy", "cross_entropy, soft", "kl_divergence", "softmax", "log_softmax"]],
@@ -71,53 +76,67 @@ def inputs(shape: Sequence[int], dtype: str) -> Inputs:
     return Inputs(z, other, jnp.asarray(rng.integers(0, classes, rows), jnp.int32), jax.nn.softmax(other))
 
 
-def ours(function: str) -> Callable[[Inputs], jax.Array]:
-    """The function as jprob has it."""
-    return {
-        "cross_entropy": lambda x: categorical.cross_entropy(x.logits, x.labels),
-        "cross_entropy, soft": lambda x: categorical.cross_entropy(x.logits, x.targets),
-        "kl_divergence": lambda x: categorical.kl_divergence(x.others, x.logits),
-        "softmax": lambda x: categorical.softmax(x.logits),
-        "log_softmax": lambda x: categorical.log_softmax(x.logits),
-    }[function]
+@jax.jit
+def optax_kl_divergence(others: jax.Array, logits: jax.Array) -> jax.Array:
+    """optax takes log-probabilities, and q first."""
+    return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits), jax.nn.log_softmax(others))
 
 
-def peer(function: str) -> Callable[[Inputs], jax.Array]:
-    """The same from the peer; optax's KL takes log-probabilities, and q first."""
-    return {
-        "cross_entropy": lambda x: optax.losses.softmax_cross_entropy_with_integer_labels(x.logits, x.labels),
-        "cross_entropy, soft": lambda x: optax.losses.softmax_cross_entropy(x.logits, x.targets),
-        "kl_divergence": lambda x: optax.losses.kl_divergence_with_log_targets(
-            jax.nn.log_softmax(x.logits), jax.nn.log_softmax(x.others)
-        ),
-        "softmax": lambda x: jax.nn.softmax(x.logits),
-        "log_softmax": lambda x: jax.nn.log_softmax(x.logits),
-    }[function]
+optax_cross_entropy = jax.jit(optax.losses.softmax_cross_entropy_with_integer_labels)
+CALLS = {  # function -> what jprob has, what the peer has, and the fields of Inputs that they take
+    "cross_entropy": (categorical.cross_entropy, optax_cross_entropy, ["logits", "labels"]),
+    "cross_entropy, soft": (categorical.cross_entropy, jax.jit(optax.losses.softmax_cross_entropy),
+                            ["logits", "targets"]),
+    "kl_divergence": (categorical.kl_divergence, optax_kl_divergence, ["others", "logits"]),
+    "softmax": (categorical.softmax, jax.jit(jax.nn.softmax), ["logits"]),
+    "log_softmax": (categorical.log_softmax, jax.jit(jax.nn.log_softmax), ["logits"]),
+}  # fmt: skip
 
 
-def program(call: Callable[[Inputs], jax.Array], mode: str, x: Inputs) -> tuple[Callable[[], object], int]:
-    """What runs the compiled program to its end, and the bytes of its temporaries."""
+def program(call: Callable, mode: str, fields: Sequence[str], x: Inputs) -> tuple[Callable, list[jax.Array]]:
+    """A call or its gradient, and its arguments."""
+    arguments = [getattr(x, field) for field in fields]
+    if mode == MODES[0]:
+        return call, arguments
 
-    is_map = jax.eval_shape(call, x).ndim > 1
+    def scalar(cotangent, *arguments):
+        out = call(*arguments)
+        return jnp.vdot(out, cotangent).astype(jnp.float32) if out.ndim > 1 else jnp.mean(out)
 
-    def forward(logits, rest):
-        out = call(rest._replace(logits=logits))
-        return out if is_map else jnp.mean(out)
-
-    def scalar(logits, rest):
-        out = forward(logits, rest)
-        return jnp.vdot(out, rest.others).astype(jnp.float32) if is_map else out  # a cotangent that is no constant
-
-    compiled = jax.jit(forward if mode == MODES[0] else jax.value_and_grad(scalar)).lower(x.logits, x).compile()
-    memory = compiled.memory_analysis()
-    temporaries = 0 if memory is None else memory.temp_size_in_bytes  # not every backend tells
-    return lambda: jax.block_until_ready(compiled(x.logits, x)), temporaries
+    # The cotangent of a map is no constant, which XLA would fold.
+    return jax.jit(jax.value_and_grad(scalar, 1 + fields.index("logits"))), [x.others, *arguments]
 
 
-def copy(x: Inputs) -> Callable[[], object]:
-    """Reads and writes every logit once."""
-    copied = jax.jit(jnp.copy)
-    return lambda: jax.block_until_ready(copied(x.logits))
+def temporaries(call: Callable, arguments: Sequence[Any]) -> int:
+    """Bytes that the program needs beyond its arguments and results; 0 where the backend does not tell."""
+    memory = jax.jit(call).lower(*arguments).compile().memory_analysis()
+    return 0 if memory is None else memory.temp_size_in_bytes
+
+
+def runner(call: Callable, arguments: Sequence[Any], size: int) -> Callable[[], object]:
+    """Calls, and waits for the result unless the logits are few."""
+    if size <= QUEUED:
+        return lambda: call(*arguments)
+    return lambda: jax.block_until_ready(call(*arguments))
+
+
+def training_step(loss: Callable) -> tuple[Callable, list[Any]]:
+    """A step of Adam down the mean loss of a small network, written by hand, and its arguments."""
+    optimizer, x = optax.adam(1e-3), inputs([BATCH, FEATURES], "float32")
+    shapes = [(FEATURES, HIDDEN), (1, HIDDEN), (HIDDEN, CLASSES), (1, CLASSES)]
+    params = [jnp.full(shape, 0.01) for shape in shapes]
+
+    def mean_loss(params, features, labels):
+        hidden, hidden_bias, output, output_bias = params
+        return jnp.mean(loss(jax.nn.relu(features @ hidden + hidden_bias) @ output + output_bias, labels))
+
+    @jax.jit
+    def step(params, state, features, labels):
+        value, gradient = jax.value_and_grad(mean_loss)(params, features, labels)
+        updates, state = optimizer.update(gradient, state)
+        return value, optax.apply_updates(params, updates), state
+
+    return step, [params, optimizer.init(params), x.logits, x.labels % CLASSES]
 
 
 def torch_program(function: str, mode: str, x: Inputs) -> Callable[[], object] | None:
@@ -140,21 +159,37 @@ def torch_program(function: str, mode: str, x: Inputs) -> Callable[[], object] |
     return forward if mode == MODES[0] else both
 
 
+def measure(
+    config: Config, cell: dict[str, Setting], programs: dict[str, tuple[Callable, list]], others: dict[str, Callable]
+) -> Record:
+    """Everyone's time in every round, and the temporaries of the two `programs`."""
+    size = int(cell["rows"]) * int(cell["classes"])
+    contestants = {name: runner(*each, size) for name, each in programs.items()} | others
+    taken = timing.race(list(contestants.values()), config.rounds, config.seconds_a_sample)
+    times = {f"seconds_{name}": row for name, row in zip(contestants, taken, strict=True)}
+    return Record(cell, times | {f"bytes_{name}": temporaries(*programs[name]) for name in ("jprob", "peer")})
+
+
 def run(config: Config) -> Iterator[Record | Progress]:
-    """A record for each function, shape, dtype and mode, with every contestant's time in every round."""
+    """A record for each function, shape, dtype and mode, with every contestant's time in every round; then the step."""
     cells = list(itertools.product(config.dtypes, config.shapes, config.functions, MODES))
     for done, (dtype, shape, function, mode) in enumerate(cells):
         yield Progress(done / len(cells), f"{function}, {dtype}[{shape[0]}, {shape[1]}], {mode}")
-        x = inputs(shape, dtype)
-        jprob_run, jprob_bytes = program(ours(function), mode, x)
-        peer_run, peer_bytes = program(peer(function), mode, x)
-        contestants = {"jprob": jprob_run, "peer": peer_run, "copy": copy(x)}
-        if (torch_run := torch_program(function, mode, x)) is not None:
-            contestants["torch"] = torch_run
-        taken = timing.race(list(contestants.values()), config.rounds, config.seconds_a_sample)
+        x, (ours, peer, fields) = inputs(shape, dtype), CALLS[function]
+        programs = {name: program(call, mode, fields, x) for name, call in (("jprob", ours), ("peer", peer))}
+        torch_run = torch_program(function, mode, x)
         cell = {"function": function, "dtype": dtype, "rows": shape[0], "classes": shape[1], "mode": mode}
-        times = {f"seconds_{name}": row for name, row in zip(contestants, taken, strict=True)}
-        yield Record(cell, {**times, "bytes_jprob": jprob_bytes, "bytes_peer": peer_bytes})
+        copied = {"copy": (jax.jit(jnp.copy), [x.logits])}
+        yield measure(config, cell, programs | copied, {} if torch_run is None else {"torch": torch_run})
+    if STEP in kinds(config):
+        cell = {"function": STEP[0], "dtype": "float32", "rows": BATCH, "classes": CLASSES, "mode": STEP[1]}
+        losses = {"jprob": categorical.cross_entropy, "peer": optax_cross_entropy}
+        yield measure(config, cell, {name: training_step(loss) for name, loss in losses.items()}, {})
+
+
+def kinds(config: Config) -> list[tuple[str, str]]:
+    """What is compared with the peer: each function and mode, and the training step."""
+    return [*itertools.product(config.functions, MODES), *([STEP] if STEP[0] in config.functions else [])]
 
 
 def cell_name(record: Record) -> str:
@@ -163,22 +198,22 @@ def cell_name(record: Record) -> str:
     return f"{s['dtype']}[{s['rows']}, {s['classes']}], {s['mode']}"
 
 
+def cells_of(records: Sequence[Record], function: str, mode: str) -> list[Record]:
+    """Every shape and dtype."""
+    return [r for r in records if r.settings["function"] == function and r.settings["mode"] == mode]
+
+
 def not_slower(records: Sequence[Record], function: str, mode: str) -> Hypothesis:
     """In no shape and dtype does jprob take more than 1.1 times what its peer takes."""
-    cells = [r for r in records if r.settings["function"] == function and r.settings["mode"] == mode]
-    medians, worst, verdict = timing.judge(cells, "jprob", "peer", SLOWER)
-    return Hypothesis(
-        f"{function}, {mode}: jprob is no slower than {PEERS[function]}, up to a factor of {SLOWER}.",
-        f"time of jprob / {PEERS[function]}: {min(medians):.2f} to {max(medians):.2f}; at its worst "
-        f"{timing.ratio_text(worst, 'jprob', 'peer')} ({cell_name(worst)})",
-        f"somewhere the 95 % interval of the median ratio lies above {SLOWER}; undecided while a median does",
-        verdict,
-    )
+    peer = PEERS[function]
+    claim = f"{function}, {mode}: jprob is no slower than {peer}, up to a factor of {SLOWER}."
+    names = {"jprob": "jprob", "peer": peer}
+    return timing.hypothesis(claim, cells_of(records, function, mode), "jprob", "peer", SLOWER, names, cell_name)
 
 
 def slower_text(records: Sequence[Record], function: str, mode: str) -> str:
     """In how many shapes and dtypes a function is slower; nothing where it is in none."""
-    cells = [r for r in records if r.settings["function"] == function and r.settings["mode"] == mode]
+    cells = cells_of(records, function, mode)
     over = sum(np.median(timing.ratio(r, "jprob", "peer")) > SLOWER for r in cells)
     return f"{function}, {mode}: slower than {PEERS[function]} in {over} of {len(cells)} cases." if over else ""
 
@@ -188,11 +223,11 @@ def time_table(records: Sequence[Record], function: str) -> Table:
     rows = []
     for record in records:
         if record.settings["function"] == function:
-            milliseconds = 1e3 * np.median(np.asarray(record.values["seconds_jprob"]))
+            microseconds = 1e6 * np.median(np.asarray(record.values["seconds_jprob"]))
             mebibytes = [float(np.asarray(record.values[f"bytes_{name}"])) / 2**20 for name in ("jprob", "peer")]
             ratios = [timing.ratio_text(record, "jprob", other) for other in ("peer", "torch", "copy")]
-            rows.append([cell_name(record), f"{milliseconds:.2f}", *ratios, *(f"{m:.1f}" for m in mebibytes)])
-    header = ["", "jprob, ms", f"/ {PEERS[function]}", "/ torch", "/ copy", "jprob, MiB", f"{PEERS[function]}, MiB"]
+            rows.append([cell_name(record), f"{microseconds:,.1f}", *ratios, *(f"{m:.1f}" for m in mebibytes)])
+    header = ["", "jprob, us", f"/ {PEERS[function]}", "/ torch", "/ copy", "jprob, MiB", f"{PEERS[function]}, MiB"]
     caption = (
         f"{function}: median time of jprob, median ratio to the others in the same round with its 95 % interval, and "
         "temporaries. An empty cell: not run here."
@@ -233,7 +268,7 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         "Times of one run drift with the machine; the ratio of two programs that run in turn does not. The peer is "
         "optax for the losses and jax.nn for the maps; the copy reads and writes the array of logits once."
     )
-    hypotheses = [not_slower(records, function, mode) for function in config.functions for mode in MODES]
-    slower = [sentence for f in config.functions for mode in MODES if (sentence := slower_text(records, f, mode))]
+    hypotheses = [not_slower(records, *kind) for kind in kinds(config)]
+    slower = [sentence for kind in kinds(config) if (sentence := slower_text(records, *kind))]
     tables = [time_table(records, function) for function in config.functions]
     return Section("Speed", text, [ratio_figure(records, config)], hypotheses, tables, slower)

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 from experiments import data, plots, stats
 from experiments.config import distinct, split
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.report import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import categorical, mle
 
@@ -97,8 +97,8 @@ class Member(NamedTuple):
 def outputs(params, x):
     """Logits of the model that `params` describe: linear, or through one layer of tanh."""
     if "hidden" in params:
-        x = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
-    return x @ params["output"]["kernel"] + params["output"]["bias"]
+        x = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+    return x @ params["output"]["kernel"] + params["output"]["bias"][None]
 
 
 def loss(arm: str, z, labels):
@@ -220,17 +220,15 @@ def run(config: Config) -> Iterator[Record | Progress]:
     """For each model, optimizer and arm: the learning-rate curves, then the report seeds at the best rate."""
     jobs = [(m, o, a) for m in config.models for o in config.optimizers for a in ARMS]
     for done, (model, optimizer, arm) in enumerate(jobs):
-        yield Progress(done / len(jobs), f"{MODEL_NAMES[model]}, {OPTIMIZER_NAMES[optimizer]}, arm {arm}: rates")
+        cell = {"model": model, "optimizer": optimizer, "arm": arm}
+        yield Progress(done / len(jobs), f"{cell_name(cell)}, arm {arm}: rates")
         train = trainer(model, optimizer, arm, config)
         tried = tune(train, config.stds, config.rates(optimizer), config)
-        cell = {"model": model, "optimizer": optimizer, "arm": arm}
         for std, curve in tried.items():
             rates = sorted(curve)
             values = {"rate": 10.0 ** (np.array(rates) / 2), "validation": np.array([curve[r] for r in rates])}
             yield Record({"part": "rates", **cell, "std": std}, values)
-        yield Progress(
-            (done + 0.6) / len(jobs), f"{MODEL_NAMES[model]}, {OPTIMIZER_NAMES[optimizer]}, arm {arm}: seeds"
-        )
+        yield Progress((done + 0.6) / len(jobs), f"{cell_name(cell)}, arm {arm}: seeds")
         seeds = range(REPORT_SEED, REPORT_SEED + config.report_seeds)
         members = [Member(std, best(tried[std]), seed) for std in config.stds for seed in seeds]
         measured = train(members)
@@ -312,7 +310,7 @@ def wrong_hypothesis(pick: Seeds, config: Config, optimizer: str) -> Hypothesis:
         "accuracy, though its learning rate is tuned by itself.",
         gaps_text(gaps),
         "the 95 % interval of a model's mean gap holds 0, or lies below it",
-        "holds" if all(stats.bca_interval(g).low > 0 for g in gaps.values()) else "falsified",
+        decided(all(stats.bca_interval(g).low > 0 for g in gaps.values())),
     )
 
 
@@ -328,15 +326,14 @@ def participation_hypothesis(pick: Seeds, config: Config) -> Hypothesis:
         "The reason shows in the first step: from a confidently wrong start, fewer examples pull under B than under A.",
         f"participation ratio at output std {config.wrong_std:g}: " + "; ".join(ratios),
         "the 95 % interval of the difference A - B holds 0, or lies below it",
-        "holds" if holds else "falsified",
+        decided(holds),
     )
 
 
 def panels(names: Sequence[str], label: str) -> tuple[Figure, np.ndarray]:
     """A row of panels with these names, which share the vertical axis and its label."""
-    figure, axes = plots.figure(
-        columns=len(names), width=max(7.6, 2.3 * len(names) + 1.2), height=3.4
-    )  # the legend needs 7
+    width = max(7.6, 2.3 * len(names) + 1.2)  # the legend needs 7
+    figure, axes = plots.figure(columns=len(names), width=width, height=3.4)
     for axis, name in zip(axes, names, strict=True):
         axis.set_title(name)
         axis.sharey(axes[0])

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,13 @@ def environment() -> dict[str, str]:
 def tree() -> dict[str, bytes]:
     """Every file below the working directory, to see that nothing was written."""
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in Path().rglob("*")}
+
+
+PATIENCE = 600  # seconds that bound a hang, and nothing else: no test depends on how fast the machine is
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "the condition never came true"
+        time.sleep(0.05)
