@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify as jax_checkify
 
 from . import _accurate
@@ -79,7 +80,14 @@ def public(*, static: Sequence[str] = (), **numbers: Range) -> Callable[[Callabl
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name, signature = function.__name__, inspect.signature(function)
-        compiled = jax.jit(function, static_argnames=tuple(static))
+
+        @functools.wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            # Under `disable_jit` numpy arrays come as they are, of a dtype that a program without x64 has not.
+            args, kwargs = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, (args, kwargs))
+            return function(*args, **kwargs)
+
+        compiled = jax.jit(traced, static_argnames=tuple(static))
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -119,9 +127,14 @@ def _fault(function, signature, static, args, kwargs):
     for name, value in given.items():
         if name in static:
             if not _hashable(value):
-                got = describe(value) if hasattr(value, "dtype") else repr(value)
+                got = describe(value) if hasattr(value, "dtype") or "\n" in repr(value) else repr(value)
                 return f"{function}: {name} is static and must be a hashable Python value, got {got}"
             continue
+        none = value is None and signature.parameters[name].default is not None
+        if none or (isinstance(value, list | tuple | dict) and not hasattr(value, "_fields")):
+            return f"{function}: {name} must be an array, got {describe(value)}"
+        if name == "key" and not _is_key(value):
+            return f"{function}: key must be one key, as jax.random.key makes it, got {describe(value)}"
         for leaf in jax.tree.leaves(value):
             if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
                 return f"{function}: {name} must be an array, got {describe(value)}"
@@ -140,7 +153,14 @@ def _hashable(value):
     return True
 
 
+def _is_key(value):
+    dtype, shape = getattr(value, "dtype", jnp.dtype(bool)), getattr(value, "shape", None)
+    return shape == () if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype == jnp.uint32
+
+
 def _numeric(dtype):
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2:
+        return False
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_, jax.dtypes.prng_key))
 
 
@@ -247,11 +267,14 @@ def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array
 
     A negative one is NaN.
     """
-    if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jnp.complexfloating):
+    dtype = getattr(value, "dtype", object)
+    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+    if not real or (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2):
         raise ValueError(f"{function}: weights must be an array of real numbers, got {describe(value)}")
     same_shape(function, expected, "weights", shape, value)
+    value = jnp.asarray(value).astype(_accurate.compute_dtype(value))
     expect(value >= 0, value, f"{function}: weight {{value}} is negative")
-    return _accurate.nan_unless(value >= 0, jnp.asarray(value).astype(_accurate.compute_dtype(value)))
+    return _accurate.nan_unless(value >= 0, value)
 
 
 def number(function: str, name: str, value: Any, range: Range, dtype: jnp.dtype) -> jax.Array:
