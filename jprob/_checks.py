@@ -159,9 +159,13 @@ def _is_key(value):
 
 
 def _numeric(dtype):
-    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2:
-        return False
-    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_, jax.dtypes.prng_key))
+    return _real(dtype) or any(jnp.issubdtype(dtype, kind) for kind in (jnp.complexfloating, jax.dtypes.prng_key))
+
+
+def _real(dtype):
+    """Bool, an integer, or a floating-point number of 16 bits or more."""
+    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+    return real and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2)
 
 
 def describe(value: Any) -> str:
@@ -267,9 +271,7 @@ def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array
 
     A negative one is NaN.
     """
-    dtype = getattr(value, "dtype", object)
-    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
-    if not real or (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2):
+    if not hasattr(value, "dtype") or not _real(value.dtype):
         raise ValueError(f"{function}: weights must be an array of real numbers, got {describe(value)}")
     same_shape(function, expected, "weights", shape, value)
     value = jnp.asarray(value).astype(_accurate.compute_dtype(value))

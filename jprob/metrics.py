@@ -206,9 +206,9 @@ def perplexity(
 
     Returns:
       One number, at least float32, at least 1 where no nll is negative: 1 where the weights are all 0 or nothing came
-      in, inf beyond the largest number of the dtype (a mean above 88.7 in float32), NaN if a weight is negative. A value
-      of weight 0 does not count, also if it is infinite. Relative error at most (16 + m) u for a mean of m of up to
-      1000 values, and log2(n) m u more for the sum of n. The gradient of an infinite or NaN result is 0.
+      in, inf beyond the largest number of the dtype (a mean above 88.7 in float32), NaN if a weight is negative. A
+      value of weight 0 does not count, also if it is infinite. Relative error at most (16 + m) u for a mean of m of up
+      to 1000 values, and log2(n) m u more for the sum of n. The gradient of an infinite or NaN result is 0.
 
     Raises:
       ValueError: the nll is not floating-point, or the weights are no real numbers of its shape.

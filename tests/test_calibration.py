@@ -116,7 +116,7 @@ def summary(table):
     return jnp.stack([*errors, *parts])
 
 
-@pytest.mark.parametrize(("dtype", "last"), [(np.uint8, 255), (np.int8, 127), (np.uint16, 299)])
+@pytest.mark.parametrize(("dtype", "last"), [(np.uint8, 255), (np.int8, 127)])
 def test_labels_of_a_small_dtype_are_compared_as_wider_ones(dtype, last):
     z, y, _ = examples(20, last + 1)
     y = y.at[0].set(last)
@@ -132,9 +132,9 @@ def test_explicit_axes_change_nothing(sharded):
     z, y, w = examples()
     placed = [jax.device_put(x, jax.NamedSharding(mesh, P("batch"))) for x in (z, y, w)]
     for function in (calibration.reliability, calibration.fit_temperature):
-        got = jax.value_and_grad(lambda *a, f=function: sum(map(jnp.sum, jax.tree.leaves(f(*a[:2], weights=a[2])))))
-        want = got(z, y, w)
-        chex.assert_trees_all_close(got(*placed[:2], placed[2] if sharded else w), want, rtol=1e-5, atol=1e-5)
+        total = lambda z, y, w, f=function: sum(map(jnp.sum, jax.tree.leaves(f(z, y, weights=w))))  # noqa: E731
+        both = jax.jit(jax.value_and_grad(total))
+        chex.assert_trees_all_close(both(*placed[:2], placed[2] if sharded else w), both(z, y, w), rtol=1e-5, atol=1e-5)
     table = calibration.reliability(*placed[:2])
     chex.assert_trees_all_close(summary(table), summary(calibration.reliability(z, y)), rtol=1e-5)
 
