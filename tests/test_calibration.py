@@ -350,18 +350,6 @@ STATIC = {
         lambda: calibration.reliability(Z, I, weights=Z),
         "reliability: weights must have the shape [3] of logits without the last axis, got float32[3, 2]",
     ),
-    "many bins": (
-        lambda: calibration.reliability(Z, I, num_bins=2**63),
-        "reliability: num_bins must be an integer in [1, 16777216], got 9223372036854775808",
-    ),
-    "an array of bins": (
-        lambda: calibration.reliability(Z, I, num_bins=jnp.int32(5)),  # pyright: ignore[reportArgumentType]
-        "reliability: num_bins is static and must be a hashable Python value, got int32[]",
-    ),
-    "an array for a table": (
-        lambda: calibration.expected_calibration_error(jnp.ones((4, 5))),  # pyright: ignore[reportArgumentType]
-        "expected_calibration_error: table must be a Reliability, got float32[4, 5]",
-    ),
     "table": (
         lambda: calibration.brier_decomposition(TABLE._replace(correct=jnp.ones(4))),
         "brier_decomposition: table.correct must have the shape [5] of table.weight, got float32[4]",
