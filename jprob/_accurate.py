@@ -21,7 +21,8 @@ from jax.custom_derivatives import SymbolicZero
 
 def compute_dtype(*arrays: Array | jnp.dtype | float) -> jnp.dtype:
     """At least float32; float64 where an input has it."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # a strict program asks that arrays are cast, which this dtype is for
+        return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 class Sharded(NamedTuple):
@@ -163,7 +164,7 @@ def _top_complement_jvp(axis, primals, tangents):
 def unique_top(z: Array, axis: int | Sharded) -> Array:
     """1 for the maximum where nothing ties with it, else 0 everywhere (then no class has p > 1/2)."""
     top = 1 - below_top(gap(z, axis))
-    return top * (total(top, axis) == 1)
+    return top * (total(top, axis) == 1).astype(top.dtype)
 
 
 def centred(p: Array, v: Array, axis: int | Sharded) -> Array:

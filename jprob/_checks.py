@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify as jax_checkify
 
 from . import _accurate
@@ -79,7 +80,14 @@ def public(*, static: Sequence[str] = (), **numbers: Range) -> Callable[[Callabl
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name, signature = function.__name__, inspect.signature(function)
-        compiled = jax.jit(function, static_argnames=tuple(static))
+
+        @functools.wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            # Under `disable_jit` numpy arrays come as they are, of a dtype that a program without x64 has not.
+            args, kwargs = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, (args, kwargs))
+            return function(*args, **kwargs)
+
+        compiled = jax.jit(traced, static_argnames=tuple(static))
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -119,9 +127,14 @@ def _fault(function, signature, static, args, kwargs):
     for name, value in given.items():
         if name in static:
             if not _hashable(value):
-                got = describe(value) if hasattr(value, "dtype") else repr(value)
+                got = describe(value) if hasattr(value, "dtype") or "\n" in repr(value) else repr(value)
                 return f"{function}: {name} is static and must be a hashable Python value, got {got}"
             continue
+        none = value is None and signature.parameters[name].default is not None
+        if none or (isinstance(value, list | tuple | dict) and not hasattr(value, "_fields")):
+            return f"{function}: {name} must be an array, got {describe(value)}"
+        if name == "key" and not _is_key(value):
+            return f"{function}: key must be one key, as jax.random.key makes it, got {describe(value)}"
         for leaf in jax.tree.leaves(value):
             if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
                 return f"{function}: {name} must be an array, got {describe(value)}"
@@ -140,8 +153,19 @@ def _hashable(value):
     return True
 
 
+def _is_key(value):
+    dtype, shape = getattr(value, "dtype", jnp.dtype(bool)), getattr(value, "shape", None)
+    return shape == () if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype == jnp.uint32
+
+
 def _numeric(dtype):
-    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_, jax.dtypes.prng_key))
+    return _real(dtype) or any(jnp.issubdtype(dtype, kind) for kind in (jnp.complexfloating, jax.dtypes.prng_key))
+
+
+def _real(dtype):
+    """Bool, an integer, or a floating-point number of 16 bits or more."""
+    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+    return real and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2)
 
 
 def describe(value: Any) -> str:
@@ -165,6 +189,12 @@ def class_axis(function: str, logits: jax.Array, axis: int) -> int:
     if logits.shape[axis] == 0:
         raise ValueError(f"{function}: expected at least one class on axis {axis} of logits, got {describe(logits)}")
     return axis % logits.ndim
+
+
+def size(function: str, name: str, value: Any, largest: int) -> None:
+    """`value` is a Python integer in [1, largest]."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+        raise ValueError(f"{function}: {name} must be an integer in [1, {largest}], got {value!r}")
 
 
 def same_shape(function: str, expected: str, got: str, shape: Sequence[int], value: jax.Array) -> None:
@@ -191,7 +221,7 @@ def expect(ok: jax.Array, value: jax.Array, message: str) -> None:
     """Under checkify: `ok` holds everywhere, else `message` with the largest offending `value` in its `{value}`."""
     if not _checking.value or ok.size == 0:
         return
-    value = value.astype(jnp.promote_types(value.dtype, jnp.int8))  # bool has no order
+    value = value.astype(jnp.int8) if value.dtype == jnp.bool_ else value  # bool has no largest
     info = jnp.finfo if jnp.issubdtype(value.dtype, jnp.floating) else jnp.iinfo
     # A reduction, since no element can be taken out of an array that is sharded explicitly.
     jax_checkify.check(jnp.all(ok), message, value=jnp.max(jnp.where(ok, info(value.dtype).min, value)))
@@ -201,7 +231,7 @@ def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
     """Under checkify: the rows of `logits` are not probabilities, which a second softmax would flatten."""
     if not _checking.value or logits.size <= logits.shape[axis] or logits.shape[axis] == 1:
         return  # a single row may sum to 1 by chance
-    total = jnp.sum(logits, axis=axis, dtype=jnp.promote_types(logits.dtype, jnp.float32))
+    total = jnp.sum(logits, axis=axis, dtype=_accurate.compute_dtype(logits))
     # Rows of 0 and 1 alone may be a one-hot bias of true logits, so that they do not count as probabilities.
     fractional = jnp.any((logits > 0) & (logits < 1), axis=axis)
     probs = jnp.all((logits >= 0) & (logits <= 1), axis=axis) & fractional & (jnp.abs(total - 1) < 2**-8)
@@ -241,11 +271,12 @@ def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array
 
     A negative one is NaN.
     """
-    if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jnp.complexfloating):
+    if not hasattr(value, "dtype") or not _real(value.dtype):
         raise ValueError(f"{function}: weights must be an array of real numbers, got {describe(value)}")
     same_shape(function, expected, "weights", shape, value)
+    value = jnp.asarray(value).astype(_accurate.compute_dtype(value))
     expect(value >= 0, value, f"{function}: weight {{value}} is negative")
-    return _accurate.nan_unless(value >= 0, jnp.asarray(value).astype(_accurate.compute_dtype(value)))
+    return _accurate.nan_unless(value >= 0, value)
 
 
 def number(function: str, name: str, value: Any, range: Range, dtype: jnp.dtype) -> jax.Array:

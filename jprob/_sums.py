@@ -19,7 +19,7 @@ def sum_by(index: Array, values: Array, size: int) -> Array:
     blocks = 1
     if jnp.issubdtype(values.dtype, jnp.floating):
         blocks = max(1, min(math.isqrt(n), _LARGEST // max(1, size * math.prod(values.shape[1:]))))
-    place = index + size * (jnp.arange(n) % blocks)
+    place = index + size * (jnp.arange(n, dtype=index.dtype) % blocks)
     partial = jnp.zeros((blocks * size, *values.shape[1:]), values.dtype).at[place].add(values)
     return jnp.sum(partial.reshape(blocks, size, *values.shape[1:]), axis=0)
 

@@ -26,7 +26,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Integer, Real
 
-from . import _accurate, _checks, _sums
+from . import _accurate, _checks, _placement, _sums
 
 # Of Newton's method. 20 000 random sets with logits from 1e-8 to 1e8 and weights from 1e-25 to 1 need at most 28 in
 # float32 and 20 in float64; usual ones need 6.
@@ -74,14 +74,14 @@ def reliability(
 
     Returns:
       A `Reliability` of arrays [B], at least float32. A row of NaN or without a possible class belongs to no bin, and
-      makes every sum NaN; a label outside [0, K) makes the hits and the squared error of its bin NaN: unless its
-      weight is 0, and it does not count. Each sum has a relative error of at most (32 + 2 R + 2 sqrt(n)) u; a
-      confidence within (16 + R) u of an edge may fall on its other side. Gradients in logits and weights are those
-      within the bins.
+      makes every sum NaN. A label outside [0, K) makes the hits and the squared error of its bin NaN, and a negative
+      weight all sums of its bin. None of them counts if its weight is 0. Counts are exact below 2**24 a bin. Each sum
+      has a relative error of at most (32 + 2 R + 2 sqrt(n)) u; a confidence within (16 + R) u of an edge may fall on
+      its other side. Gradients in logits and weights are those within the bins.
 
     Raises:
       ValueError: the logits are not floating-point, the labels are not integers, a shape differs, the weights are not
-        real numbers, or `num_bins` is not a positive integer.
+        real numbers, or `num_bins` is not an integer in [1, 2**24].
 
     Source: Guo et al. (2017), On Calibration of Modern Neural Networks.
 
@@ -90,12 +90,15 @@ def reliability(
     >>> print(table.weight, table.confidence, table.correct)
     [0. 3.] [0.        2.1999998] [0. 2.]
     """
-    if not isinstance(num_bins, int) or num_bins < 1:
-        raise ValueError(f"reliability: num_bins must be a positive integer, got {num_bins!r}")
+    _checks.size("reliability", "num_bins", num_bins, 2**24)
+    return _placement.automatic(partial(_reliability, num_bins), logits, labels, weights)
+
+
+def _reliability(num_bins, logits, labels, weights):
     z, y, w = _examples("reliability", logits, labels, weights)
     confidence = jnp.max(_accurate.softmax(z, 1), axis=1)
     hit = jax.lax.argmax(z, 1, jnp.int32) == y
-    # Where it hits, the error is 1 - c, which keeps its digits near c = 1 as the sum of the other classes.
+    # For a hit the error is 1 - c, which keeps its digits near c = 1 as the sum of the other classes.
     error = jnp.where(hit, jnp.squeeze(_accurate.top_complement(z, 1), 1), confidence)
     valid = (y >= 0) & (y < z.shape[1])
     correct = jnp.where(valid, hit.astype(z.dtype), jnp.nan)
@@ -105,8 +108,7 @@ def reliability(
     index = jnp.where(known, jnp.ceil(confidence * num_bins) - 1, 0).astype(jnp.int32)
     values = _accurate.weigh(w[:, None], jnp.where(known[:, None], values, 0))
     sums = _sums.sum_by(jnp.clip(index, 0, num_bins - 1), values, num_bins)
-    sums += jnp.sum(_accurate.weigh(w, jnp.where(known, 0, jnp.nan)))
-    return Reliability(*sums.T)
+    return Reliability(*jnp.where(jnp.all(known | (w == 0)), sums, jnp.nan).T)
 
 
 @_checks.public()
@@ -121,7 +123,7 @@ def expected_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
       table's sums, relative to its weight, and (4 + B) u more.
 
     Raises:
-      ValueError: a field is not floating-point, or their shapes differ.
+      ValueError: the table is not a `Reliability`, a field is not floating-point, or their shapes differ.
 
     Source: Naeini, Cooper and Hauskrecht (2015), AAAI; Guo et al. (2017). It depends on the bins, and it is biased
     upwards when they hold few examples.
@@ -228,13 +230,15 @@ def fit_temperature(
       weights: one weight per example, not negative, in the labels' shape; a mask is one. None weighs all the same.
 
     Returns:
-      T > 0, one number, at least float32, for `categorical.softmax(logits, temperature=T)`. Where the loss has no
-      minimum, the limit: 0 if every label has the largest logit of its row, inf if the logits tell nothing of the
-      labels or the wrong way round (the mean label's logit is no more than the mean logit), or if an impossible class
-      has occurred. 1 where T changes nothing: no weight, one class, or logits that are equal in each row. NaN where a
-      row is NaN or without a possible class, or a label is outside [0, K), with any weight but 0. The relative error
-      is at most (16 + R / T) u times P / (b |dP/db - dN/db|), the loss's own sensitivity to rounding, plus that of the
-      sums over examples. The gradients in logits and weights are those of the minimum (0 in the limits).
+      T > 0, one number, at least float32, for `categorical.softmax(logits, temperature=T)`. A loss without a minimum
+      gives its limit. T = 0 if every label has the largest logit of its row: more certainty is always better there.
+      Use more held-out examples then, or a bound such as `jnp.maximum(T, 0.05)`, since logits / 0 is NaN. T = inf if
+      the logits tell nothing of the labels or the wrong way round (the mean label's logit is no more than the mean
+      logit), or if an impossible class has occurred. T = 1 if it changes nothing: no weight, one class, or logits that
+      are equal in each row. T is NaN if a weight is negative, a row is NaN or without a possible class, or a label is
+      outside [0, K); the last two do not count with a weight of 0. The relative error is at most (16 + R / T) u times
+      P / (b |dP/db - dN/db|), the loss's own sensitivity to rounding, plus that of the sums over examples. The
+      gradients in logits and weights are those of the minimum, and 0 if T is a limit or NaN.
 
     Raises:
       ValueError: as for `reliability`.
@@ -245,10 +249,12 @@ def fit_temperature(
     >>> print(f"{fit_temperature(logits, jnp.array([0, 0, 0, 1])):.4f}")
     3.0000
     """
+    return _placement.automatic(_fit_temperature, logits, labels, weights)
+
+
+def _fit_temperature(logits, labels, weights):
     z, y, w = _examples("fit_temperature", logits, labels, weights)
-    if z.size == 0:
-        return jnp.ones((), z.dtype)
-    return _temperature(z, w, y)
+    return _temperature(z, w, y) if z.size else jnp.ones((), z.dtype)
 
 
 @jax.custom_jvp
@@ -257,7 +263,7 @@ def _temperature(z, w, y):
     counted = (w != 0)[:, None]
     gap = jnp.where(counted, _accurate.gap(z, 1), 0)
     valid = (y >= 0) & (y < z.shape[1])
-    unknown = counted & (jnp.any(jnp.isnan(gap), axis=1, keepdims=True) | ~valid[:, None])
+    unknown = counted & (jnp.any(jnp.isnan(gap), axis=1, keepdims=True) | ~valid[:, None] | jnp.isnan(w)[:, None])
     label = jnp.where(valid, y, 0)[:, None]
     possible = gap > -jnp.inf
     surprised = ~jnp.take_along_axis(possible, label, axis=1)
@@ -332,8 +338,7 @@ def _temperature_jvp(primals, tangents):
     if type(dz) is not SymbolicZero:
         moved += jnp.sum(jnp.where(counts, w[:, None], 0) * (p - label + b * p * centred) * dz) / scale
     factor = temperature / (b * jnp.where(inside, curvature, 1))
-    limit = jnp.where(jnp.isnan(temperature), jnp.nan, 0)
-    return temperature, jnp.where(inside, factor, limit) * moved
+    return temperature, jnp.where(inside, factor, 0) * moved
 
 
 def _examples(function, logits, labels, weights):
@@ -353,6 +358,8 @@ def _examples(function, logits, labels, weights):
 
 def _checked(function, table):
     """The table in the dtype computed in."""
+    if not isinstance(table, Reliability):
+        raise ValueError(f"{function}: table must be a Reliability, got {_checks.describe(table)}")
     _checks.floating(function, **table._asdict())
     for name, value in table._asdict().items():
         _checks.same_shape(function, "table.weight", f"table.{name}", table.weight.shape, value)

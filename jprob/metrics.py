@@ -12,17 +12,20 @@ counts of all classes first (each error is then one false positive and one false
 and F1 all equal accuracy). That is scikit-learn's rule, with `zero_division=0`; only, an example of weight 0 does not
 count here as an occurrence of its class.
 
-Counts are whole numbers in float32 at least, exact up to 2**24 = 16,777,216 per entry; a matrix that has reached it no
-longer grows by adding single examples. u is half the spacing at 1 of the dtype (2**-24 for float32).
+Counts without weights are integers, exact up to 2**31 per entry; sums of weights are floating-point. The metrics take
+both. A negative entry, from an overflow or a class out of range, makes every metric of its matrix NaN. u is half the
+spacing at 1 of the dtype (2**-24 for float32).
 """
 
+from functools import partial
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer, Real
 
-from . import _accurate, _checks, _sums
+from . import _accurate, _checks, _placement, _sums
 
 _AVERAGES = (None, "macro", "micro", "weighted")
 
@@ -34,67 +37,51 @@ def confusion_matrix(
     *,
     num_classes: int,
     weights: Real[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
-) -> Float[Array, "{num_classes} {num_classes}"]:
+) -> Real[Array, "{num_classes} {num_classes}"]:
     """Counts C[i, j] of examples with label i and prediction j, or the sums of their weights.
 
     Args:
       labels: integer classes in [0, K), in any shape: every entry is an example, and all are summed.
       predictions: integer classes in [0, K) in the same shape, such as `categorical.mode(logits)`.
-      num_classes: K, static.
-      weights: one weight per example, not negative, in the same shape; a mask is one. None counts each example once.
+      num_classes: K, static, at most 46340.
+      weights: one weight per example, not negative, in the same shape. None counts each example once, and a boolean
+        mask counts those that are True.
 
     Returns:
-      C in shape [K, K], at least float32. A class outside [0, K), with any weight but 0, belongs to no entry that could
-      be named, and to leave it out would be a silent error: all of C is NaN then, and so is every sum it enters
-      (`checkify` names the class). To leave an example out, give it weight 0. Without weights the counts of one call
-      are exact up to 2**24, and rounded once (u) beyond; sums of n weights have a relative error of at most
-      2 sqrt(n) u, more for n K^2 > 2**24.
+      C in shape [K, K]. Counts (no weights, or a mask) have dtype int32, or int64 if the classes have it: they are
+      exact below 2**31 (2**63). Sums of n weights are at least float32, with a relative error of at most 2 sqrt(n) u,
+      more for n K^2 > 2**24; a negative weight makes its entry NaN.
+      A class outside [0, K) makes all of C invalid, unless its weight is 0, and `checkify` names it: sums are NaN with
+      a gradient of 0, and counts, which have no NaN, are negative. Every metric of such a matrix is NaN. Counts added
+      up keep a negative entry, unless the number of invalid ones among them is a multiple of 2**min(K^2, 31).
 
     Raises:
       ValueError: labels or predictions are not integers, a shape differs, the weights are not real numbers, or
-        `num_classes` is not a positive integer.
+        `num_classes` is not an integer in [1, 46340].
 
     >>> first = confusion_matrix(jnp.array([0, 1, 2]), jnp.array([0, 2, 2]), num_classes=3)
     >>> second = confusion_matrix(jnp.array([0, 1]), jnp.array([1, 1]), num_classes=3)
     >>> print(first + second)
-    [[1. 1. 0.]
-     [0. 1. 1.]
-     [0. 0. 1.]]
+    [[1 1 0]
+     [0 1 1]
+     [0 0 1]]
     """
-    name = "confusion_matrix"
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"{name}: num_classes must be a positive integer, got {num_classes!r}")
-    labels = _checks.classes(name, "labels", labels, "labels", jnp.shape(labels))
-    predictions = _checks.classes(name, "predictions", predictions, "labels", labels.shape)
-    w = None if weights is None else _checks.weights(name, "labels", labels.shape, weights)
-    counted = True if w is None else w != 0
-    valid = _checks.in_range(name, "label", labels, num_classes, counted)
-    valid = (valid & _checks.in_range(name, "prediction", predictions, num_classes, counted)).ravel()
-    cell = [jnp.where(valid, c.ravel(), 0).astype(jnp.int32) for c in (labels, predictions)]
-    cell = cell[0] * num_classes + cell[1]
-    if w is None:
-        # Integers, which do not stop growing at 2**24 as float32 would.
-        counts = _sums.sum_by(cell, valid.astype(jnp.int32), num_classes**2).astype(jnp.float32)
-        counts = jnp.where(jnp.all(valid), counts, jnp.nan)
-    else:
-        w = w.ravel().astype(_accurate.compute_dtype(w))
-        counts = _sums.sum_by(cell, jnp.where(valid, w, 0), num_classes**2)
-        counts += jnp.sum(_accurate.weigh(w, jnp.where(valid, 0, jnp.nan)))
-    return counts.reshape(num_classes, num_classes)
+    _checks.size("confusion_matrix", "num_classes", num_classes, 46340)  # whose square is below 2**31
+    return _placement.automatic(partial(_confusion_matrix, num_classes), labels, predictions, weights)
 
 
 @_checks.public()
-def accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batch"]:
+def accuracy(matrix: Real[Array, "*batch K K"]) -> Float[Array, "*batch"]:
     """Accuracy: the share of examples whose prediction is their label, sum_k C[k, k] / sum C.
 
     Args:
-      matrix: confusion matrix C, rows the labels, or any batch of them.
+      matrix: confusion matrix C of counts or sums of weights, rows the labels, or any batch of them.
 
     Returns:
-      One value in [0, 1] per matrix, at least float32: 0 for a matrix of zeros. Relative error at most (2 + K) u.
+      One value in [0, 1] per matrix, at least float32: 0 for a matrix of zeros. Relative error at most (4 + K) u.
 
     Raises:
-      ValueError: the matrix is not floating-point, or its last two axes are not square.
+      ValueError: the matrix holds no integer or floating-point numbers, or its last two axes are not square.
 
     >>> print(accuracy(jnp.array([[3.0, 1.0], [0.0, 4.0]])))
     0.875
@@ -104,14 +91,14 @@ def accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batch"]:
 
 
 @_checks.public()
-def balanced_accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batch"]:
+def balanced_accuracy(matrix: Real[Array, "*batch K K"]) -> Float[Array, "*batch"]:
     """Balanced accuracy: the mean recall of the classes that occur as a label, so that each counts the same.
 
     Args:
-      matrix: confusion matrix C, rows the labels, or any batch of them.
+      matrix: confusion matrix C of counts or sums of weights, rows the labels, or any batch of them.
 
     Returns:
-      One value in [0, 1] per matrix, at least float32: 0 for a matrix of zeros. Relative error at most (4 + 2 K) u.
+      One value in [0, 1] per matrix, at least float32: 0 for a matrix of zeros. Relative error at most (6 + 2 K) u.
 
     Raises:
       ValueError: as for `accuracy`.
@@ -124,22 +111,22 @@ def balanced_accuracy(matrix: Float[Array, "*batch K K"]) -> Float[Array, "*batc
     0.5
     """
     counts, row, _ = _counts("balanced_accuracy", matrix)
-    return _sums.ratio(jnp.sum(_sums.ratio(counts, row), axis=-1), jnp.sum(row != 0, axis=-1))
+    return _sums.ratio(jnp.sum(_sums.ratio(counts, row), axis=-1), jnp.sum(row != 0, axis=-1, dtype=row.dtype))
 
 
 @_checks.public(static=("average",))
 def precision(
-    matrix: Float[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
+    matrix: Real[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
 ) -> Float[Array, "*result"]:
     """Precision: of the examples predicted as class k, the share that are, C[k, k] / sum_i C[i, k].
 
     Args:
-      matrix: confusion matrix C, rows the labels, or any batch of them.
+      matrix: confusion matrix C of counts or sums of weights, rows the labels, or any batch of them.
       average: None for one value per class; "macro", "micro" or "weighted" for one number. Static.
 
     Returns:
       K values in [0, 1] per matrix or the average of them, at least float32: 0 for a class never predicted. Relative
-      error at most (4 + 2 K) u.
+      error at most (6 + 2 K) u.
 
     Raises:
       ValueError: `average` is none of these, or as for `accuracy`.
@@ -153,17 +140,17 @@ def precision(
 
 @_checks.public(static=("average",))
 def recall(
-    matrix: Float[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
+    matrix: Real[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
 ) -> Float[Array, "*result"]:
     """Recall: of the examples of class k, the share predicted as such, C[k, k] / sum_j C[k, j].
 
     Args:
-      matrix: confusion matrix C, rows the labels, or any batch of them.
+      matrix: confusion matrix C of counts or sums of weights, rows the labels, or any batch of them.
       average: None for one value per class; "macro", "micro" or "weighted" for one number. Static.
 
     Returns:
       K values in [0, 1] per matrix or the average of them, at least float32: 0 for a class that is no label. Relative
-      error at most (4 + 2 K) u. The weighted average is the accuracy.
+      error at most (6 + 2 K) u. The weighted average is the accuracy.
 
     Raises:
       ValueError: as for `precision`.
@@ -177,19 +164,19 @@ def recall(
 
 @_checks.public(static=("average",))
 def f1_score(
-    matrix: Float[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
+    matrix: Real[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
 ) -> Float[Array, "*result"]:
     """F1 score: the harmonic mean of precision and recall, 2 C[k, k] / (sum_j C[k, j] + sum_i C[i, k]).
 
     The macro average is the mean of the classes' scores, not the score of the mean precision and recall.
 
     Args:
-      matrix: confusion matrix C, rows the labels, or any batch of them.
+      matrix: confusion matrix C of counts or sums of weights, rows the labels, or any batch of them.
       average: None for one value per class; "macro", "micro" or "weighted" for one number. Static.
 
     Returns:
       K values in [0, 1] per matrix or the average of them, at least float32: 0 for a class never predicted rightly, or
-      that does not occur. Relative error at most (4 + 2 K) u.
+      that does not occur. Relative error at most (6 + 2 K) u.
 
     Raises:
       ValueError: as for `precision`.
@@ -219,9 +206,9 @@ def perplexity(
 
     Returns:
       One number, at least float32, at least 1 where no nll is negative: 1 where the weights are all 0 or nothing came
-      in, inf beyond the largest number of the dtype (a mean above 88.7 in float32). A value of weight 0 does not count,
-      also if it is infinite. Relative error at most (16 + m) u for a mean of m of up to 1000 values, and log2(n) m u
-      more for the sum of n; the gradient is defined where the result is finite.
+      in, inf beyond the largest number of the dtype (a mean above 88.7 in float32), NaN if a weight is negative. A
+      value of weight 0 does not count, also if it is infinite. Relative error at most (16 + m) u for a mean of m of up
+      to 1000 values, and log2(n) m u more for the sum of n. The gradient of an infinite or NaN result is 0.
 
     Raises:
       ValueError: the nll is not floating-point, or the weights are no real numbers of its shape.
@@ -231,24 +218,50 @@ def perplexity(
     >>> print(f"{perplexity(jnp.log(jnp.array([2.0, 8.0, 1e9])), weights=jnp.array([1.0, 1.0, 0.0])):.3f}")
     4.000
     """
+    return _placement.automatic(_perplexity, nll, weights)
+
+
+def _confusion_matrix(num_classes, labels, predictions, weights):
+    name = "confusion_matrix"
+    labels = _checks.classes(name, "labels", labels, "labels", getattr(labels, "shape", ()))
+    predictions = _checks.classes(name, "predictions", predictions, "labels", labels.shape)
+    w = jnp.ones(labels.shape) if weights is None else _checks.weights(name, "labels", labels.shape, weights)
+    counted = w != 0
+    valid = _checks.in_range(name, "label", labels, num_classes, counted)
+    valid &= _checks.in_range(name, "prediction", predictions, num_classes, counted)
+    row, column = (jnp.where(valid, c, 0).astype(jnp.int32) for c in (labels, predictions))
+    if weights is None or weights.dtype == jnp.bool_:
+        w = counted.astype(max(labels.dtype, predictions.dtype, key=lambda dtype: dtype.itemsize))
+        # Of n such matrices, n = odd * 2**k, entry k of the sum has its sign bit set, whatever the counts are.
+        info = jnp.iinfo(w.dtype)
+        invalid = jnp.asarray(info.min, w.dtype) >> (jnp.arange(num_classes**2, dtype=w.dtype) % (info.bits - 1))
+    else:
+        invalid = jnp.nan
+    counts = _sums.sum_by((row * num_classes + column).ravel(), jnp.where(valid, w, 0).ravel(), num_classes**2)
+    return jnp.where(jnp.all(valid | ~counted), counts, invalid).reshape(num_classes, num_classes)
+
+
+def _perplexity(nll, weights):
     _checks.floating("perplexity", nll=nll)
-    w = jnp.ones(nll.shape, nll.dtype)
-    if weights is not None:
-        w = _checks.weights("perplexity", "nll", nll.shape, weights)
+    w = jnp.ones(nll.shape, nll.dtype) if weights is None else _checks.weights("perplexity", "nll", nll.shape, weights)
     dtype = _accurate.compute_dtype(nll, w)
     # Shares of the weight, not a quotient of two sums, which may overflow.
     w = w.astype(dtype)
     share = _sums.ratio(w, jnp.sum(w))
-    return jnp.exp(jnp.sum(_accurate.weigh(share, nll.astype(dtype))))
+    mean = jnp.sum(_accurate.weigh(share, nll.astype(dtype)))
+    constant = jax.lax.stop_gradient(mean)
+    return jnp.exp(jnp.where(jnp.exp(constant) < jnp.inf, mean, constant))
 
 
 def _counts(function, matrix):
     """True positives, sums of rows and sums of columns, each of shape [..., K]."""
-    _checks.floating(function, matrix=matrix)
+    if not jnp.issubdtype(getattr(matrix, "dtype", object), jnp.integer):
+        _checks.floating(function, matrix=matrix)
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
         raise ValueError(f"{function}: matrix must have the shape [..., K, K], got {_checks.describe(matrix)}")
     c = matrix.astype(_accurate.compute_dtype(matrix))
     _checks.expect(c >= 0, c, f"{function}: count {{value}} is negative")
+    c = jnp.where(jnp.any(c < 0, axis=(-2, -1), keepdims=True), jnp.nan, c)
     return jnp.diagonal(c, axis1=-2, axis2=-1), jnp.sum(c, axis=-1), jnp.sum(c, axis=-2)
 
 
@@ -260,7 +273,7 @@ def _averaged(function, hits, total, row, column, average):
         return _sums.ratio(jnp.sum(hits, axis=-1), jnp.sum(row, axis=-1))
     score = _sums.ratio(hits, total)
     if average == "macro":
-        return _sums.ratio(jnp.sum(score, axis=-1), jnp.sum(row + column != 0, axis=-1))
+        return _sums.ratio(jnp.sum(score, axis=-1), jnp.sum(row + column != 0, axis=-1, dtype=row.dtype))
     if average == "weighted":
         return _sums.ratio(jnp.sum(row * score, axis=-1), jnp.sum(row, axis=-1))
     return score

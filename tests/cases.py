@@ -35,7 +35,7 @@ X, LOC = (jnp.asarray(_rng.normal(0, 1, BATCH), jnp.float32) for _ in range(2))
 SCALE = jnp.exp(X - LOC)
 YES = jnp.asarray(_rng.uniform(0.1, 0.9, BATCH), jnp.float32)
 # Eight sets of examples for what sums over examples, and the tables that it makes of them.
-SET_Z = jnp.asarray(_rng.normal(0, 2, (BATCH, 12, CLASSES)), jnp.float32)
+SET_Z = jnp.asarray(_rng.normal(0, 2, (BATCH, 16, CLASSES)), jnp.float32)
 SET_CLASS = jnp.argmax(SET_Z + _rng.gumbel(0, 3, SET_Z.shape), axis=-1).astype(jnp.int32)
 SET_WEIGHT = jnp.asarray(_rng.uniform(0.1, 0.9, SET_CLASS.shape), jnp.float32)
 MATRIX = jnp.asarray(_rng.uniform(1, 9, (BATCH, CLASSES, CLASSES)), jnp.float32)
@@ -216,6 +216,40 @@ CASES = {
         fit_temperature, (SET_Z[0], SET_CLASS[0], SET_WEIGHT[0]), (0, 2), per_example=False),
     "calibration.fit_temperature, sets": Case(jnp.vectorize(fit_temperature, signature="(n,k),(n),(n)->()"),
                                               (SET_Z, SET_CLASS, SET_WEIGHT), (0, 2)),
+}  # fmt: skip
+
+# The arguments that each function asks for, by name: for calls with one of them replaced by something hostile.
+_ROW = {"key": KEY, "logits": Z, "labels": CLASS, "p_logits": Z, "q_logits": Z2, "student_logits": Z,
+        "teacher_logits": Z2, "temperature": 2.0, "x": X, "loc": LOC, "scale": SCALE, "q": YES, "low": X, "high": HIGH,
+        "p_loc": X, "p_scale": SCALE, "q_loc": LOC, "q_scale": SCALE2, "log_prior": Z, "log_likelihood": Z2,
+        "log_likelihoods": Z[None], "prior_loc": LOC[0], "prior_scale": SCALE[0], "prior_alpha": SCALE[0],
+        "prior_beta": SCALE2[0], "values": Z2, "fn": jnp.sin, "sample": draw, "num_samples": 4,
+        "predictions": CLASS, "num_classes": CLASSES, "matrix": MATRIX, "nll": X,
+        "table": calibration.Reliability(*TABLE), "hidden": HIDDEN[0], "kernel": KERNEL[0], "p_hidden": HIDDEN[0],
+        "p_kernel": KERNEL[0], "q_hidden": HIDDEN2[0], "q_kernel": KERNEL2[0], "student_hidden": HIDDEN[0],
+        "student_kernel": KERNEL[0], "teacher_hidden": HIDDEN2[0], "teacher_kernel": KERNEL2[0]}  # fmt: skip
+_OTHERS = {
+    "bernoulli": {"logits": X, "labels": YES, "p_logits": X, "q_logits": LOC},
+    "bayes": {"scale": SCALE[0], "labels": CLASS == 0},
+    "linear_categorical": {"labels": TOKEN_CLASS[0]},
+    "mvn": {"x": VECTOR, "loc": VECTOR2, "scale_tril": TRIL, "p_loc": VECTOR, "q_loc": VECTOR2, "p_scale_tril": TRIL,
+            "q_scale_tril": TRIL2, "covariance": COVARIANCE},
+}  # fmt: skip
+_ASKED = {"teacher_hidden", "teacher_kernel", "covariance"}  # by the function itself, though they have defaults
+
+
+def valid_arguments(name: str) -> dict:
+    """The arguments that this public function cannot do without."""
+    module, function = name.split(".")
+    values = _ROW | _OTHERS.get(module, {})
+    parameters = inspect.signature(getattr(getattr(jprob, module), function)).parameters.values()
+    return {p.name: values[p.name] for p in parameters if p.default is p.empty or p.name in _ASKED}
+
+
+HOSTILE = {
+    "text": "text", "None": None, "a list": [1.0, [2.0]], "an object": object(), "2**63": 2**63, "1j": 1j,
+    "nan": float("nan"), "float8": jnp.zeros((BATCH, CLASSES), jnp.float8_e4m3fn), "texts": np.array(["a", "b"]),
+    "another shape": jnp.zeros((2, 5, 7)), "an integer": jnp.int32(5), "a dict": {"a": X},
 }  # fmt: skip
 
 PLANS = {"linear_categorical.plan"}  # answered from shapes alone: no program to compile, no value to differentiate

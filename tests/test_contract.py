@@ -1,6 +1,7 @@
 """What every public function promises, whatever it computes."""
 
 import functools
+import gc
 import inspect
 import itertools
 import re
@@ -9,17 +10,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BATCH, CASES, PLANS, public_functions
+from cases import CASES, HOSTILE, PLANS, Case, public_functions, valid_arguments
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jprob
 
 U = 2.0**-24
 
+# Each of these cases has a custom derivative rule that no other one has: together they try every rule.
+RULES = [
+    "categorical.cross_entropy, smoothed", "categorical.brier_score", "categorical.entropy",
+    "categorical.js_divergence", "bernoulli.entropy", "gaussian.log_prob", "gaussian.log_prob, log_scale",
+    "gaussian.prob", "gaussian.prob, log_scale", "gaussian.cdf", "gaussian.log_cdf", "gaussian.quantile",
+    "gaussian.interval_prob", "gaussian.kl_divergence", "gaussian.cross_entropy", "gaussian.nll",
+    "gaussian.nll, log_scale", "expectation.mean", "expectation.variance", "bayes.log_evidence",
+    "bayes.gaussian_posterior", "linear_categorical.cross_entropy", "calibration.fit_temperature",
+]  # fmt: skip
+# One of each module, for laws that are laws of its code and not of each function.
+MODULES = [
+    "categorical.cross_entropy", "bernoulli.cross_entropy", "gaussian.nll", "mvn.log_prob", "expectation.mean",
+    "bayes.log_posterior", "linear_categorical.log_prob", "metrics.confusion_matrix", "metrics.f1_score, micro",
+    "calibration.reliability",
+]  # fmt: skip
+
+VECTORIZED = jnp.vectorize(abs).__code__  # the code of all that is vectorized, which is a vmap itself
+
 
 def takes_axis(case):
     parameters = inspect.signature(case.function).parameters
     return case.per_example and "axis" in parameters
+
+
+def is_key(array):
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 @pytest.fixture(params=CASES, scope="module")
@@ -30,7 +55,11 @@ def case(request):
 
 def where(condition):
     """The cases of which this holds."""
-    return pytest.mark.parametrize("case", [name for name, case in CASES.items() if condition(case)], indirect=True)
+    return these([name for name, case in CASES.items() if condition(case)])
+
+
+def these(names):
+    return pytest.mark.parametrize("case", names, indirect=True)
 
 
 batched = where(lambda case: case.per_example)  # the leading axes are all the batch
@@ -44,21 +73,46 @@ def close(got, want, u=64 * U):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=u, atol=u * float(np.abs(w).max()))
 
 
-@functools.cache
-def both(function, differentiable):
-    """Value, and gradient of the sum of its squares: its cotangents are not 1. Nothing where nothing is smooth."""
-    slope = jax.grad(lambda *args: jnp.sum(jnp.square(function(*args))), argnums=differentiable)
-    return jax.jit(lambda *args: (function(*args), slope(*args) if differentiable else ()))
+def jit(function):
+    """Laws compare programs of the same few numbers: code that is fast takes twice as long to compile."""
+    return jax.jit(
+        function, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    )
 
 
 def value_and_gradient(case):
+    """Value, and gradient of the sum of its squares: its cotangents are not 1. Nothing where nothing is smooth."""
+
+    def both(*args):
+        return forward_and_backward(case, *args)[:2]
+
+    return both
+
+
+def forward_and_backward(case, *args):
+    """Value, gradient, and what the forward pass keeps for the backward one."""
+    if not case.differentiable:
+        return case.function(*args), (), ()
+    function = lambda *values: case.function(*moved(case, values, args))  # noqa: E731
+    value, pull = jax.vjp(function, *(args[i] for i in case.differentiable))
+    return value, pull(2 * value), jax.tree.leaves(pull)
+
+
+@functools.cache
+def program(function, differentiable):
     """Compiled once for each shape and dtype, whichever test asks first."""
-    return both(case.function, case.differentiable)
+    return jit(functools.partial(forward_and_backward, Case(function, (), differentiable)))
 
 
-def moved(case, values):
+def evaluated(case):
+    """Value and gradient, by a program that the tests of a case share."""
+    return program(case.function, case.differentiable)(*case.args)[:2]
+
+
+def moved(case, values, args=None):
     """The arguments, with these in the place of the differentiable ones."""
-    return [dict(zip(case.differentiable, values, strict=True)).get(i, a) for i, a in enumerate(case.args)]
+    args = case.args if args is None else args
+    return [dict(zip(case.differentiable, values, strict=True)).get(i, a) for i, a in enumerate(args)]
 
 
 def varied(case):
@@ -74,6 +128,18 @@ def cast(case, dtype):
 def normal(seed, likes):
     rng = np.random.default_rng(seed)
     return tuple(jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in likes)
+
+
+def one_example(case):
+    return [a[0] for a in case.args] if case.per_example else case.args
+
+
+def equations(jaxpr):
+    """All equations, also those inside of others."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(getattr(inner, "jaxpr", inner))
 
 
 def test_every_public_function_has_a_case():
@@ -94,41 +160,59 @@ def test_the_docstring_is_complete(name):
     assert ">>> " in doc
 
 
-def test_jit_equals_eager(case):
-    # One example: eagerly each operation compiles by itself, and those of few small shapes are shared by many cases.
-    args = [a[0] for a in case.args] if case.per_example else case.args
-    want = value_and_gradient(case)(*args)
+def as_numpy(array):
+    """What a user has who comes from numpy: int64 and float64, which a program without x64 has not."""
+    if is_key(array):
+        return array
+    array = np.asarray(array)
+    return array.astype({"i": np.int64, "f": np.float64}.get(array.dtype.kind, array.dtype))
+
+
+def test_numpy_arrays_are_taken_where_jit_is_disabled(case):
+    """From shapes alone: each operation is traced, and none is compiled."""
+    args = [as_numpy(a) for a in case.args]
     with jax.disable_jit():
-        got = value_and_gradient(case)(*args)
-    close(got, want)
+        got = jax.eval_shape(lambda: case.function(*args))
+    want = jax.eval_shape(case.function, *case.args)
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+
+
+@these(MODULES)
+def test_jit_equals_eager(case):
+    with jax.disable_jit():
+        got = case.function(*(as_numpy(a) for a in case.args))
+    close(got, evaluated(case)[0])
 
 
 @batched
-def test_vmap_equals_a_loop(case):
-    loop = [value_and_gradient(case)(*(a[i] for a in case.args)) for i in range(BATCH)]
-    want = jax.tree.map(lambda *x: np.stack(x), *loop)
-    close(jax.jit(jax.vmap(value_and_gradient(case)))(*case.args), want)
+def test_batches_equal_a_loop(case):
+    loop = jit(lambda *args: jax.lax.map(lambda args: value_and_gradient(case)(*args), args))
+    close(evaluated(case), loop(*case.args))
+
+
+@where(lambda case: case.per_example and getattr(case.function, "__code__", None) is not VECTORIZED)
+def test_vmap_equals_a_batch(case):
+    close(jit(jax.vmap(value_and_gradient(case)))(*case.args), evaluated(case))
 
 
 @where(takes_axis)
 def test_any_axis_may_hold_the_classes(case):
-    want = case.function(*case.args)
     turned = [a.T if a.ndim == 2 else a for a in case.args]
-    close(case.function(*turned, axis=0), want.T)
+    close(jit(functools.partial(case.function, axis=0))(*turned), evaluated(case)[0].T)
 
 
-@smooth
+@these(RULES)
 def test_forward_and_reverse_mode_agree(case):
     function, args = varied(case)
 
     tangents, cotangents = normal(0, args), normal(1, [jax.eval_shape(function, *args)])
-    pushed, pulled = jax.jit(lambda: (jax.jvp(function, args, tangents)[1], jax.vjp(function, *args)[1](*cotangents)))()
+    pushed, pulled = jit(lambda: (jax.jvp(function, args, tangents)[1], jax.vjp(function, *args)[1](*cotangents)))()
     terms = [np.asarray(t) * np.asarray(g) for t, g in zip(tangents, pulled, strict=True)]
     forward, reverse = float(np.sum(np.asarray(cotangents[0]) * pushed)), float(sum(map(np.sum, terms)))
     assert abs(forward - reverse) <= 64 * U * sum(float(np.abs(term).sum()) for term in terms)
 
 
-@smooth
+@these(RULES)
 def test_second_derivatives_are_those_of_the_function(case):
     """Hessian-vector products in both orders of differentiation, against differences of the gradient in float64."""
     function, args = varied(case)
@@ -136,13 +220,10 @@ def test_second_derivatives_are_those_of_the_function(case):
     squares = lambda *values: jnp.sum(jnp.square(function(*values)))  # noqa: E731
     slope = lambda f: jax.grad(f, tuple(range(len(args))))  # noqa: E731
     push = lambda *values: jax.jvp(squares, values, direction)[1]  # noqa: E731
-    products = {
-        "forward over reverse": jax.jit(lambda: jax.jvp(slope(squares), args, direction)[1]),
-        "reverse over forward": jax.jit(lambda: slope(push)(*args)),
-    }
+    products = jit(lambda: (jax.jvp(slope(squares), args, direction)[1], slope(push)(*args)))()
     want = _difference_of_gradients(case, direction)
-    for order, product in products.items():
-        for got, truth in zip(product(), want, strict=True):
+    for order, product in zip(("forward over reverse", "reverse over forward"), products, strict=True):
+        for got, truth in zip(product, want, strict=True):
             scale = max(1, float(np.abs(truth).max()))
             np.testing.assert_allclose(np.asarray(got), truth, rtol=0, atol=2e-5 * scale, err_msg=order)
 
@@ -154,7 +235,7 @@ def _difference_of_gradients(case, direction):
         wide = cast(case, jnp.float64)
         args = varied(wide)[1]
         up, down = (
-            value_and_gradient(case)(
+            program(case.function, case.differentiable)(
                 *moved(wide, [a + h * np.float64(d) for a, d in zip(args, direction, strict=True)])
             )[1]
             for h in (step, -step)
@@ -162,9 +243,36 @@ def _difference_of_gradients(case, direction):
     return [(np.asarray(a) - np.asarray(b)) / (2 * step) for a, b in zip(up, down, strict=True)]
 
 
+def test_rules_are_all_the_rules():
+    """Second derivatives and nested transformations are tried once a rule, which finds its case here."""
+
+    def rules(name):
+        traced = equations(jax.make_jaxpr(CASES[name].function)(*CASES[name].args).jaxpr)
+        infos = [e.params["call_jaxpr"].jaxpr.debug_info.func_src_info for e in traced
+                 if e.primitive.name == "custom_jvp_call"]  # fmt: skip
+        return {info for info in infos if f" at {jprob.__path__[0]}" in info}
+
+    tried = set().union(*map(rules, RULES))
+    assert {name: left for name in CASES if (left := rules(name) - tried)} == {}
+
+
+@pytest.fixture
+def nothing_older():
+    """What leaks is found by a search of all objects: without those that are there before, it takes milliseconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("nothing_older")
+def test_nothing_leaks_out_of_a_trace(case):
+    with jax.checking_leaks():
+        jax.eval_shape(value_and_gradient(case), *cast(case, jnp.float16).args)
+
+
 def test_dtypes_of_value_and_gradient(case):
     """From shapes alone, which compiles nothing: with x64 and without, the same."""
-    for dtype, x64 in itertools.product((jnp.float16, jnp.bfloat16, jnp.float32), (False, True)):
+    for dtype, x64 in ((jnp.float16, False), (jnp.bfloat16, True)):
         with jax.enable_x64(x64):
             value, slopes = jax.eval_shape(value_and_gradient(case), *cast(case, dtype).args)
         expected = dtype if case.is_map else jnp.float32
@@ -174,26 +282,27 @@ def test_dtypes_of_value_and_gradient(case):
 
 @smooth
 def test_float64_is_computed_in_float64(case):
+    """No number of the program is a float32."""
     with jax.enable_x64(True):
-        value, slopes = value_and_gradient(case)(*cast(case, jnp.float64).args)
-    assert value.dtype == jnp.float64
-    assert not np.array_equal(value, np.float32(value))
-    assert all(slope.dtype == jnp.float64 for slope in slopes)
+        jaxpr = jax.make_jaxpr(value_and_gradient(case))(*cast(case, jnp.float64).args)
+    dtypes = {(v.aval.dtype, e.primitive.name) for e in equations(jaxpr.jaxpr) for v in e.outvars}
+    assert not {(d, name) for d, name in dtypes if jnp.issubdtype(d, jnp.floating) and d != jnp.float64}
 
 
 @pytest.mark.parametrize("name", public_functions())
 def test_one_trace_per_shape(name):
+    """The second call finds the program of the first."""
     case = next(case for key, case in CASES.items() if key.split(",")[0] == name)
-    function = public_functions()[name]
-    # One example: a batch would go through vmap where the case is vectorised, and past the cache.
-    args = [a[0] for a in case.args] if case.per_example else case.args
-    function.compiled.clear_cache()
-    for _ in range(3):
-        case.function(*args)
-    assert function.compiled._cache_size() == 1
+    args, function = one_example(case), name.split(".")[1]
+
+    def inner():
+        jaxpr = jax.make_jaxpr(lambda *args: case.function(*args))(*args).jaxpr
+        return next(e.params["jaxpr"] for e in equations(jaxpr) if e.params.get("name") == function)
+
+    assert inner() is inner()
 
 
-@batched
+@these([name for name in RULES if CASES[name].per_example])
 def test_scan_checkpoint_and_shard_map_change_nothing(case):
     """One inside the other: each of eight devices scans over its examples, and rematerialises them."""
 
@@ -202,13 +311,45 @@ def test_scan_checkpoint_and_shard_map_change_nothing(case):
 
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(nested, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
-    got = value_and_gradient(case._replace(function=sharded))(*case.args)
-    close(got, value_and_gradient(case)(*case.args))
+    close(jit(value_and_gradient(case._replace(function=sharded)))(*case.args), evaluated(case))
+
+
+def on_explicit_axes(case, place):
+    """The arguments, with their leading axis on a mesh as `jax.make_mesh` makes it."""
+    sharding = NamedSharding(jax.make_mesh((8,), ("batch",)), P("batch"))
+    return [a if is_key(a) or a.ndim == 0 or a.shape[0] % 8 else place(a, sharding) for a in case.args]
+
+
+def test_explicit_axes_are_taken(case):
+    """From shapes alone: without its sharding rule, an operation fails while it is traced."""
+    like = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)  # noqa: E731
+    got = jax.eval_shape(value_and_gradient(case), *on_explicit_axes(case, like))
+    for g, w in zip(
+        jax.tree.leaves(got), jax.tree.leaves(jax.eval_shape(value_and_gradient(case), *case.args)), strict=True
+    ):
+        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+
+
+@these(MODULES)
+def test_explicit_axes_change_nothing(case):
+    close(jit(value_and_gradient(case))(*on_explicit_axes(case, jax.device_put)), evaluated(case))
+
+
+@where(lambda case: is_key(case.args[0]))
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_of_every_implementation_draw_and_are_used_once(case, implementation):
+    with jax.debug_key_reuse(True):
+        first, again, second = (
+            case.function(jax.random.key(i, impl=implementation), *case.args[1:]) for i in (3, 3, 4)
+        )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
 
 
 def test_value_and_gradient_lower_for_every_platform(case):
     platforms = ("cpu", "cuda", "tpu")
-    assert jax.export.export(value_and_gradient(case), platforms=platforms)(*case.args).platforms == platforms
+    exported = jax.export.export(jax.jit(value_and_gradient(case)), platforms=platforms)
+    assert exported(*case.args).platforms == platforms
 
 
 def test_no_call_pays_for_checks(case):
@@ -217,7 +358,10 @@ def test_no_call_pays_for_checks(case):
 
 
 def test_valid_arguments_pass_the_debug_checks(case):
-    assert jprob.checkify(case.function)(*case.args)[0].get() is None
+    """`debug_nans` looks at all that a program returns: also at what the forward pass keeps for the backward one."""
+    with jax.debug_nans(True):
+        jax.block_until_ready(program(case.function, case.differentiable)(*case.args))
+    assert jit(jprob.checkify(case.function))(*case.args)[0].get() is None
 
 
 def test_checks_are_traced_where_they_are_asked_for_and_nowhere_else():
@@ -230,3 +374,20 @@ def test_checks_are_traced_where_they_are_asked_for_and_nowhere_else():
         error, _ = jprob.checkify(loss)(z)
         assert "cross_entropy: label 7 is outside [0, 3)" in error.get()
     assert not jax.make_jaxpr(loss)(z).effects
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("name", public_functions())
+def test_what_is_wrong_is_told_in_one_line(name):
+    """Each argument in turn is hostile: either the call has a meaning, or its error is one line of the function."""
+    function, valid = public_functions()[name], valid_arguments(name)
+    faults = []
+    for parameter, (what, value) in itertools.product(inspect.signature(function).parameters, HOSTILE.items()):
+        try:
+            jax.eval_shape(functools.partial(function, **(valid | {parameter: value})))
+        except ValueError as error:
+            if not str(error).startswith(f"{function.__name__}: ") or "\n" in str(error):
+                faults.append(f"{parameter}={what}: {str(error).splitlines()[0]}")
+        except Exception as error:
+            faults.append(f"{parameter}={what}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    assert not faults, "\n".join(faults)

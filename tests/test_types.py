@@ -1,4 +1,4 @@
-"""The second run of the suite checks types: every argument and result against its annotation."""
+"""`make test` checks types: every argument and result against its annotation."""
 
 import jax.numpy as jnp
 import pytest
@@ -15,8 +15,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_an_error_of_its_type_in_the_second_run(name, pytestconfig):
-    """In the first run, where users' errors are tested, any other will do."""
+def test_what_is_wrong_is_an_error_of_its_type(name, pytestconfig):
+    """In a run without `--jaxtyping-packages` any other will do."""
     checked = pytestconfig.option.jaxtyping_packages is not None
     with pytest.raises(TypeCheckError if checked else (TypeError, ValueError)):
         WRONG[name]()

@@ -1,4 +1,4 @@
-"""What checks the types in the second run of `make test`: beartype, where an int will do for a float (PEP 484)."""
+"""What checks the types in `make test`: beartype, for which an int is a float too (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 
