@@ -167,6 +167,12 @@ def class_axis(function: str, logits: jax.Array, axis: int) -> int:
     return axis % logits.ndim
 
 
+def size(function: str, name: str, value: Any, largest: int) -> None:
+    """`value` is a Python integer in [1, largest]."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+        raise ValueError(f"{function}: {name} must be an integer in [1, {largest}], got {value!r}")
+
+
 def same_shape(function: str, expected: str, got: str, shape: Sequence[int], value: jax.Array) -> None:
     """`value`, called `got` in the signature, has the shape of the argument called `expected`."""
     if value.shape != tuple(shape):
@@ -191,7 +197,7 @@ def expect(ok: jax.Array, value: jax.Array, message: str) -> None:
     """Under checkify: `ok` holds everywhere, else `message` with the largest offending `value` in its `{value}`."""
     if not _checking.value or ok.size == 0:
         return
-    value = value.astype(jnp.promote_types(value.dtype, jnp.int8))  # bool has no order
+    value = value.astype(jnp.int8) if value.dtype == jnp.bool_ else value  # bool has no largest
     info = jnp.finfo if jnp.issubdtype(value.dtype, jnp.floating) else jnp.iinfo
     # A reduction, since no element can be taken out of an array that is sharded explicitly.
     jax_checkify.check(jnp.all(ok), message, value=jnp.max(jnp.where(ok, info(value.dtype).min, value)))
@@ -201,7 +207,7 @@ def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
     """Under checkify: the rows of `logits` are not probabilities, which a second softmax would flatten."""
     if not _checking.value or logits.size <= logits.shape[axis] or logits.shape[axis] == 1:
         return  # a single row may sum to 1 by chance
-    total = jnp.sum(logits, axis=axis, dtype=jnp.promote_types(logits.dtype, jnp.float32))
+    total = jnp.sum(logits, axis=axis, dtype=_accurate.compute_dtype(logits))
     # Rows of 0 and 1 alone may be a one-hot bias of true logits, so that they do not count as probabilities.
     fractional = jnp.any((logits > 0) & (logits < 1), axis=axis)
     probs = jnp.all((logits >= 0) & (logits <= 1), axis=axis) & fractional & (jnp.abs(total - 1) < 2**-8)

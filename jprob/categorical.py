@@ -38,7 +38,7 @@ from jaxtyping import Bool, Float, Int, Integer, Key
 from . import _accurate, _checks
 
 
-@_checks.public(static=("axis",))
+@_checks.public(static=("axis",), temperature=_checks.NOT_NEGATIVE)
 def softmax(
     logits: Float[Array, "*shape"],
     *,
@@ -71,11 +71,11 @@ def softmax(
     >>> print(softmax(jnp.array([1.0, 3.0, 3.0]), temperature=0.0))
     [0.  0.5 0.5]
     """
-    z, axis = _canonical("softmax", logits, axis, where, temperature)
-    return _for_temperature(temperature, _accurate.softmax(z, axis).astype(logits.dtype))
+    z, axis, where, cold = _tempered_logits("softmax", logits, axis, where, temperature)
+    return _existing(_accurate.softmax(z, axis) + cold, where, 0).astype(logits.dtype)
 
 
-@_checks.public(static=("axis",))
+@_checks.public(static=("axis",), temperature=_checks.NOT_NEGATIVE)
 def log_softmax(
     logits: Float[Array, "*shape"],
     *,
@@ -101,18 +101,18 @@ def log_softmax(
     >>> print(log_softmax(jnp.array([20.0, 0.0])))
     [-2.0611537e-09 -2.0000000e+01]
     """
-    z, axis = _canonical("log_softmax", logits, axis, where, temperature)
-    return _for_temperature(temperature, _accurate.log_softmax(z, axis).astype(logits.dtype))
+    z, axis, where, cold = _tempered_logits("log_softmax", logits, axis, where, temperature)
+    return _existing(_accurate.log_softmax(z, axis) + cold, where, -jnp.inf).astype(logits.dtype)
 
 
-@_checks.public(static=("axis", "label_smoothing"))
+@_checks.public(static=("axis",), label_smoothing=_checks.UNIT_INTERVAL)
 def cross_entropy(
     logits: Float[Array, "*shape"],
     labels: Integer[Array, "*rest"] | Float[Array, "*shape"],
     *,
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "*rest"]:
     """Cross-entropy -sum_i y_i log p_i of labels y and p = softmax(logits); for a class y it is -log p_y.
 
@@ -145,21 +145,16 @@ def cross_entropy(
     >>> print(jax.grad(lambda z: cross_entropy(z, jnp.array(0)))(logits[0]))
     [-2.0611537e-09  2.0611537e-09]
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
-    z, labels, axis = _canonical_labelled("cross_entropy", logits, labels, axis, where)
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        targets = labels
-        if label_smoothing:
-            targets = (1 - label_smoothing) * targets + label_smoothing * _uniform(z, where, axis)
-        return jnp.squeeze(_target_loss(z, targets, axis), axis)
-    loss = jnp.squeeze(_class_loss(z, jnp.expand_dims(labels, axis), axis), axis)
-    if label_smoothing:
-        uniform = jnp.squeeze(_target_loss(z, _uniform(z, where, axis), axis), axis)
-        # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
-        kept = jnp.where(jnp.isinf(loss) & (label_smoothing == 1), 0, (1 - label_smoothing) * loss)
-        loss = kept + label_smoothing * uniform
-    return loss
+    z, labels, valid, axis, where = _labelled("cross_entropy", logits, labels, axis, where)
+    loss = _target_loss(z, labels, axis) if valid is None else _class_loss(z, labels, axis)
+    if valid is not None and where is not None:
+        kept = jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
+        _checks.expect(kept | ~valid, labels, "cross_entropy: label {value} is a class that where removes")
+        loss = jnp.where(kept, loss, 0)
+    if not (isinstance(label_smoothing, float) and label_smoothing == 0):
+        e = _checks.number("cross_entropy", "label_smoothing", label_smoothing, _checks.UNIT_INTERVAL, z.dtype)
+        loss = _accurate.weigh(1 - e, loss) + _accurate.weigh(e, _target_loss(z, _uniform(z, axis), axis))
+    return _per_example(loss, axis, where, valid)
 
 
 @_checks.public(static=("axis",))
@@ -197,14 +192,9 @@ def brier_score(
     >>> print(brier_score(jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.array(0)))
     0.375
     """
-    z, labels, axis = _canonical_labelled("brier_score", logits, labels, axis, where)
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        targets = labels if where is None else jnp.where(where, labels, 0)
-        return jnp.squeeze(_squared_error(z, targets, axis), axis)
-    labels = jnp.expand_dims(labels, axis)
-    valid = (labels >= 0) & (labels < z.shape[axis])
-    targets = _accurate.nan_unless(valid, jnp.maximum(1 - _distance(z, labels, axis), 0))
-    return jnp.squeeze(_squared_error(z, targets, axis), axis)
+    z, labels, valid, axis, where = _labelled("brier_score", logits, labels, axis, where)
+    targets = labels if valid is None else _existing(jnp.maximum(1 - _distance(z, labels, axis), 0), where, 0)
+    return _per_example(_squared_error(z, targets, axis), axis, where, valid)
 
 
 @_checks.public(static=("axis", "base"))
@@ -238,8 +228,8 @@ def entropy(
     3.0
     """
     unit = _checks.nats_to("entropy", base)
-    z, axis = _canonical("entropy", logits, axis, where)
-    return jnp.squeeze(_entropy(z, axis), axis) * unit
+    z, axis, where = _canonical("entropy", logits, axis, where)
+    return _per_example(_entropy(z, axis), axis, where) * unit
 
 
 @_checks.public(static=("axis", "base"))
@@ -279,8 +269,8 @@ def kl_divergence(
     0.2075 bits
     """
     unit = _checks.nats_to("kl_divergence", base)
-    p, q, axis = _canonical_pair("kl_divergence", p_logits, q_logits, axis, where)
-    return jnp.squeeze(_kl_divergence(p, q, axis), axis) * unit
+    p, q, axis, where = _canonical_pair("kl_divergence", axis, where, p_logits=p_logits, q_logits=q_logits)
+    return _per_example(_kl_divergence(p, q, axis), axis, where) * unit
 
 
 @_checks.public(static=("axis", "base"))
@@ -318,11 +308,11 @@ def js_divergence(
     0.3113 bits
     """
     unit = _checks.nats_to("js_divergence", base)
-    p, q, axis = _canonical_pair("js_divergence", p_logits, q_logits, axis, where)
-    return jnp.squeeze(_js_divergence(p, q, axis), axis) * unit
+    p, q, axis, where = _canonical_pair("js_divergence", axis, where, p_logits=p_logits, q_logits=q_logits)
+    return _per_example(_js_divergence(p, q, axis), axis, where) * unit
 
 
-@_checks.public(static=("axis",))
+@_checks.public(static=("axis",), temperature=_checks.FINITE_POSITIVE)
 def distillation_loss(
     student_logits: Float[Array, "*shape"],
     teacher_logits: Float[Array, "*shape"],
@@ -356,16 +346,14 @@ def distillation_loss(
     >>> print(f"{distillation_loss(student, teacher, temperature=2.0):.4f}")
     0.4438
     """
-    if jnp.ndim(temperature) != 0:
-        got = _checks.describe(temperature)
-        raise ValueError(f"distillation_loss: temperature must be one number, got {got}")
-    student, teacher, front = _canonical_pair(
-        "distillation_loss", student_logits, teacher_logits, axis, where, ("student_logits", "teacher_logits")
+    name = "distillation_loss"
+    student, teacher, axis, where = _canonical_pair(
+        name, axis, where, student_logits=student_logits, teacher_logits=teacher_logits
     )
-    scale = jnp.asarray(temperature, student.dtype)
-    _checks.expect((scale > 0) & (scale < jnp.inf), scale, "distillation_loss: temperature {value} is not in (0, inf)")
-    loss = _kl_divergence(teacher / scale, student / scale, front)
-    return jnp.squeeze(loss, front) * jnp.square(scale)
+    given = _checks.number(name, "temperature", temperature, _checks.FINITE_POSITIVE, student.dtype)
+    t = jnp.where(jnp.isnan(given), 1, given)  # a NaN here would be one of all gradients
+    loss = _per_example(_kl_divergence(teacher / t, student / t, axis), axis, where)
+    return _accurate.nan_unless(given > 0, loss * jnp.square(t))
 
 
 @_checks.public(static=("axis",))
@@ -394,9 +382,11 @@ def log_prob(
     >>> print(log_prob(jnp.array(1), jnp.log(jnp.array([0.75, 0.25]))))
     -1.3862944
     """
-    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
+    z, labels, valid, axis, where = _labelled("log_prob", logits, labels, axis, where)
+    if valid is None:
         raise ValueError(f"log_prob: labels must be integer classes, got {_checks.describe(labels)}")
-    return -cross_entropy(logits, labels, axis=axis, where=where)
+    there = None if where is None else jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
+    return _per_example(_existing(-_class_loss(z, labels, axis), there, -jnp.inf), axis, None, valid)
 
 
 @_checks.public(static=("axis",))
@@ -419,11 +409,11 @@ def mode(
     >>> print(mode(jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])))
     [1 0]
     """
-    z, axis = _canonical("mode", logits, axis, where)
+    z, axis, _ = _canonical("mode", logits, axis, where)
     return jax.lax.argmax(z, axis, jnp.int32)
 
 
-@_checks.public(static=("axis", "shape"))
+@_checks.public(static=("axis", "shape"), temperature=_checks.NOT_NEGATIVE)
 def sample(
     key: Key[Array, ""],
     logits: Float[Array, "*shape"],
@@ -456,120 +446,133 @@ def sample(
     >>> print(f"{jnp.mean(draws):.2f}")
     0.75
     """
-    z, axis = _canonical("sample", logits, axis, where, temperature)
+    z, axis, _, undrawn = _tempered_logits("sample", logits, axis, where, temperature)
     shape = _checks.sample_shape("sample", shape, z.shape[:axis] + z.shape[axis + 1 :], "logits without the class axis")
-    z = _accurate.gap(z, axis)  # a logit of +inf would tie with any noise
-    return jax.random.categorical(key, z, axis - z.ndim, shape, mode="high").astype(jnp.int32)
+    z = _accurate.gap(z, axis)  # next to a large logit the noise would be rounded away
+    draws = jax.random.categorical(key, z, axis - z.ndim, shape, mode="high").astype(jnp.int32)
+    undrawn = jnp.broadcast_to(jnp.isnan(undrawn), (*z.shape[:axis], 1, *z.shape[axis + 1 :]))
+    return jnp.where(jnp.broadcast_to(jnp.squeeze(undrawn, axis), shape), -1, draws)
 
 
-def _canonical(function, logits, axis, where, temperature: float | Array = 1.0, computed_with=()):
-    """Logits to compute with (checked, masked, tempered, in the dtype computed in) and the axis from the front."""
-    if not isinstance(temperature, float):
-        computed_with = (*computed_with, temperature)
+def _canonical(function, logits, axis, where, *computed_with):
+    """Logits to compute with (checked, masked, in the dtype computed in), the axis from the front, `where` in full.
+
+    A row that `where` leaves without a class gets logits of 0: it is computed as any other, and then left out.
+    """
     _checks.floating(function, logits=logits)
     axis = _checks.class_axis(function, logits, axis)
     _checks.logits_not_probs(function, logits, axis)
     z = logits.astype(_accurate.compute_dtype(logits, *computed_with))
+    if where is None:
+        return z, axis, None
+    _checks.mask(function, where, logits)
+    where = jnp.broadcast_to(where, z.shape)
+    return jnp.where(where, z, jnp.where(jnp.any(where, axis=axis, keepdims=True), -jnp.inf, 0)), axis, where
+
+
+def _existing(out, where, without):
+    """`out` of the classes that exist; any other has the value `without`, and a gradient of 0."""
+    return out if where is None else jnp.where(where, out, without)
+
+
+def _per_example(out, axis, where, valid=None):
+    """`out` without the class axis: NaN where not `valid`, and 0 where no class exists, both with a gradient of 0."""
+    if valid is not None:
+        out = _accurate.nan_unless(valid, out)
     if where is not None:
-        _checks.mask(function, where, logits)
-        z = jnp.where(where, z, -jnp.inf)
+        out = jnp.where(jnp.any(where, axis=axis, keepdims=True), out, 0)
+    return jnp.squeeze(out, axis)
+
+
+def _canonical_pair(function, axis, where, **logits):
+    """Two rows of logits over the same classes, in one dtype, the axis from the front, `where` in full."""
+    (p_name, p), (q_name, q) = logits.items()
+    _checks.floating(function, **logits)
+    _checks.same_shape(function, p_name, q_name, p.shape, q)
+    p, front, where_p = _canonical(function, p, axis, where, q)
+    q, _, _ = _canonical(function, q, axis, where, p)
+    return p, q, front, where_p
+
+
+def _tempered_logits(function, logits, axis, where, temperature):
+    """As `_canonical`, but divided by T, and 0, or NaN for each row with a T that is negative or NaN."""
     if isinstance(temperature, float) and temperature == 1:
-        return z, axis
-    return _temper(function, z, axis, jnp.asarray(temperature, z.dtype)), axis
-
-
-def _canonical_pair(function, p_logits, q_logits, axis, where, names=("p_logits", "q_logits")):
-    """Two rows of logits over the same classes, in one dtype, and the axis from the front."""
-    p_name, q_name = names
-    _checks.floating(function, **{p_name: p_logits, q_name: q_logits})
-    _checks.same_shape(function, p_name, q_name, p_logits.shape, q_logits)
-    dtype = jnp.promote_types(p_logits.dtype, q_logits.dtype)
-    p, front = _canonical(function, p_logits.astype(dtype), axis, where)
-    q, _ = _canonical(function, q_logits.astype(dtype), axis, where)
-    return p, q, front
-
-
-def _temper(function, z, axis, temperature):
-    """(z - max z) / T, checked."""
+        return *_canonical(function, logits, axis, where), 0.0
+    temperature = jnp.asarray(temperature)
+    z, axis, where = _canonical(function, logits, axis, where, temperature)
     _checks.broadcasts(function, "temperature", temperature, z)
     if temperature.ndim >= z.ndim - axis and temperature.shape[axis - z.ndim] != 1 and z.shape[axis] != 1:
         got = _checks.describe(temperature)
         raise ValueError(f"{function}: temperature must have length 1 on the class axis {axis} of logits, got {got}")
     _checks.expect(temperature >= 0, temperature, f"{function}: temperature {{value}} is negative")
-    return _tempered(z, axis, temperature)
+    temperature = temperature.astype(z.dtype).reshape((1,) * (z.ndim - temperature.ndim) + temperature.shape)
+    cold = _accurate.nan_unless(temperature >= 0, jnp.zeros((), z.dtype))
+    return _tempered(z, axis, temperature), axis, where, cold
 
 
 def _tempered(z, axis, temperature):
-    """(z - max z) / T. Division comes last, so that the limits at T = 0 and T = inf exist."""
-    d = _accurate.gap(_finite(z, axis), axis)
-    moving = (d < 0) & (d > -jnp.inf)
-    # The two selects keep 0 / 0 and inf / inf out of the value, and for 0 < T < inf out of the gradient.
-    return jnp.where(moving, jnp.where(moving, d, -1) / temperature, d)
+    """(z - max z) / T, and its limits: T = 0 leaves only the maximum, and no gradient; T = inf makes all equal."""
+    d = _accurate.gap(z, axis)
+    possible = d > -jnp.inf  # -inf / inf is NaN; the inner select keeps it out of the gradient
+    warm = _accurate.divide(jnp.where(possible, d, 0), jnp.where(temperature > 0, temperature, 1))
+    cold = jax.lax.stop_gradient(jnp.where(d < 0, -jnp.inf, d))
+    return jnp.where(temperature == 0, cold, jnp.where(possible, warm, d))
 
 
-def _for_temperature(temperature: float | Array, out):
-    """`out`, or NaN for a temperature that is negative or no number."""
-    if isinstance(temperature, float) and temperature == 1:
-        return out
-    return _accurate.nan_unless(jnp.asarray(temperature) >= 0, out)
+def _labelled(function, logits, labels, axis, where):
+    """Logits, axis and `where` as of `_canonical`; integer labels on a class axis of length 1, and whether each is valid.
 
-
-def _canonical_labelled(function, logits, labels, axis, where):
-    """Logits and axis as of `_canonical`, and labels: integers of 32 bits or more, or targets in the logits' dtype."""
+    One that is not is 0 instead. Targets are in the dtype computed in, without the mass of a class that does not exist,
+    and their `valid` is None.
+    """
     if not hasattr(labels, "dtype"):
         raise ValueError(f"{function}: labels must be an array, got {_checks.describe(labels)}")
-    soft = jnp.issubdtype(labels.dtype, jnp.floating)
-    z, axis = _canonical(function, logits, axis, where, computed_with=(labels,) if soft else ())
-    if soft:
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        z, axis, where = _canonical(function, logits, axis, where, labels)
         _checks.same_shape(function, "logits", "floating-point labels", logits.shape, labels)
         _checks.targets_are_probs(function, labels, axis)
-        return z, labels.astype(z.dtype), axis
+        return z, _existing(labels.astype(z.dtype), where, 0), None, axis, where
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"{function}: labels must be integer or floating-point, got {_checks.describe(labels)}")
+    z, axis, where = _canonical(function, logits, axis, where)
     expected = logits.shape[:axis] + logits.shape[axis + 1 :]
     labels = _checks.classes(function, "labels", labels, "logits without the class axis", expected)
-    _checks.in_range(function, "label", labels, logits.shape[axis])
-    return z, labels, axis
+    valid = _checks.in_range(function, "label", labels, logits.shape[axis])
+    labels, valid = (jnp.expand_dims(x, axis) for x in (labels, valid))
+    return z, jnp.where(valid, labels, 0), valid, axis, where
 
 
-def _one_where_defined(z, axis):
-    """1 for a row that is a distribution, NaN for one that is not: no possible class, or a NaN."""
-    return _accurate.nan_unless(jnp.max(z, axis=axis, keepdims=True) > -jnp.inf, jnp.ones((), z.dtype))
-
-
-def _uniform(z, where, axis):
-    """The uniform distribution over the classes that exist."""
-    if where is None:
-        return jnp.full_like(z, 1 / z.shape[axis])
-    exists = jnp.broadcast_to(where, z.shape)
-    return exists / jnp.maximum(1, jnp.sum(exists, axis=axis, keepdims=True)).astype(z.dtype)
+def _uniform(z, axis):
+    """The uniform distribution over the possible classes."""
+    possible = (z > -jnp.inf).astype(z.dtype)
+    return possible / jnp.maximum(1, jnp.sum(possible, axis=axis, keepdims=True))
 
 
 def _distance(z, labels, axis):
     """|class - label|: 0 at the label and at least 1 elsewhere, by arithmetic (see `_accurate`)."""
-    return jnp.abs(jax.lax.broadcasted_iota(z.dtype, z.shape, axis) - labels.astype(z.dtype))
+    dtype = z.dtype if z.shape[axis] <= 2**24 else jnp.int32  # float32 counts no further
+    return jnp.abs(jax.lax.broadcasted_iota(dtype, z.shape, axis) - labels.astype(dtype)).astype(z.dtype)
 
 
 def _label_terms(z, labels, axis):
-    """exp(gap), twice the distance, sum of the other exponentials, the label's gap (NaN if out of range).
+    """exp(gap), twice the distance, sum of the other exponentials, the label's gap.
 
     exp(gap) is at most 1, so that min(distance, exp(gap)) leaves the label out and changes no other class.
     """
-    top = jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True))
     exponentials = _accurate.exp_gap(z, axis)
     distance = 2 * _distance(z, labels, axis)  # never equal to an exponential, where a minimum has half a slope
     others = jnp.sum(jnp.minimum(distance, exponentials), axis=axis, keepdims=True)
-    # Negative indices would wrap to the last classes.
-    valid = (labels >= 0) & (labels < z.shape[axis])
-    label_logit = jnp.take_along_axis(z, jnp.where(valid, labels, 0), axis=axis, mode="promise_in_bounds")
-    return exponentials, distance, others, _accurate.nan_unless(valid, _accurate.gap_below(top, label_logit))
+    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
+    label_logit = jnp.take_along_axis(z, labels, axis=axis, mode="promise_in_bounds")
+    return exponentials, distance, others, label_logit - top
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _class_loss(z, labels, axis):
     """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum where it is at the maximum.
 
-    Where it is not, p_y <= 1/2, and the loss is at least ln 2: there is no small number to keep.
+    Where it is not, p_y <= 1/2, and the loss is at least ln 2: there is no small number to keep. In a row without a
+    possible class it is log 0 - log 0, NaN.
     """
     _, _, others, label_gap = _label_terms(z, labels, axis)
     at_top = jnp.log1p(others + jnp.expm1(label_gap))  # of 0: it adds the label's part to the plain derivative
@@ -588,13 +591,14 @@ def _class_residual(z, labels, axis):
     """p - y for a class y: p_j for the others, and minus their sum for y, never p_y - 1."""
     exponentials, distance, others, label_gap = _label_terms(z, labels, axis)
     at_label = jnp.maximum(1 - distance, 0)
-    return (jnp.minimum(distance, exponentials) - at_label * others) / (others + jnp.exp(label_gap))
+    # Of two terms one is 1 at least; both are 0 in a row without a possible class.
+    return (jnp.minimum(distance, exponentials) - at_label * others) / jnp.maximum(others + jnp.exp(label_gap), 0.5)
 
 
 @_class_residual.defjvp
 def _class_residual_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
-    p = _accurate.softmax(z, axis)
+    p = _accurate.probs(z, axis)
     dp = p * _accurate.centred(p, dz, axis)
     return _class_residual(z, labels, axis), dp
 
@@ -602,7 +606,7 @@ def _class_residual_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _target_loss(z, targets, axis):
     """-sum_i t_i log p_i = sum t log1p(rest) + sum_i t_i (m - z_i): no term is negative."""
-    log_total = jnp.log1p(_accurate.rest(z, axis))
+    log_total = jnp.log1p(_accurate.rest(z, axis)) + _accurate.undefined(z, axis)
     return jnp.sum(targets, axis=axis, keepdims=True) * log_total - _accurate.weighed_gaps(
         targets, _accurate.gap(z, axis), axis
     )
@@ -610,41 +614,50 @@ def _target_loss(z, targets, axis):
 
 @partial(_target_loss.defjvp, symbolic_zeros=True)
 def _target_loss_jvp(axis, primals, tangents):
-    """-sum_i t_i (dz_i - <p, dz>) - sum_i log p_i dt_i."""
+    """-sum_i t_i (dz_i - <p, dz>) - sum_i log p_i dt_i, the latter over possible classes."""
     (z, targets), (dz, dt) = primals, tangents
     slope = jnp.zeros_like(out := _target_loss(z, targets, axis))
     if type(dz) is not SymbolicZero:
-        slope -= jnp.sum(targets * _accurate.centred(_accurate.softmax(z, axis), dz, axis), axis=axis, keepdims=True)
-    if type(dt) is not SymbolicZero:  # a target that stays must not meet the infinite surprise of an impossible class
-        slope -= jnp.sum(_accurate.log_softmax(z, axis) * dt, axis=axis, keepdims=True)
+        targets = _finite_rows(targets, axis)
+        slope -= jnp.sum(targets * _accurate.centred(_accurate.probs(z, axis), dz, axis), axis=axis, keepdims=True)
+    if type(dt) is not SymbolicZero:
+        log_p = jnp.where(z == -jnp.inf, 0, _accurate.log_softmax(z, axis))
+        slope -= jnp.sum(log_p * dt, axis=axis, keepdims=True)
     return out, slope
+
+
+def _finite_rows(targets, axis):
+    """0 for a row of targets with a NaN or an infinite one, whose loss has no gradient."""
+    return jnp.where(jnp.isfinite(jnp.sum(targets, axis=axis, keepdims=True)), targets, 0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _squared_error(z, targets, axis):
     """sum_i e_i^2."""
-    return jnp.sum(jnp.square(_probability_error(z, targets, axis)), axis=axis, keepdims=True)
+    square = jnp.square(_probability_error(z, targets, axis))
+    return jnp.sum(square, axis=axis, keepdims=True) + _accurate.undefined(z, axis)
 
 
 @_squared_error.defjvp
 def _squared_error_jvp(axis, primals, tangents):
     """d sum e^2 = 2 sum_i p_i (e_i - <p, e>) dz_i - 2 sum_i e_i dt_i."""
     (z, targets), (dz, dt) = primals, tangents
-    slope = _brier_slope(z, targets, axis) * dz - _probability_error(z, targets, axis) * dt
+    finite = _finite_rows(targets, axis)
+    slope = _brier_slope(z, finite, axis) * dz - _probability_error(z, finite, axis) * dt
     return _squared_error(z, targets, axis), 2 * jnp.sum(slope, axis=axis, keepdims=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _probability_error(z, targets, axis):
     """e = p - t; for the one class with p > 1/2 it is (1 - t) - (1 - p), both known without cancellation."""
-    top, p = _accurate.unique_top(z, axis), _accurate.softmax(z, axis)
+    top, p = _accurate.unique_top(z, axis), _accurate.probs(z, axis)
     return jnp.where(top == 1, (1 - targets) - _accurate.top_complement(z, axis), p - targets)
 
 
 @_probability_error.defjvp
 def _probability_error_jvp(axis, primals, tangents):
     (z, targets), (dz, dt) = primals, tangents
-    p = _accurate.softmax(z, axis)
+    p = _accurate.probs(z, axis)
     dp = p * _accurate.centred(p, dz, axis)
     return _probability_error(z, targets, axis), dp - dt
 
@@ -659,12 +672,12 @@ def _brier_slope(z, targets, axis):
     """
     d = _accurate.gap(z, axis)
     top = 1 - _accurate.below_top(d)
-    p, e, growth = _accurate.softmax(z, axis), _probability_error(z, targets, axis), jnp.expm1(d)
+    p, e, growth = _accurate.probs(z, axis), _probability_error(z, targets, axis), jnp.expm1(d)
 
     def total(x):
         return jnp.sum(x, axis=axis, keepdims=True)
 
-    p_r, t_r, e_r = (total(top * x) / total(top) for x in (p, targets, e))
+    p_r, t_r, e_r = (total(top * x) / jnp.maximum(total(top), 1) for x in (p, targets, e))
     near = d > -math.log(2)
     drop = jnp.where(near, (targets - t_r) - p_r * growth, e_r - e)
     mean = p_r * total(p * (growth - (total(targets * growth) + (total(targets) - 1))))
@@ -675,7 +688,7 @@ def _brier_slope(z, targets, axis):
 def _brier_slope_jvp(axis, primals, tangents):
     """d(p_i c_i) = dp_i c_i + p_i (de_i - <dp, e> - <p, de>), dp_i c_i = (p_i c_i) (dz_i - <p, dz>)."""
     (z, targets), (dz, dt) = primals, tangents
-    p, e = _accurate.softmax(z, axis), _probability_error(z, targets, axis)
+    p, e = _accurate.probs(z, axis), _probability_error(z, targets, axis)
     slope, centred = _brier_slope(z, targets, axis), _accurate.centred(p, dz, axis)
     dp = p * centred
     de = dp - dt
@@ -691,8 +704,8 @@ def _finite_gap(z, axis):
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _entropy(z, axis):
     """H = log1p(rest) + sum p_i (m - z_i): no term is negative."""
-    p, d = _accurate.softmax(z, axis), _finite_gap(z, axis)
-    log_total = jnp.log1p(_accurate.rest(z, axis))
+    p, d = _accurate.probs(z, axis), _finite_gap(z, axis)
+    log_total = jnp.log1p(_accurate.rest(z, axis)) + _accurate.undefined(z, axis)
     return log_total - _accurate.total(p * d, axis)
 
 
@@ -700,7 +713,7 @@ def _entropy(z, axis):
 def _entropy_jvp(axis, primals, tangents):
     """dH = -sum p_i (log p_i + H) dz_i, and log p_i + H = d_i - <p, d>."""
     (z,), (dz,) = primals, tangents
-    p, d = _accurate.softmax(z, axis), _finite_gap(z, axis)
+    p, d = _accurate.probs(z, axis), _finite_gap(z, axis)
     slope = p * (_accurate.total(p * d, axis) - d)
     return _entropy(z, axis), _accurate.total(slope * dz, axis)
 
@@ -708,23 +721,17 @@ def _entropy_jvp(axis, primals, tangents):
 def _bounded(z, axis):
     """The same distribution with finite logits, so that differences of them are finite, and its maximum.
 
-    Where the maximum is infinite or huge, the logits are measured from it. An impossible class gets minus `_room`. A
-    row without a possible class becomes NaN.
+    Where the maximum is huge, the logits are measured from it. An impossible class gets minus `_room`; a row without a
+    possible class becomes uniform.
     """
-    largest = jnp.finfo(z.dtype).max
-    top = jax.lax.stop_gradient(_accurate.maximum(z, axis))
-    shift = jnp.where(jnp.abs(top) > math.sqrt(largest), jnp.minimum(top, largest), 0)
-    return jnp.maximum(jnp.minimum(z, largest) - shift, -_room(z)), jnp.minimum(top, largest) - shift
+    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
+    shift = jnp.where(jnp.abs(top) > math.sqrt(jnp.finfo(z.dtype).max), top, 0)
+    return jnp.maximum(z - shift, -_room(z)), jnp.where(top > jnp.finfo(z.dtype).min, top - shift, -_room(z))
 
 
 def _room(z):
     """A size of logits beyond all use, differences of which are finite."""
     return float(jnp.finfo(z.dtype).max / 8)
-
-
-def _finite(z, axis):
-    """The same distribution without a logit of +inf, and none so large that a difference would overflow."""
-    return jnp.where(z == -jnp.inf, z, _bounded(z, axis)[0])
 
 
 class _Pair(NamedTuple):
@@ -768,8 +775,13 @@ def _pair(p_logits, q_logits, axis) -> _Pair:
     return _Pair(gap_p, gap_q, total_p, total_q, ((high - reference) + low) - mean, shift, excluded)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl_divergence(p_logits, q_logits, axis):
+    undefined = _accurate.undefined(p_logits, axis) + _accurate.undefined(q_logits, axis)
+    return _finite_kl(p_logits, q_logits, axis) + undefined
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _finite_kl(p_logits, q_logits, axis):
     """KL = log sum_i p_i exp(d_i) = log1p(sum_i p_i (exp(d_i) - 1 - d_i)) with <p, d> = 0: no term is negative.
 
     An error of the mean reaches the divergence in second order only. exp(d) is taken from d where d is small, and from
@@ -787,23 +799,26 @@ def _kl_divergence(p_logits, q_logits, axis):
     return jnp.where(pair.excluded, jnp.inf, jnp.where(far > 1, far, jnp.log1p(excess)))
 
 
-@partial(_kl_divergence.defjvp, symbolic_zeros=True)
-def _kl_divergence_jvp(axis, primals, tangents):
+@partial(_finite_kl.defjvp, symbolic_zeros=True)
+def _finite_kl_jvp(axis, primals, tangents):
     """dKL = sum_i -p_i d_i dz^p_i + (q_i - p_i) dz^q_i."""
-    p_logits, q_logits = primals
-    slopes = _kl_slope_p(p_logits, q_logits, axis), _kl_slope_q(p_logits, q_logits, axis)
-    # A side that is not differentiated must not meet the infinite slopes of an infinite divergence: 0 * inf is NaN.
-    moved = [(s, dz) for s, dz in zip(slopes, tangents, strict=True) if type(dz) is not SymbolicZero]
-    out = _kl_divergence(p_logits, q_logits, axis)
-    return out, sum((_accurate.total(s * dz, axis) for s, dz in moved), jnp.zeros_like(out))
+    slopes = (partial(slope, *primals, axis) for slope in (_kl_slope_p, _kl_slope_q))
+    out = _finite_kl(*primals, axis)
+    return out, _along(out, slopes, tangents, axis)
+
+
+def _along(out, slopes, tangents, axis):
+    """The derivative of `out`, the sum of slope * tangent over classes; a slope that nobody asks for is not computed."""
+    pairs = zip(slopes, tangents, strict=True)
+    terms = [_accurate.total(slope() * dz, axis) for slope, dz in pairs if type(dz) is not SymbolicZero]
+    return sum(terms, jnp.zeros_like(out))
 
 
 def _kl_slope_p(p_logits, q_logits, axis):
+    """-p d, and 0 where the divergence is infinite."""
     pair = _pair(p_logits, q_logits, axis)
     p = jnp.exp(pair.gap_p) / pair.total_p
-    slope = _balanced(jnp.where(p == 0, 0, -p * pair.d), p_logits, axis)
-    limit = jnp.where(_excluded(p_logits, q_logits), jnp.inf, -jnp.inf)
-    return jnp.where(pair.excluded & (p_logits > -jnp.inf), limit, slope)
+    return _balanced(jnp.where((p == 0) | pair.excluded, 0, -p * pair.d), p_logits, axis)
 
 
 def _kl_slope_q(p_logits, q_logits, axis):
@@ -822,7 +837,7 @@ def _excluded(p_logits, q_logits):
 
 def _log_ratio(p_logits, q_logits, axis):
     """t = log q - log p = d - KL(p || q) over the classes possible under both, of no meaning for the others."""
-    pair, divergence = _pair(p_logits, q_logits, axis), _kl_divergence(p_logits, q_logits, axis)
+    pair, divergence = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
     # Beside an excluded class d has no mean. A large divergence has no small difference to lose.
     plain = (pair.gap_q - pair.gap_p) - jnp.log(pair.total_q / pair.total_p)
     return jnp.where(divergence > 1, plain, pair.d - divergence)
@@ -865,11 +880,9 @@ def _js_term(t):
 @partial(_js_divergence.defjvp, symbolic_zeros=True)
 def _js_divergence_jvp(axis, primals, tangents):
     """dJS = sum_i p_i (log(p_i / m_i) - KL(p || m)) / 2 dz^p_i, and the same for q."""
-    p_logits, q_logits = primals
-    slopes = _js_slope(p_logits, q_logits, axis), _js_slope(q_logits, p_logits, axis)
-    moved = [(s, dz) for s, dz in zip(slopes, tangents, strict=True) if type(dz) is not SymbolicZero]
-    out = _js_divergence(p_logits, q_logits, axis)
-    return out, sum((jnp.sum(s * dz, axis=axis, keepdims=True) for s, dz in moved), jnp.zeros_like(out))
+    slopes = (partial(_js_slope, *logits, axis) for logits in (primals, primals[::-1]))
+    out = _js_divergence(*primals, axis)
+    return out, _along(out, slopes, tangents, axis)
 
 
 def _js_slope(p_logits, q_logits, axis):
@@ -878,7 +891,7 @@ def _js_slope(p_logits, q_logits, axis):
     l itself is 0 for t = 0, where p and q agree; l - ln 2 is 0 where q is far below p. The one that is small where p
     lies keeps the digits of the differences.
     """
-    p, t = _accurate.softmax(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
+    p, t = _accurate.probs(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
     t = jnp.where(_excluded(p_logits, q_logits), -_LARGE_GAP, t)
     # log1p(tanh(|t| / 2)), not -log1p(expm1(-|t|) / 2), whose argument lies where XLA's float64 log1p errs by 240 u.
     near = jnp.log1p(jnp.tanh(jnp.abs(t) / 2)) - jnp.maximum(t, 0)
