@@ -591,8 +591,8 @@ def _class_residual(z, labels, axis):
     """p - y for a class y: p_j for the others, and minus their sum for y, never p_y - 1."""
     exponentials, distance, others, label_gap = _label_terms(z, labels, axis)
     at_label = jnp.maximum(1 - distance, 0)
-    # Of two terms one is 1 at least; both are 0 in a row without a possible class.
-    return (jnp.minimum(distance, exponentials) - at_label * others) / jnp.maximum(others + jnp.exp(label_gap), 0.5)
+    normaliser = others + jnp.exp(label_gap)  # at least 1, but 0 in a row without a possible class
+    return (jnp.minimum(distance, exponentials) - at_label * others) / jnp.where(normaliser == 0, 1, normaliser)
 
 
 @_class_residual.defjvp
