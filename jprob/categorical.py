@@ -4,10 +4,10 @@ Logits are unnormalised log-probabilities: any real numbers z with p_i = exp(z_i
 impossible class. Only their differences count. Log-probabilities are logits too, so `jnp.log(probs)` is the way in from
 probabilities, and `log_softmax` of `log_softmax` changes nothing.
 
-From logits follow the probabilities (`softmax`, `log_softmax`); the surprise -log p_y of an observed class y, which is
-the loss of maximum likelihood (`cross_entropy`, gradient p - y), and the squared error that saturates instead
-(`brier_score`); the mean surprise under p itself (`entropy`), and the extra surprise of whoever believes q where p
-holds (`kl_divergence`): cross-entropy of p and q = entropy of p + KL(p || q).
+From logits follow the probabilities (`softmax`, `log_softmax`); the negative log-probability -log p_y of an observed
+class y, which is the loss of maximum likelihood (`cross_entropy`, gradient p - y), and the squared error that saturates
+instead (`brier_score`); the mean negative log-probability under p itself (`entropy`), and the excess of q, an
+approximation, over that of p, the reference (`kl_divergence`): cross-entropy of p and q = entropy of p + KL(p || q).
 
 Every function takes one example or any batch of them, reduces the class axis alone, and returns one value per example.
 It computes in float32 at least (float64 where an input has it). With u half the spacing at 1 of that dtype (2**-24 for
@@ -20,9 +20,16 @@ q_i - p_i of two distributions) has that error relative to the larger of the two
 Probabilities, and products of them, below the smallest normal number of the dtype may be flushed to 0, and so is what
 only they make up.
 
-Corner cases, the same in all functions: a logit of +inf takes all the probability (several share it); a row with no
-possible class (all -inf, or `where` all False) is no distribution, and gives NaN; a NaN among the logits gives NaN in
-that row alone. Under `checkify` each function says which of its expectations the data break.
+Corner cases, the same in all functions:
+
+- A logit of -inf makes its class impossible. A row of nothing else is no distribution, and gives NaN.
+- A class that `where` removes is a class that is not there: its probability is 0, its log-probability -inf, and target
+  mass on it is removed too. A row without any class left is an empty sum: 0.
+- A NaN among the logits gives NaN in that row alone. A logit of +inf is not supported, and gives NaN in its row too.
+- A value may be NaN (a label outside [0, K)) or inf (an impossible label), but its gradient is finite: that of the
+  finite part, or 0. So `jnp.where(mask, loss, 0)` is safe, whatever the masked rows and labels hold.
+
+Under `jprob.checkify` each function says which of its expectations the data break.
 """
 
 import math
@@ -53,9 +60,9 @@ def softmax(
       axis: the class axis.
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0.
       temperature: T >= 0, a number or an array that broadcasts to the logits' shape with length 1 on the class axis.
-        T = 1 gives the distribution itself, T = 0 its mode (classes that tie share), T = inf the uniform distribution
-        over the possible classes; a negative T gives NaN. The gradient in T is that of 0 < T < inf; it needs R / T^2 to
-        be a finite number of the dtype computed in.
+        T = 1 gives the distribution itself, T = 0 its mode (classes that tie share) with a gradient of 0, T = inf the
+        uniform distribution over the possible classes. A negative T in an array gives NaN. The gradient in T is that of
+        0 < T < inf; it needs R / T to be a finite number of the dtype computed in.
 
     Returns:
       An array of the logits' shape and dtype whose sum over `axis` is 1: 0 for an impossible class, also where the
@@ -63,8 +70,8 @@ def softmax(
       T = 1.
 
     Raises:
-      ValueError: the logits are not floating-point, `axis` is out of range, or `where` or `temperature` does not
-        broadcast.
+      ValueError: the logits are not floating-point, `axis` is out of range, `where` or `temperature` does not
+        broadcast, or `temperature` is a negative Python number.
 
     >>> print(softmax(jnp.log(jnp.array([1.0, 2.0, 1.0]))))
     [0.25 0.5  0.25]
@@ -88,7 +95,7 @@ def log_softmax(
     Args:
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       axis: the class axis.
-      where: classes that exist, broadcast to the logits' shape. Any other has log-probability -inf.
+      where: classes that exist, broadcast to the logits' shape. Any other has log-probability -inf, with a gradient of 0.
       temperature: T >= 0, as in `softmax`.
 
     Returns:
@@ -118,21 +125,22 @@ def cross_entropy(
 
     Its mean over independent examples is their negative log-likelihood per example. The gradient in the logits is
     p - y (for targets that sum to 1), and no entry of it is rounded to 0: at a margin of 20 the true class gets
-    -2.06e-9. The gradient in target y_i is -log p_i.
+    -2.06e-9. The gradient in target y_i is -log p_i, and 0 for an impossible class.
 
     Args:
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       labels: integer classes in [0, K), in the logits' shape without `axis`; or a target distribution over the classes,
         floating-point, in the logits' shape.
       axis: the class axis; it is summed away.
-      where: classes that exist, broadcast to the logits' shape. Any other has probability 0, and no smoothing mass.
-      label_smoothing: e in [0, 1], static. The target becomes (1 - e) y + e / K over the K classes that exist.
+      where: classes that exist, broadcast to the logits' shape. Any other has probability 0, and target mass on it is
+        removed: an integer label there gives 0 with a gradient of 0.
+      label_smoothing: e in [0, 1], one number. The target becomes (1 - e) y + e / K over the K possible classes.
 
     Returns:
-      One value per example in nats, at least float32, never negative: inf where a target has an impossible class, NaN
-      (with a NaN gradient) where an integer label is outside [0, K). A target of 0 does not count, so that an
-      impossible class costs nothing there. Relative error at most (16 + R) u; of a gradient entry too, as far as p and
-      the target differ.
+      One value per example in nats, at least float32, never negative: inf where a target has an impossible class (the
+      gradient stays p - y), NaN with a gradient of 0 where an integer label is outside [0, K) or a target is NaN. A
+      target of 0 does not count, so that an impossible class costs nothing there. Relative error at most (16 + R) u; of
+      a gradient entry too, as far as p and the target differ.
 
     Raises:
       ValueError: a dtype, a shape, `axis`, `where` or `label_smoothing` is not as above.
@@ -176,11 +184,12 @@ def brier_score(
       labels: integer classes in [0, K), in the logits' shape without `axis`; or a target distribution over the classes,
         floating-point, in the logits' shape.
       axis: the class axis; it is summed away.
-      where: classes that exist, broadcast to the logits' shape. Any other has probability 0, and does not count.
+      where: classes that exist, broadcast to the logits' shape. Any other has probability 0, and target mass on it is
+        removed: an integer label there gives the sum of p_i^2.
 
     Returns:
-      One value per example, at least float32, in [0, 2]; NaN (with a NaN gradient) where an integer label is outside
-      [0, K). For a class as label the relative error of the value is at most (24 + 2 R) u, and that of a gradient entry
+      One value per example, at least float32, in [0, 2]; NaN with a gradient of 0 where an integer label is outside
+      [0, K) or a target is NaN. For a class as label the relative error of the value is at most (24 + 2 R) u, and that of a gradient entry
       (24 + 3 R) u of the sum of its terms |e_i - e_j| p_i p_j (products of probabilities, each with its own R u). For a
       target distribution both are relative to these terms with p + t in place of |e|.
 
@@ -244,8 +253,8 @@ def kl_divergence(
     """Kullback-Leibler divergence KL(p || q) = sum_i p_i log(p_i / q_i), p and q the softmax of their logits.
 
     Args:
-      p_logits: logits of p, the distribution that holds; -inf marks an impossible class.
-      q_logits: logits of q, the distribution that is believed, in the same shape.
+      p_logits: logits of p, the reference; -inf marks an impossible class.
+      q_logits: logits of q, the approximation, in the same shape.
       axis: the class axis; it is summed away.
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0 under both.
       base: unit of the result, static: None for nats, 2 for bits.
@@ -254,9 +263,8 @@ def kl_divergence(
       One value per pair, at least float32: 0 where p = q, also where their logits differ by a constant; inf where q
       has probability 0 for a class that p has not; never negative. It keeps its digits where p and q nearly agree: a
       difference of 1e-6 in the logits is a divergence near 1e-13 of full relative accuracy. Relative error at most
-      (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each adding up to 0;
-      where the divergence is infinite, p's gradient is the limit, +inf for the classes that q excludes and -inf for
-      the others.
+      (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each adding up to 0.
+      An infinite divergence has the gradient 0 in p's logits.
 
     Raises:
       ValueError: a dtype, `axis`, `where` or `base` is not as above, or the shapes differ.
@@ -328,7 +336,7 @@ def distillation_loss(
     Args:
       student_logits: logits of the model that learns, in any floating dtype; -inf marks an impossible class.
       teacher_logits: logits of the model that teaches, in the same shape.
-      temperature: T, one number with 0 < T < inf.
+      temperature: T, one number with 0 < T < inf. Another one in an array gives NaN.
       axis: the class axis; it is summed away.
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0 under both.
 
@@ -338,7 +346,7 @@ def distillation_loss(
       of 2); elsewhere their rounding counts once they differ by less than R.
 
     Raises:
-      ValueError: `temperature` is not one number, or as for `kl_divergence`.
+      ValueError: `temperature` is not one number, is a Python number outside (0, inf), or as for `kl_divergence`.
 
     Source: Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network.
 
@@ -370,11 +378,12 @@ def log_prob(
       labels: y, integer classes in [0, K), in the logits' shape without `axis`.
       logits: unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       axis: the class axis.
-      where: classes that exist, broadcast to the logits' shape. Any other has probability 0.
+      where: classes that exist, broadcast to the logits' shape. Any other has log-probability -inf, with a gradient of
+        0.
 
     Returns:
-      One value per example in nats, at least float32, at most 0: -inf for an impossible class, NaN for a label outside
-      [0, K). Relative error at most (16 + R) u; of a gradient entry too.
+      One value per example in nats, at least float32, at most 0: -inf for an impossible class, NaN with a gradient of 0
+      for a label outside [0, K). Relative error at most (16 + R) u; of a gradient entry too.
 
     Raises:
       ValueError: the labels are not integers, or as for `cross_entropy`.
@@ -430,7 +439,8 @@ def sample(
       logits: unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       axis: the class axis; it is reduced away.
       where: classes that exist, broadcast to the logits' shape. No other is drawn, unless none exists.
-      temperature: T >= 0, as in `softmax`: 0 draws the mode (any of several that tie), inf any possible class.
+      temperature: T >= 0, as in `softmax`: 0 draws the mode (any of several that tie), inf any possible class. A
+        negative T in an array draws -1, which is no class: every loss of it is NaN.
       shape: of the result, static: it ends in the logits' shape without `axis`, which is the default.
 
     Returns:
@@ -499,6 +509,8 @@ def _tempered_logits(function, logits, axis, where, temperature):
     if isinstance(temperature, float) and temperature == 1:
         return *_canonical(function, logits, axis, where), 0.0
     temperature = jnp.asarray(temperature)
+    if not jnp.issubdtype(temperature.dtype, jnp.integer):
+        _checks.floating(function, temperature=temperature)
     z, axis, where = _canonical(function, logits, axis, where, temperature)
     _checks.broadcasts(function, "temperature", temperature, z)
     if temperature.ndim >= z.ndim - axis and temperature.shape[axis - z.ndim] != 1 and z.shape[axis] != 1:
@@ -528,6 +540,7 @@ def _labelled(function, logits, labels, axis, where):
     if not hasattr(labels, "dtype"):
         raise ValueError(f"{function}: labels must be an array, got {_checks.describe(labels)}")
     if jnp.issubdtype(labels.dtype, jnp.floating):
+        _checks.floating(function, labels=labels)
         z, axis, where = _canonical(function, logits, axis, where, labels)
         _checks.same_shape(function, "logits", "floating-point labels", logits.shape, labels)
         _checks.targets_are_probs(function, labels, axis)
