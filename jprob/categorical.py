@@ -95,7 +95,8 @@ def log_softmax(
     Args:
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       axis: the class axis.
-      where: classes that exist, broadcast to the logits' shape. Any other has log-probability -inf, with a gradient of 0.
+      where: classes that exist, broadcast to the logits' shape. Any other has log-probability -inf, with a
+        gradient of 0.
       temperature: T >= 0, as in `softmax`.
 
     Returns:
@@ -189,9 +190,9 @@ def brier_score(
 
     Returns:
       One value per example, at least float32, in [0, 2]; NaN with a gradient of 0 where an integer label is outside
-      [0, K) or a target is NaN. For a class as label the relative error of the value is at most (24 + 2 R) u, and that of a gradient entry
-      (24 + 3 R) u of the sum of its terms |e_i - e_j| p_i p_j (products of probabilities, each with its own R u). For a
-      target distribution both are relative to these terms with p + t in place of |e|.
+      [0, K) or a target is NaN. For a class as label the relative error of the value is at most (24 + 2 R) u, and that
+      of a gradient entry (24 + 3 R) u of the sum of its terms |e_i - e_j| p_i p_j (products of probabilities, each with
+      its own R u). For a target distribution both are relative to these terms with p + t in place of |e|.
 
     Raises:
       ValueError: a dtype, a shape, `axis` or `where` is not as above.
@@ -532,10 +533,10 @@ def _tempered(z, axis, temperature):
 
 
 def _labelled(function, logits, labels, axis, where):
-    """Logits, axis and `where` as of `_canonical`; integer labels on a class axis of length 1, and whether each is valid.
+    """Logits, labels, whether each label is valid, axis and `where`.
 
-    One that is not is 0 instead. Targets are in the dtype computed in, without the mass of a class that does not exist,
-    and their `valid` is None.
+    Integer labels get a class axis of length 1; one that is not valid is 0 instead. Target distributions have the dtype
+    computed in, no mass on a class that does not exist, and None for `valid`.
     """
     if not hasattr(labels, "dtype"):
         raise ValueError(f"{function}: labels must be an array, got {_checks.describe(labels)}")
@@ -821,7 +822,7 @@ def _finite_kl_jvp(axis, primals, tangents):
 
 
 def _along(out, slopes, tangents, axis):
-    """The derivative of `out`, the sum of slope * tangent over classes; a slope that nobody asks for is not computed."""
+    """The derivative of `out`: the sum of slope * tangent over classes. Of what is constant no slope is computed."""
     pairs = zip(slopes, tangents, strict=True)
     terms = [_accurate.total(slope() * dz, axis) for slope, dz in pairs if type(dz) is not SymbolicZero]
     return sum(terms, jnp.zeros_like(out))
