@@ -62,7 +62,7 @@ def softmax(
       temperature: T >= 0, a number or an array that broadcasts to the logits' shape with length 1 on the class axis.
         T = 1 gives the distribution itself, T = 0 its mode (classes that tie share) with a gradient of 0, T = inf the
         uniform distribution over the possible classes. A negative T in an array gives NaN. The gradient in T is that of
-        0 < T < inf; it needs R / T to be a finite number of the dtype computed in.
+        0 < T < inf; it needs R / T^2 to be a finite number of the dtype.
 
     Returns:
       An array of the logits' shape and dtype whose sum over `axis` is 1: 0 for an impossible class, also where the
@@ -392,9 +392,9 @@ def log_prob(
     >>> print(log_prob(jnp.array(1), jnp.log(jnp.array([0.75, 0.25]))))
     -1.3862944
     """
-    z, labels, valid, axis, where = _labelled("log_prob", logits, labels, axis, where)
-    if valid is None:
+    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"log_prob: labels must be integer classes, got {_checks.describe(labels)}")
+    z, labels, valid, axis, where = _labelled("log_prob", logits, labels, axis, where)
     there = None if where is None else jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
     return _per_example(_existing(-_class_loss(z, labels, axis), there, -jnp.inf), axis, None, valid)
 
@@ -527,7 +527,7 @@ def _tempered(z, axis, temperature):
     """(z - max z) / T, and its limits: T = 0 leaves only the maximum, and no gradient; T = inf makes all equal."""
     d = _accurate.gap(z, axis)
     possible = d > -jnp.inf  # -inf / inf is NaN; the inner select keeps it out of the gradient
-    warm = _accurate.divide(jnp.where(possible, d, 0), jnp.where(temperature > 0, temperature, 1))
+    warm = jnp.where(possible, d, 0) / jnp.where(temperature > 0, temperature, 1)
     cold = jax.lax.stop_gradient(jnp.where(d < 0, -jnp.inf, d))
     return jnp.where(temperature == 0, cold, jnp.where(possible, warm, d))
 
@@ -635,8 +635,8 @@ def _target_loss_jvp(axis, primals, tangents):
         targets = _finite_rows(targets, axis)
         slope -= jnp.sum(targets * _accurate.centred(_accurate.probs(z, axis), dz, axis), axis=axis, keepdims=True)
     if type(dt) is not SymbolicZero:
-        log_p = jnp.where(z == -jnp.inf, 0, _accurate.log_softmax(z, axis))
-        slope -= jnp.sum(log_p * dt, axis=axis, keepdims=True)
+        log_p = _accurate.log_softmax(z, axis)
+        slope -= jnp.sum(jnp.where(jnp.isfinite(log_p), log_p, 0) * dt, axis=axis, keepdims=True)
     return out, slope
 
 
