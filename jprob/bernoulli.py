@@ -178,7 +178,7 @@ def sample(
     """
     _checks.floating("sample", logits=logits)
     shape = _checks.sample_shape("sample", shape, logits.shape, "logits")
-    z = logits.astype(_accurate.compute_dtype(logits))
+    z = jnp.broadcast_to(logits.astype(_accurate.compute_dtype(logits)), shape)
     # The rare answer is what is drawn: near 1 a probability has no digits left for what is missing to 1.
     rare = jax.random.bernoulli(key, _sigmoid(-jnp.abs(z)), shape, mode="high")
     return rare ^ (z > 0)
