@@ -508,7 +508,8 @@ def _canonical_pair(function, axis, where, **logits):
 def _tempered_logits(function, logits, axis, where, temperature):
     """As `_canonical`, but divided by T, and 0, or NaN for each row with a T that is negative or NaN."""
     if isinstance(temperature, float) and temperature == 1:
-        return *_canonical(function, logits, axis, where), 0.0
+        z, axis, where = _canonical(function, logits, axis, where)
+        return z, axis, where, jnp.zeros((), z.dtype)
     temperature = jnp.asarray(temperature)
     if not jnp.issubdtype(temperature.dtype, jnp.integer):
         _checks.floating(function, temperature=temperature)

@@ -195,7 +195,7 @@ def test_a_weight_is_a_repetition_and_parts_add_up(data, cut):
         repeated[label, prediction] += weight
     first = jnp.arange(6) < cut
     np.testing.assert_array_equal(matrix(labels, predictions, weights), repeated)
-    parts = [matrix(labels, predictions, weights * part) for part in (first, ~first)]
+    parts = [matrix(labels, predictions, weights * part.astype(weights.dtype)) for part in (first, ~first)]
     np.testing.assert_array_equal(parts[0] + parts[1], repeated)
 
 
