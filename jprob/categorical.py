@@ -355,10 +355,8 @@ def distillation_loss(
     >>> print(f"{distillation_loss(student, teacher, temperature=2.0):.4f}")
     0.4438
     """
-    name = "distillation_loss"
-    student, teacher, axis, where = _canonical_pair(
-        name, axis, where, student_logits=student_logits, teacher_logits=teacher_logits
-    )
+    name, logits = "distillation_loss", {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    student, teacher, axis, where = _canonical_pair(name, axis, where, **logits)
     given = _checks.number(name, "temperature", temperature, _checks.FINITE_POSITIVE, student.dtype)
     t = jnp.where(jnp.isnan(given), 1, given)  # a NaN here would be one of all gradients
     loss = _per_example(_kl_divergence(teacher / t, student / t, axis), axis, where)
@@ -560,7 +558,7 @@ def _labelled(function, logits, labels, axis, where):
 def _uniform(z, axis):
     """The uniform distribution over the possible classes."""
     possible = (z > -jnp.inf).astype(z.dtype)
-    return possible / jnp.maximum(1, jnp.sum(possible, axis=axis, keepdims=True))
+    return possible / jnp.maximum(1, _accurate.total(possible, axis))
 
 
 def _distance(z, labels, axis):
@@ -576,7 +574,7 @@ def _label_terms(z, labels, axis):
     """
     exponentials = _accurate.exp_gap(z, axis)
     distance = 2 * _distance(z, labels, axis)  # never equal to an exponential, where a minimum has half a slope
-    others = jnp.sum(jnp.minimum(distance, exponentials), axis=axis, keepdims=True)
+    others = _accurate.total(jnp.minimum(distance, exponentials), axis)
     top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
     label_logit = jnp.take_along_axis(z, labels, axis=axis, mode="promise_in_bounds")
     return exponentials, distance, others, label_logit - top
@@ -597,7 +595,7 @@ def _class_loss(z, labels, axis):
 @_class_loss.defjvp
 def _class_loss_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
-    slope = jnp.sum(_class_residual(z, labels, axis) * dz, axis=axis, keepdims=True)
+    slope = _accurate.total(_class_residual(z, labels, axis) * dz, axis)
     return _class_loss(z, labels, axis), slope
 
 
@@ -622,9 +620,8 @@ def _class_residual_jvp(axis, primals, tangents):
 def _target_loss(z, targets, axis):
     """-sum_i t_i log p_i = sum t log1p(rest) + sum_i t_i (m - z_i): no term is negative."""
     log_total = jnp.log1p(_accurate.rest(z, axis)) + _accurate.undefined(z, axis)
-    return jnp.sum(targets, axis=axis, keepdims=True) * log_total - _accurate.weighed_gaps(
-        targets, _accurate.gap(z, axis), axis
-    )
+    gaps = _accurate.weighed_gaps(targets, _accurate.gap(z, axis), axis)
+    return _accurate.total(targets, axis) * log_total - gaps
 
 
 @partial(_target_loss.defjvp, symbolic_zeros=True)
@@ -634,23 +631,22 @@ def _target_loss_jvp(axis, primals, tangents):
     slope = jnp.zeros_like(out := _target_loss(z, targets, axis))
     if type(dz) is not SymbolicZero:
         targets = _finite_rows(targets, axis)
-        slope -= jnp.sum(targets * _accurate.centred(_accurate.probs(z, axis), dz, axis), axis=axis, keepdims=True)
+        slope -= _accurate.total(targets * _accurate.centred(_accurate.probs(z, axis), dz, axis), axis)
     if type(dt) is not SymbolicZero:
         log_p = _accurate.log_softmax(z, axis)
-        slope -= jnp.sum(jnp.where(jnp.isfinite(log_p), log_p, 0) * dt, axis=axis, keepdims=True)
+        slope -= _accurate.total(jnp.where(jnp.isfinite(log_p), log_p, 0) * dt, axis)
     return out, slope
 
 
 def _finite_rows(targets, axis):
     """0 for a row of targets with a NaN or an infinite one, whose loss has no gradient."""
-    return jnp.where(jnp.isfinite(jnp.sum(targets, axis=axis, keepdims=True)), targets, 0)
+    return jnp.where(jnp.isfinite(_accurate.total(targets, axis)), targets, 0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _squared_error(z, targets, axis):
     """sum_i e_i^2."""
-    square = jnp.square(_probability_error(z, targets, axis))
-    return jnp.sum(square, axis=axis, keepdims=True) + _accurate.undefined(z, axis)
+    return _accurate.total(jnp.square(_probability_error(z, targets, axis)), axis) + _accurate.undefined(z, axis)
 
 
 @_squared_error.defjvp
@@ -659,7 +655,7 @@ def _squared_error_jvp(axis, primals, tangents):
     (z, targets), (dz, dt) = primals, tangents
     finite = _finite_rows(targets, axis)
     slope = _brier_slope(z, finite, axis) * dz - _probability_error(z, finite, axis) * dt
-    return _squared_error(z, targets, axis), 2 * jnp.sum(slope, axis=axis, keepdims=True)
+    return _squared_error(z, targets, axis), 2 * _accurate.total(slope, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -687,10 +683,8 @@ def _brier_slope(z, targets, axis):
     """
     d = _accurate.gap(z, axis)
     top = 1 - _accurate.below_top(d)
+    total = partial(_accurate.total, axis=axis)
     p, e, growth = _accurate.probs(z, axis), _probability_error(z, targets, axis), jnp.expm1(d)
-
-    def total(x):
-        return jnp.sum(x, axis=axis, keepdims=True)
 
     p_r, t_r, e_r = (total(top * x) / jnp.maximum(total(top), 1) for x in (p, targets, e))
     near = d > -math.log(2)
@@ -707,7 +701,7 @@ def _brier_slope_jvp(axis, primals, tangents):
     slope, centred = _brier_slope(z, targets, axis), _accurate.centred(p, dz, axis)
     dp = p * centred
     de = dp - dt
-    return slope, slope * centred + p * (de - jnp.sum(dp * e + p * de, axis=axis, keepdims=True))
+    return slope, slope * centred + p * (de - _accurate.total(dp * e + p * de, axis))
 
 
 def _finite_gap(z, axis):
@@ -871,7 +865,7 @@ def _js_divergence(p_logits, q_logits, axis):
     p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
     one_sided = _excluded(p_logits, q_logits) | _excluded(q_logits, p_logits)
     t = jnp.where(one_sided, jnp.inf, _log_ratio(p_logits, q_logits, axis))
-    return jnp.minimum(jnp.sum((p + q) / 2 * _js_term(t), axis=axis, keepdims=True), math.log(2))
+    return jnp.minimum(_accurate.total((p + q) / 2 * _js_term(t), axis), math.log(2))
 
 
 # A log-ratio at which the smaller probability is nothing beside the larger, in every dtype.
@@ -911,5 +905,5 @@ def _js_slope(p_logits, q_logits, axis):
     # log1p(tanh(|t| / 2)), not -log1p(expm1(-|t|) / 2), whose argument lies where XLA's float64 log1p errs by 240 u.
     near = jnp.log1p(jnp.tanh(jnp.abs(t) / 2)) - jnp.maximum(t, 0)
     below = -jnp.maximum(t, 0) - jnp.log1p(jnp.exp(-jnp.abs(t)))
-    far = jnp.sum(p * t, axis=axis, keepdims=True) < -1
+    far = _accurate.total(p * t, axis) < -1
     return p * _accurate.centred(p, jnp.where(far, below, near), axis) / 2
