@@ -282,7 +282,7 @@ def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array
 def number(function: str, name: str, value: Any, range: Range, dtype: jnp.dtype) -> jax.Array:
     """One number, traced or not, in `dtype`: NaN outside of its range."""
     value = jnp.asarray(value)
-    if value.ndim or jnp.issubdtype(value.dtype, jnp.complexfloating):
+    if value.ndim or not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise ValueError(f"{function}: {name} must be one real number, got {describe(value)}")
     value = value.astype(dtype)
     expect(range.holds(value), value, f"{function}: {name} {{value}} is not {range.words}")

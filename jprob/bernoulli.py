@@ -32,7 +32,8 @@ def cross_entropy(
 
     Returns:
       One value per logit in nats, at least float32, never negative: inf where a certain prediction is wrong, 0 where
-      it is right; NaN where a label is outside [0, 1]. Relative error at most 16 u.
+      it is right. A label that is missing (NaN) or outside [0, 1] gives NaN with a gradient of 0, so that a masked one
+      is harmless. Relative error at most 16 u.
 
     Raises:
       ValueError: the logits are not floating-point, the labels are complex, or the shapes differ.
@@ -42,8 +43,7 @@ def cross_entropy(
     >>> print(cross_entropy(jnp.array([20.0, -20.0]), jnp.array([1, 1])))
     [2.0611537e-09 2.0000000e+01]
     """
-    z, y = _canonical("cross_entropy", logits, labels)
-    return _accurate.weigh(y, _softplus(-z)) + _accurate.weigh(1 - y, _softplus(z))
+    return _cross_entropy("cross_entropy", logits, labels)
 
 
 @_checks.public()
@@ -57,7 +57,8 @@ def log_prob(
       logits: z, log-odds of "yes" in any floating dtype.
 
     Returns:
-      One value per logit in nats, at least float32, at most 0. Relative error at most 16 u.
+      One value per logit in nats, at least float32, at most 0, or NaN as in `cross_entropy`. Relative error at most
+      16 u.
 
     Raises:
       ValueError: as for `cross_entropy`.
@@ -65,7 +66,7 @@ def log_prob(
     >>> print(log_prob(jnp.array(False), jnp.array(-20.0)))
     -2.0611537e-09
     """
-    return -cross_entropy(logits, labels)
+    return -_cross_entropy("log_prob", logits, labels)
 
 
 @_checks.public(static=("base",))
@@ -81,7 +82,7 @@ def entropy(logits: Float[Array, "*shape"], *, base: float | None = None) -> Flo
       of the gradient -z p (1 - p) too.
 
     Raises:
-      ValueError: the logits are not floating-point, or `base` is not a positive number other than 1.
+      ValueError: the logits are not floating-point, or `base` is not a number above 1.
 
     Source: Cover and Thomas (2006), Elements of Information Theory, 2.1.
 
@@ -99,14 +100,14 @@ def kl_divergence(
     """Kullback-Leibler divergence p log(p / q) + (1 - p) log((1 - p) / (1 - q)), p and q the sigmoid of their logits.
 
     Args:
-      p_logits: log-odds of "yes" under the distribution that holds.
-      q_logits: log-odds of "yes" under the distribution that is believed, in the same shape.
+      p_logits: log-odds of "yes" under p, the reference.
+      q_logits: log-odds of "yes" under q, the approximation, in the same shape.
       base: unit of the result, static: None for nats, 2 for bits.
 
     Returns:
       One value per pair, at least float32: never negative, 0 where p = q, inf where q is certain and p is not, with its
       digits where p and q nearly agree. Relative error at most (16 + R) u, R the larger of |z_p| and |z_q|: it is the
-      divergence of two classes with logits (0, z).
+      divergence of two classes with logits (0, z). An infinite divergence has the gradient 0 in p's logits.
 
     Raises:
       ValueError: a dtype or `base` is not as above, or the shapes differ.
@@ -118,7 +119,8 @@ def kl_divergence(
     """
     _checks.floating("kl_divergence", p_logits=p_logits, q_logits=q_logits)
     _checks.same_shape("kl_divergence", "p_logits", "q_logits", p_logits.shape, q_logits)
-    p, q = (jnp.stack([jnp.zeros_like(z), z], axis=-1) for z in (p_logits, q_logits))
+    # The larger of the two logits is 0: a certain answer excludes the other one.
+    p, q = (jnp.stack([jnp.minimum(-z, 0), jnp.minimum(z, 0)], axis=-1) for z in (p_logits, q_logits))
     return categorical.kl_divergence(p, q, base=base)
 
 
@@ -135,8 +137,9 @@ def brier_score(
       labels: y in [0, 1] in the same shape: floating-point, integer or bool.
 
     Returns:
-      One value per logit, at least float32; NaN where a label is outside [0, 1]. Relative error at most 16 u for a
-      label of 0 or 1, of a gradient entry too; for a soft label as far as p and y differ.
+      One value per logit, at least float32. A label that is missing (NaN) or outside [0, 1] gives NaN with a gradient
+      of 0. Relative error at most 16 u for a label of 0 or 1, of a gradient entry too; for a soft label as far as p and
+      y differ.
 
     Raises:
       ValueError: as for `cross_entropy`.
@@ -146,9 +149,9 @@ def brier_score(
     >>> print(brier_score(jnp.array(0.0), jnp.array(1)))
     0.25
     """
-    z, y = _canonical("brier_score", logits, labels)
+    z, y, inside = _canonical("brier_score", logits, labels)
     # p - y = (1 - y) p - y (1 - p): for y = 0 and 1 a single term, without cancellation.
-    return jnp.square((1 - y) * _sigmoid(z) - y * _sigmoid(-z))
+    return _accurate.nan_unless(inside, jnp.square((1 - y) * _sigmoid(z) - y * _sigmoid(-z)))
 
 
 @_checks.public(static=("shape",))
@@ -175,14 +178,20 @@ def sample(
     """
     _checks.floating("sample", logits=logits)
     shape = _checks.sample_shape("sample", shape, logits.shape, "logits")
-    z = logits.astype(_accurate.compute_dtype(logits))
+    z = jnp.broadcast_to(logits.astype(_accurate.compute_dtype(logits)), shape)
     # The rare answer is what is drawn: near 1 a probability has no digits left for what is missing to 1.
     rare = jax.random.bernoulli(key, _sigmoid(-jnp.abs(z)), shape, mode="high")
     return rare ^ (z > 0)
 
 
+def _cross_entropy(function, logits, labels):
+    z, y, inside = _canonical(function, logits, labels)
+    loss = _accurate.weigh(y, _softplus(-z)) + _accurate.weigh(1 - y, _softplus(z))
+    return _accurate.nan_unless(inside, loss)
+
+
 def _canonical(function, logits, labels):
-    """Logits and labels ready to compute with: checked, in the dtype computed in, NaN for a label outside [0, 1]."""
+    """Logits and labels in the dtype computed in, and whether each label is in [0, 1]; one that is not is 0 instead."""
     _checks.floating(function, logits=logits)
     if not hasattr(labels, "dtype") or jnp.issubdtype(labels.dtype, jnp.complexfloating):
         raise ValueError(f"{function}: labels must be real numbers or bool, got {_checks.describe(labels)}")
@@ -192,7 +201,7 @@ def _canonical(function, logits, labels):
     y = labels.astype(dtype)
     inside = (y >= 0) & (y <= 1)
     _checks.expect(inside, y, f"{function}: label {{value}} is outside [0, 1]")
-    return logits.astype(dtype), _accurate.nan_unless(inside, y)
+    return logits.astype(dtype), jnp.where(inside, y, 0), inside
 
 
 @jax.custom_jvp

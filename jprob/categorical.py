@@ -4,10 +4,10 @@ Logits are unnormalised log-probabilities: any real numbers z with p_i = exp(z_i
 impossible class. Only their differences count. Log-probabilities are logits too, so `jnp.log(probs)` is the way in from
 probabilities, and `log_softmax` of `log_softmax` changes nothing.
 
-From logits follow the probabilities (`softmax`, `log_softmax`); the surprise -log p_y of an observed class y, which is
-the loss of maximum likelihood (`cross_entropy`, gradient p - y), and the squared error that saturates instead
-(`brier_score`); the mean surprise under p itself (`entropy`), and the extra surprise of whoever believes q where p
-holds (`kl_divergence`): cross-entropy of p and q = entropy of p + KL(p || q).
+From logits follow the probabilities (`softmax`, `log_softmax`); the negative log-probability -log p_y of an observed
+class y, which is the loss of maximum likelihood (`cross_entropy`, gradient p - y), and the squared error that saturates
+instead (`brier_score`); the mean negative log-probability under p itself (`entropy`), and the excess of q, an
+approximation, over that of p, the reference (`kl_divergence`): cross-entropy of p and q = entropy of p + KL(p || q).
 
 Every function takes one example or any batch of them, reduces the class axis alone, and returns one value per example.
 It computes in float32 at least (float64 where an input has it). With u half the spacing at 1 of that dtype (2**-24 for
@@ -20,9 +20,16 @@ q_i - p_i of two distributions) has that error relative to the larger of the two
 Probabilities, and products of them, below the smallest normal number of the dtype may be flushed to 0, and so is what
 only they make up.
 
-Corner cases, the same in all functions: a logit of +inf takes all the probability (several share it); a row with no
-possible class (all -inf, or `where` all False) is no distribution, and gives NaN; a NaN among the logits gives NaN in
-that row alone. Under `checkify` each function says which of its expectations the data break.
+Corner cases, the same in all functions:
+
+- A logit of -inf makes its class impossible. A row of nothing else is no distribution, and gives NaN.
+- A class that `where` removes is a class that is not there: its probability is 0, its log-probability -inf, and target
+  mass on it is removed too. A row without any class left is an empty sum: 0.
+- A NaN among the logits gives NaN in that row alone. A logit of +inf is not supported, and gives NaN in its row too.
+- A value may be NaN (a label outside [0, K)) or inf (an impossible label), but its gradient is finite: that of the
+  finite part, or 0. So `jnp.where(mask, loss, 0)` is safe, whatever the masked rows and labels hold.
+
+Under `jprob.checkify` each function says which of its expectations the data break.
 """
 
 import math
@@ -38,7 +45,7 @@ from jaxtyping import Bool, Float, Int, Integer, Key
 from . import _accurate, _checks
 
 
-@_checks.public(static=("axis",))
+@_checks.public(static=("axis",), temperature=_checks.NOT_NEGATIVE)
 def softmax(
     logits: Float[Array, "*shape"],
     *,
@@ -53,9 +60,9 @@ def softmax(
       axis: the class axis.
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0.
       temperature: T >= 0, a number or an array that broadcasts to the logits' shape with length 1 on the class axis.
-        T = 1 gives the distribution itself, T = 0 its mode (classes that tie share), T = inf the uniform distribution
-        over the possible classes; a negative T gives NaN. The gradient in T is that of 0 < T < inf; it needs R / T^2 to
-        be a finite number of the dtype computed in.
+        T = 1 gives the distribution itself, T = 0 its mode (classes that tie share) with a gradient of 0, T = inf the
+        uniform distribution over the possible classes. A negative T in an array gives NaN. The gradient in T is that of
+        0 < T < inf; it needs R / T^2 to be a finite number of the dtype.
 
     Returns:
       An array of the logits' shape and dtype whose sum over `axis` is 1: 0 for an impossible class, also where the
@@ -63,19 +70,19 @@ def softmax(
       T = 1.
 
     Raises:
-      ValueError: the logits are not floating-point, `axis` is out of range, or `where` or `temperature` does not
-        broadcast.
+      ValueError: the logits are not floating-point, `axis` is out of range, `where` or `temperature` does not
+        broadcast, or `temperature` is a negative Python number.
 
     >>> print(softmax(jnp.log(jnp.array([1.0, 2.0, 1.0]))))
     [0.25 0.5  0.25]
     >>> print(softmax(jnp.array([1.0, 3.0, 3.0]), temperature=0.0))
     [0.  0.5 0.5]
     """
-    z, axis = _canonical("softmax", logits, axis, where, temperature)
-    return _for_temperature(temperature, _accurate.softmax(z, axis).astype(logits.dtype))
+    z, axis, where, cold = _tempered_logits("softmax", logits, axis, where, temperature)
+    return _existing(_accurate.softmax(z, axis) + cold, where, 0).astype(logits.dtype)
 
 
-@_checks.public(static=("axis",))
+@_checks.public(static=("axis",), temperature=_checks.NOT_NEGATIVE)
 def log_softmax(
     logits: Float[Array, "*shape"],
     *,
@@ -88,7 +95,8 @@ def log_softmax(
     Args:
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       axis: the class axis.
-      where: classes that exist, broadcast to the logits' shape. Any other has log-probability -inf.
+      where: classes that exist, broadcast to the logits' shape. Any other has log-probability -inf, with a
+        gradient of 0.
       temperature: T >= 0, as in `softmax`.
 
     Returns:
@@ -101,38 +109,39 @@ def log_softmax(
     >>> print(log_softmax(jnp.array([20.0, 0.0])))
     [-2.0611537e-09 -2.0000000e+01]
     """
-    z, axis = _canonical("log_softmax", logits, axis, where, temperature)
-    return _for_temperature(temperature, _accurate.log_softmax(z, axis).astype(logits.dtype))
+    z, axis, where, cold = _tempered_logits("log_softmax", logits, axis, where, temperature)
+    return _existing(_accurate.log_softmax(z, axis) + cold, where, -jnp.inf).astype(logits.dtype)
 
 
-@_checks.public(static=("axis", "label_smoothing"))
+@_checks.public(static=("axis",), label_smoothing=_checks.UNIT_INTERVAL)
 def cross_entropy(
     logits: Float[Array, "*shape"],
     labels: Integer[Array, "*rest"] | Float[Array, "*shape"],
     *,
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "*rest"]:
     """Cross-entropy -sum_i y_i log p_i of labels y and p = softmax(logits); for a class y it is -log p_y.
 
     Its mean over independent examples is their negative log-likelihood per example. The gradient in the logits is
     p - y (for targets that sum to 1), and no entry of it is rounded to 0: at a margin of 20 the true class gets
-    -2.06e-9. The gradient in target y_i is -log p_i.
+    -2.06e-9. The gradient in target y_i is -log p_i, and 0 for an impossible class.
 
     Args:
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       labels: integer classes in [0, K), in the logits' shape without `axis`; or a target distribution over the classes,
         floating-point, in the logits' shape.
       axis: the class axis; it is summed away.
-      where: classes that exist, broadcast to the logits' shape. Any other has probability 0, and no smoothing mass.
-      label_smoothing: e in [0, 1], static. The target becomes (1 - e) y + e / K over the K classes that exist.
+      where: classes that exist, broadcast to the logits' shape. Any other has probability 0, and target mass on it is
+        removed: an integer label there gives 0 with a gradient of 0.
+      label_smoothing: e in [0, 1], one number. The target becomes (1 - e) y + e / K over the K possible classes.
 
     Returns:
-      One value per example in nats, at least float32, never negative: inf where a target has an impossible class, NaN
-      (with a NaN gradient) where an integer label is outside [0, K). A target of 0 does not count, so that an
-      impossible class costs nothing there. Relative error at most (16 + R) u; of a gradient entry too, as far as p and
-      the target differ.
+      One value per example in nats, at least float32, never negative: inf where a target has an impossible class (the
+      gradient stays p - y), NaN with a gradient of 0 where an integer label is outside [0, K) or a target is NaN. A
+      target of 0 does not count, so that an impossible class costs nothing there. Relative error at most (16 + R) u; of
+      a gradient entry too, as far as p and the target differ.
 
     Raises:
       ValueError: a dtype, a shape, `axis`, `where` or `label_smoothing` is not as above.
@@ -145,21 +154,16 @@ def cross_entropy(
     >>> print(jax.grad(lambda z: cross_entropy(z, jnp.array(0)))(logits[0]))
     [-2.0611537e-09  2.0611537e-09]
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
-    z, labels, axis = _canonical_labelled("cross_entropy", logits, labels, axis, where)
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        targets = labels
-        if label_smoothing:
-            targets = (1 - label_smoothing) * targets + label_smoothing * _uniform(z, where, axis)
-        return jnp.squeeze(_target_loss(z, targets, axis), axis)
-    loss = jnp.squeeze(_class_loss(z, jnp.expand_dims(labels, axis), axis), axis)
-    if label_smoothing:
-        uniform = jnp.squeeze(_target_loss(z, _uniform(z, where, axis), axis), axis)
-        # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
-        kept = jnp.where(jnp.isinf(loss) & (label_smoothing == 1), 0, (1 - label_smoothing) * loss)
-        loss = kept + label_smoothing * uniform
-    return loss
+    z, labels, valid, axis, where = _labelled("cross_entropy", logits, labels, axis, where)
+    loss = _target_loss(z, labels, axis) if valid is None else _class_loss(z, labels, axis)
+    if valid is not None and where is not None:
+        kept = jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
+        _checks.expect(kept | ~valid, labels, "cross_entropy: label {value} is a class that where removes")
+        loss = jnp.where(kept, loss, 0)
+    if not (isinstance(label_smoothing, float) and label_smoothing == 0):
+        e = _checks.number("cross_entropy", "label_smoothing", label_smoothing, _checks.UNIT_INTERVAL, z.dtype)
+        loss = _accurate.weigh(1 - e, loss) + _accurate.weigh(e, _target_loss(z, _uniform(z, axis), axis))
+    return _per_example(loss, axis, where, valid)
 
 
 @_checks.public(static=("axis",))
@@ -181,13 +185,14 @@ def brier_score(
       labels: integer classes in [0, K), in the logits' shape without `axis`; or a target distribution over the classes,
         floating-point, in the logits' shape.
       axis: the class axis; it is summed away.
-      where: classes that exist, broadcast to the logits' shape. Any other has probability 0, and does not count.
+      where: classes that exist, broadcast to the logits' shape. Any other has probability 0, and target mass on it is
+        removed: an integer label there gives the sum of p_i^2.
 
     Returns:
-      One value per example, at least float32, in [0, 2]; NaN (with a NaN gradient) where an integer label is outside
-      [0, K). For a class as label the relative error of the value is at most (24 + 2 R) u, and that of a gradient entry
-      (24 + 3 R) u of the sum of its terms |e_i - e_j| p_i p_j (products of probabilities, each with its own R u). For a
-      target distribution both are relative to these terms with p + t in place of |e|.
+      One value per example, at least float32, in [0, 2]; NaN with a gradient of 0 where an integer label is outside
+      [0, K) or a target is NaN. For a class as label the relative error of the value is at most (24 + 2 R) u, and that
+      of a gradient entry (24 + 3 R) u of the sum of its terms |e_i - e_j| p_i p_j (products of probabilities, each with
+      its own R u). For a target distribution both are relative to these terms with p + t in place of |e|.
 
     Raises:
       ValueError: a dtype, a shape, `axis` or `where` is not as above.
@@ -197,14 +202,9 @@ def brier_score(
     >>> print(brier_score(jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.array(0)))
     0.375
     """
-    z, labels, axis = _canonical_labelled("brier_score", logits, labels, axis, where)
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        targets = labels if where is None else jnp.where(where, labels, 0)
-        return jnp.squeeze(_squared_error(z, targets, axis), axis)
-    labels = jnp.expand_dims(labels, axis)
-    valid = (labels >= 0) & (labels < z.shape[axis])
-    targets = _accurate.nan_unless(valid, jnp.maximum(1 - _distance(z, labels, axis), 0))
-    return jnp.squeeze(_squared_error(z, targets, axis), axis)
+    z, labels, valid, axis, where = _labelled("brier_score", logits, labels, axis, where)
+    targets = labels if valid is None else _existing(jnp.maximum(1 - _distance(z, labels, axis), 0), where, 0)
+    return _per_example(_squared_error(z, targets, axis), axis, where, valid)
 
 
 @_checks.public(static=("axis", "base"))
@@ -238,8 +238,8 @@ def entropy(
     3.0
     """
     unit = _checks.nats_to("entropy", base)
-    z, axis = _canonical("entropy", logits, axis, where)
-    return jnp.squeeze(_entropy(z, axis), axis) * unit
+    z, axis, where = _canonical("entropy", logits, axis, where)
+    return _per_example(_entropy(z, axis), axis, where) * unit
 
 
 @_checks.public(static=("axis", "base"))
@@ -254,8 +254,8 @@ def kl_divergence(
     """Kullback-Leibler divergence KL(p || q) = sum_i p_i log(p_i / q_i), p and q the softmax of their logits.
 
     Args:
-      p_logits: logits of p, the distribution that holds; -inf marks an impossible class.
-      q_logits: logits of q, the distribution that is believed, in the same shape.
+      p_logits: logits of p, the reference; -inf marks an impossible class.
+      q_logits: logits of q, the approximation, in the same shape.
       axis: the class axis; it is summed away.
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0 under both.
       base: unit of the result, static: None for nats, 2 for bits.
@@ -264,9 +264,8 @@ def kl_divergence(
       One value per pair, at least float32: 0 where p = q, also where their logits differ by a constant; inf where q
       has probability 0 for a class that p has not; never negative. It keeps its digits where p and q nearly agree: a
       difference of 1e-6 in the logits is a divergence near 1e-13 of full relative accuracy. Relative error at most
-      (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each adding up to 0;
-      where the divergence is infinite, p's gradient is the limit, +inf for the classes that q excludes and -inf for
-      the others.
+      (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each adding up to 0.
+      An infinite divergence has the gradient 0 in p's logits.
 
     Raises:
       ValueError: a dtype, `axis`, `where` or `base` is not as above, or the shapes differ.
@@ -279,8 +278,8 @@ def kl_divergence(
     0.2075 bits
     """
     unit = _checks.nats_to("kl_divergence", base)
-    p, q, axis = _canonical_pair("kl_divergence", p_logits, q_logits, axis, where)
-    return jnp.squeeze(_kl_divergence(p, q, axis), axis) * unit
+    p, q, axis, where = _canonical_pair("kl_divergence", axis, where, p_logits=p_logits, q_logits=q_logits)
+    return _per_example(_kl_divergence(p, q, axis), axis, where) * unit
 
 
 @_checks.public(static=("axis", "base"))
@@ -318,11 +317,11 @@ def js_divergence(
     0.3113 bits
     """
     unit = _checks.nats_to("js_divergence", base)
-    p, q, axis = _canonical_pair("js_divergence", p_logits, q_logits, axis, where)
-    return jnp.squeeze(_js_divergence(p, q, axis), axis) * unit
+    p, q, axis, where = _canonical_pair("js_divergence", axis, where, p_logits=p_logits, q_logits=q_logits)
+    return _per_example(_js_divergence(p, q, axis), axis, where) * unit
 
 
-@_checks.public(static=("axis",))
+@_checks.public(static=("axis",), temperature=_checks.FINITE_POSITIVE)
 def distillation_loss(
     student_logits: Float[Array, "*shape"],
     teacher_logits: Float[Array, "*shape"],
@@ -338,7 +337,7 @@ def distillation_loss(
     Args:
       student_logits: logits of the model that learns, in any floating dtype; -inf marks an impossible class.
       teacher_logits: logits of the model that teaches, in the same shape.
-      temperature: T, one number with 0 < T < inf.
+      temperature: T, one number with 0 < T < inf. Another one in an array gives NaN.
       axis: the class axis; it is summed away.
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0 under both.
 
@@ -348,7 +347,7 @@ def distillation_loss(
       of 2); elsewhere their rounding counts once they differ by less than R.
 
     Raises:
-      ValueError: `temperature` is not one number, or as for `kl_divergence`.
+      ValueError: `temperature` is not one number, is a Python number outside (0, inf), or as for `kl_divergence`.
 
     Source: Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network.
 
@@ -356,16 +355,12 @@ def distillation_loss(
     >>> print(f"{distillation_loss(student, teacher, temperature=2.0):.4f}")
     0.4438
     """
-    if jnp.ndim(temperature) != 0:
-        got = _checks.describe(temperature)
-        raise ValueError(f"distillation_loss: temperature must be one number, got {got}")
-    student, teacher, front = _canonical_pair(
-        "distillation_loss", student_logits, teacher_logits, axis, where, ("student_logits", "teacher_logits")
-    )
-    scale = jnp.asarray(temperature, student.dtype)
-    _checks.expect((scale > 0) & (scale < jnp.inf), scale, "distillation_loss: temperature {value} is not in (0, inf)")
-    loss = _kl_divergence(teacher / scale, student / scale, front)
-    return jnp.squeeze(loss, front) * jnp.square(scale)
+    name, logits = "distillation_loss", {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    student, teacher, axis, where = _canonical_pair(name, axis, where, **logits)
+    given = _checks.number(name, "temperature", temperature, _checks.FINITE_POSITIVE, student.dtype)
+    t = jnp.where(jnp.isnan(given), 1, given)  # a NaN here would be one of all gradients
+    loss = _per_example(_kl_divergence(teacher / t, student / t, axis), axis, where)
+    return _accurate.nan_unless(given > 0, loss * jnp.square(t))
 
 
 @_checks.public(static=("axis",))
@@ -382,11 +377,12 @@ def log_prob(
       labels: y, integer classes in [0, K), in the logits' shape without `axis`.
       logits: unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       axis: the class axis.
-      where: classes that exist, broadcast to the logits' shape. Any other has probability 0.
+      where: classes that exist, broadcast to the logits' shape. Any other has log-probability -inf, with a gradient of
+        0.
 
     Returns:
-      One value per example in nats, at least float32, at most 0: -inf for an impossible class, NaN for a label outside
-      [0, K). Relative error at most (16 + R) u; of a gradient entry too.
+      One value per example in nats, at least float32, at most 0: -inf for an impossible class, NaN with a gradient of 0
+      for a label outside [0, K). Relative error at most (16 + R) u; of a gradient entry too.
 
     Raises:
       ValueError: the labels are not integers, or as for `cross_entropy`.
@@ -396,7 +392,9 @@ def log_prob(
     """
     if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"log_prob: labels must be integer classes, got {_checks.describe(labels)}")
-    return -cross_entropy(logits, labels, axis=axis, where=where)
+    z, labels, valid, axis, where = _labelled("log_prob", logits, labels, axis, where)
+    there = None if where is None else jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
+    return _per_example(_existing(-_class_loss(z, labels, axis), there, -jnp.inf), axis, None, valid)
 
 
 @_checks.public(static=("axis",))
@@ -419,11 +417,11 @@ def mode(
     >>> print(mode(jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])))
     [1 0]
     """
-    z, axis = _canonical("mode", logits, axis, where)
+    z, axis, _ = _canonical("mode", logits, axis, where)
     return jax.lax.argmax(z, axis, jnp.int32)
 
 
-@_checks.public(static=("axis", "shape"))
+@_checks.public(static=("axis", "shape"), temperature=_checks.NOT_NEGATIVE)
 def sample(
     key: Key[Array, ""],
     logits: Float[Array, "*shape"],
@@ -440,7 +438,8 @@ def sample(
       logits: unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       axis: the class axis; it is reduced away.
       where: classes that exist, broadcast to the logits' shape. No other is drawn, unless none exists.
-      temperature: T >= 0, as in `softmax`: 0 draws the mode (any of several that tie), inf any possible class.
+      temperature: T >= 0, as in `softmax`: 0 draws the mode (any of several that tie), inf any possible class. A
+        negative T in an array draws -1, which is no class: every loss of it is NaN.
       shape: of the result, static: it ends in the logits' shape without `axis`, which is the default.
 
     Returns:
@@ -456,120 +455,137 @@ def sample(
     >>> print(f"{jnp.mean(draws):.2f}")
     0.75
     """
-    z, axis = _canonical("sample", logits, axis, where, temperature)
+    z, axis, _, undrawn = _tempered_logits("sample", logits, axis, where, temperature)
     shape = _checks.sample_shape("sample", shape, z.shape[:axis] + z.shape[axis + 1 :], "logits without the class axis")
-    z = _accurate.gap(z, axis)  # a logit of +inf would tie with any noise
-    return jax.random.categorical(key, z, axis - z.ndim, shape, mode="high").astype(jnp.int32)
+    z = _accurate.gap(z, axis)  # next to a large logit the noise would be rounded away
+    draws = jax.random.categorical(key, z, axis - z.ndim, shape, mode="high").astype(jnp.int32)
+    undrawn = jnp.broadcast_to(jnp.isnan(undrawn), (*z.shape[:axis], 1, *z.shape[axis + 1 :]))
+    return jnp.where(jnp.broadcast_to(jnp.squeeze(undrawn, axis), shape), -1, draws)
 
 
-def _canonical(function, logits, axis, where, temperature: float | Array = 1.0, computed_with=()):
-    """Logits to compute with (checked, masked, tempered, in the dtype computed in) and the axis from the front."""
-    if not isinstance(temperature, float):
-        computed_with = (*computed_with, temperature)
+def _canonical(function, logits, axis, where, *computed_with):
+    """Logits to compute with (checked, masked, in the dtype computed in), the axis from the front, `where` in full.
+
+    A row that `where` leaves without a class gets logits of 0: it is computed as any other, and then left out.
+    """
     _checks.floating(function, logits=logits)
     axis = _checks.class_axis(function, logits, axis)
     _checks.logits_not_probs(function, logits, axis)
     z = logits.astype(_accurate.compute_dtype(logits, *computed_with))
+    if where is None:
+        return z, axis, None
+    _checks.mask(function, where, logits)
+    where = jnp.broadcast_to(where, z.shape)
+    return jnp.where(where, z, jnp.where(jnp.any(where, axis=axis, keepdims=True), -jnp.inf, 0)), axis, where
+
+
+def _existing(out, where, without):
+    """`out` of the classes that exist; any other has the value `without`, and a gradient of 0."""
+    return out if where is None else jnp.where(where, out, without)
+
+
+def _per_example(out, axis, where, valid=None):
+    """`out` without the class axis: NaN where not `valid`, and 0 where no class exists, both with a gradient of 0."""
+    if valid is not None:
+        out = _accurate.nan_unless(valid, out)
     if where is not None:
-        _checks.mask(function, where, logits)
-        z = jnp.where(where, z, -jnp.inf)
+        out = jnp.where(jnp.any(where, axis=axis, keepdims=True), out, 0)
+    return jnp.squeeze(out, axis)
+
+
+def _canonical_pair(function, axis, where, **logits):
+    """Two rows of logits over the same classes, in one dtype, the axis from the front, `where` in full."""
+    (p_name, p), (q_name, q) = logits.items()
+    _checks.floating(function, **logits)
+    _checks.same_shape(function, p_name, q_name, p.shape, q)
+    p, front, where_p = _canonical(function, p, axis, where, q)
+    q, _, _ = _canonical(function, q, axis, where, p)
+    return p, q, front, where_p
+
+
+def _tempered_logits(function, logits, axis, where, temperature):
+    """As `_canonical`, but divided by T, and 0, or NaN for each row with a T that is negative or NaN."""
     if isinstance(temperature, float) and temperature == 1:
-        return z, axis
-    return _temper(function, z, axis, jnp.asarray(temperature, z.dtype)), axis
-
-
-def _canonical_pair(function, p_logits, q_logits, axis, where, names=("p_logits", "q_logits")):
-    """Two rows of logits over the same classes, in one dtype, and the axis from the front."""
-    p_name, q_name = names
-    _checks.floating(function, **{p_name: p_logits, q_name: q_logits})
-    _checks.same_shape(function, p_name, q_name, p_logits.shape, q_logits)
-    dtype = jnp.promote_types(p_logits.dtype, q_logits.dtype)
-    p, front = _canonical(function, p_logits.astype(dtype), axis, where)
-    q, _ = _canonical(function, q_logits.astype(dtype), axis, where)
-    return p, q, front
-
-
-def _temper(function, z, axis, temperature):
-    """(z - max z) / T, checked."""
+        z, axis, where = _canonical(function, logits, axis, where)
+        return z, axis, where, jnp.zeros((), z.dtype)
+    temperature = jnp.asarray(temperature)
+    if not jnp.issubdtype(temperature.dtype, jnp.integer):
+        _checks.floating(function, temperature=temperature)
+    z, axis, where = _canonical(function, logits, axis, where, temperature)
     _checks.broadcasts(function, "temperature", temperature, z)
     if temperature.ndim >= z.ndim - axis and temperature.shape[axis - z.ndim] != 1 and z.shape[axis] != 1:
         got = _checks.describe(temperature)
         raise ValueError(f"{function}: temperature must have length 1 on the class axis {axis} of logits, got {got}")
     _checks.expect(temperature >= 0, temperature, f"{function}: temperature {{value}} is negative")
-    return _tempered(z, axis, temperature)
+    temperature = temperature.astype(z.dtype).reshape((1,) * (z.ndim - temperature.ndim) + temperature.shape)
+    cold = _accurate.nan_unless(temperature >= 0, jnp.zeros((), z.dtype))
+    return _tempered(z, axis, temperature), axis, where, cold
 
 
 def _tempered(z, axis, temperature):
-    """(z - max z) / T. Division comes last, so that the limits at T = 0 and T = inf exist."""
-    d = _accurate.gap(_finite(z, axis), axis)
-    moving = (d < 0) & (d > -jnp.inf)
-    # The two selects keep 0 / 0 and inf / inf out of the value, and for 0 < T < inf out of the gradient.
-    return jnp.where(moving, jnp.where(moving, d, -1) / temperature, d)
+    """(z - max z) / T, and its limits: T = 0 leaves only the maximum, and no gradient; T = inf makes all equal."""
+    d = _accurate.gap(z, axis)
+    possible = d > -jnp.inf  # -inf / inf is NaN; the inner select keeps it out of the gradient
+    warm = jnp.where(possible, d, 0) / jnp.where(temperature > 0, temperature, 1)
+    cold = jax.lax.stop_gradient(jnp.where(d < 0, -jnp.inf, d))
+    return jnp.where(temperature == 0, cold, jnp.where(possible, warm, d))
 
 
-def _for_temperature(temperature: float | Array, out):
-    """`out`, or NaN for a temperature that is negative or no number."""
-    if isinstance(temperature, float) and temperature == 1:
-        return out
-    return _accurate.nan_unless(jnp.asarray(temperature) >= 0, out)
+def _labelled(function, logits, labels, axis, where):
+    """Logits, labels, whether each label is valid, axis and `where`.
 
-
-def _canonical_labelled(function, logits, labels, axis, where):
-    """Logits and axis as of `_canonical`, and labels: integers of 32 bits or more, or targets in the logits' dtype."""
+    Integer labels get a class axis of length 1; one that is not valid is 0 instead. Target distributions have the dtype
+    computed in, no mass on a class that does not exist, and None for `valid`.
+    """
     if not hasattr(labels, "dtype"):
         raise ValueError(f"{function}: labels must be an array, got {_checks.describe(labels)}")
-    soft = jnp.issubdtype(labels.dtype, jnp.floating)
-    z, axis = _canonical(function, logits, axis, where, computed_with=(labels,) if soft else ())
-    if soft:
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        _checks.floating(function, labels=labels)
+        z, axis, where = _canonical(function, logits, axis, where, labels)
         _checks.same_shape(function, "logits", "floating-point labels", logits.shape, labels)
         _checks.targets_are_probs(function, labels, axis)
-        return z, labels.astype(z.dtype), axis
+        return z, _existing(labels.astype(z.dtype), where, 0), None, axis, where
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"{function}: labels must be integer or floating-point, got {_checks.describe(labels)}")
+    z, axis, where = _canonical(function, logits, axis, where)
     expected = logits.shape[:axis] + logits.shape[axis + 1 :]
     labels = _checks.classes(function, "labels", labels, "logits without the class axis", expected)
-    _checks.in_range(function, "label", labels, logits.shape[axis])
-    return z, labels, axis
+    valid = _checks.in_range(function, "label", labels, logits.shape[axis])
+    labels, valid = (jnp.expand_dims(x, axis) for x in (labels, valid))
+    return z, jnp.where(valid, labels, 0), valid, axis, where
 
 
-def _one_where_defined(z, axis):
-    """1 for a row that is a distribution, NaN for one that is not: no possible class, or a NaN."""
-    return _accurate.nan_unless(jnp.max(z, axis=axis, keepdims=True) > -jnp.inf, jnp.ones((), z.dtype))
-
-
-def _uniform(z, where, axis):
-    """The uniform distribution over the classes that exist."""
-    if where is None:
-        return jnp.full_like(z, 1 / z.shape[axis])
-    exists = jnp.broadcast_to(where, z.shape)
-    return exists / jnp.maximum(1, jnp.sum(exists, axis=axis, keepdims=True)).astype(z.dtype)
+def _uniform(z, axis):
+    """The uniform distribution over the possible classes."""
+    possible = (z > -jnp.inf).astype(z.dtype)
+    return possible / jnp.maximum(1, _accurate.total(possible, axis))
 
 
 def _distance(z, labels, axis):
     """|class - label|: 0 at the label and at least 1 elsewhere, by arithmetic (see `_accurate`)."""
-    return jnp.abs(jax.lax.broadcasted_iota(z.dtype, z.shape, axis) - labels.astype(z.dtype))
+    dtype = z.dtype if z.shape[axis] <= 2**24 else jnp.int32  # float32 counts no further
+    return jnp.abs(jax.lax.broadcasted_iota(dtype, z.shape, axis) - labels.astype(dtype)).astype(z.dtype)
 
 
 def _label_terms(z, labels, axis):
-    """exp(gap), twice the distance, sum of the other exponentials, the label's gap (NaN if out of range).
+    """exp(gap), twice the distance, sum of the other exponentials, the label's gap.
 
     exp(gap) is at most 1, so that min(distance, exp(gap)) leaves the label out and changes no other class.
     """
-    top = jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True))
     exponentials = _accurate.exp_gap(z, axis)
     distance = 2 * _distance(z, labels, axis)  # never equal to an exponential, where a minimum has half a slope
-    others = jnp.sum(jnp.minimum(distance, exponentials), axis=axis, keepdims=True)
-    # Negative indices would wrap to the last classes.
-    valid = (labels >= 0) & (labels < z.shape[axis])
-    label_logit = jnp.take_along_axis(z, jnp.where(valid, labels, 0), axis=axis, mode="promise_in_bounds")
-    return exponentials, distance, others, _accurate.nan_unless(valid, _accurate.gap_below(top, label_logit))
+    others = _accurate.total(jnp.minimum(distance, exponentials), axis)
+    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
+    label_logit = jnp.take_along_axis(z, labels, axis=axis, mode="promise_in_bounds")
+    return exponentials, distance, others, label_logit - top
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _class_loss(z, labels, axis):
     """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum where it is at the maximum.
 
-    Where it is not, p_y <= 1/2, and the loss is at least ln 2: there is no small number to keep.
+    Where it is not, p_y <= 1/2, and the loss is at least ln 2: there is no small number to keep. In a row without a
+    possible class it is log 0 - log 0, NaN.
     """
     _, _, others, label_gap = _label_terms(z, labels, axis)
     at_top = jnp.log1p(others + jnp.expm1(label_gap))  # of 0: it adds the label's part to the plain derivative
@@ -579,7 +595,7 @@ def _class_loss(z, labels, axis):
 @_class_loss.defjvp
 def _class_loss_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
-    slope = jnp.sum(_class_residual(z, labels, axis) * dz, axis=axis, keepdims=True)
+    slope = _accurate.total(_class_residual(z, labels, axis) * dz, axis)
     return _class_loss(z, labels, axis), slope
 
 
@@ -588,13 +604,14 @@ def _class_residual(z, labels, axis):
     """p - y for a class y: p_j for the others, and minus their sum for y, never p_y - 1."""
     exponentials, distance, others, label_gap = _label_terms(z, labels, axis)
     at_label = jnp.maximum(1 - distance, 0)
-    return (jnp.minimum(distance, exponentials) - at_label * others) / (others + jnp.exp(label_gap))
+    normaliser = others + jnp.exp(label_gap)  # at least 1, but 0 in a row without a possible class
+    return (jnp.minimum(distance, exponentials) - at_label * others) / jnp.where(normaliser == 0, 1, normaliser)
 
 
 @_class_residual.defjvp
 def _class_residual_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
-    p = _accurate.softmax(z, axis)
+    p = _accurate.probs(z, axis)
     dp = p * _accurate.centred(p, dz, axis)
     return _class_residual(z, labels, axis), dp
 
@@ -602,49 +619,56 @@ def _class_residual_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _target_loss(z, targets, axis):
     """-sum_i t_i log p_i = sum t log1p(rest) + sum_i t_i (m - z_i): no term is negative."""
-    log_total = jnp.log1p(_accurate.rest(z, axis))
-    return jnp.sum(targets, axis=axis, keepdims=True) * log_total - _accurate.weighed_gaps(
-        targets, _accurate.gap(z, axis), axis
-    )
+    log_total = jnp.log1p(_accurate.rest(z, axis)) + _accurate.undefined(z, axis)
+    gaps = _accurate.weighed_gaps(targets, _accurate.gap(z, axis), axis)
+    return _accurate.total(targets, axis) * log_total - gaps
 
 
 @partial(_target_loss.defjvp, symbolic_zeros=True)
 def _target_loss_jvp(axis, primals, tangents):
-    """-sum_i t_i (dz_i - <p, dz>) - sum_i log p_i dt_i."""
+    """-sum_i t_i (dz_i - <p, dz>) - sum_i log p_i dt_i, the latter over possible classes."""
     (z, targets), (dz, dt) = primals, tangents
     slope = jnp.zeros_like(out := _target_loss(z, targets, axis))
     if type(dz) is not SymbolicZero:
-        slope -= jnp.sum(targets * _accurate.centred(_accurate.softmax(z, axis), dz, axis), axis=axis, keepdims=True)
-    if type(dt) is not SymbolicZero:  # a target that stays must not meet the infinite surprise of an impossible class
-        slope -= jnp.sum(_accurate.log_softmax(z, axis) * dt, axis=axis, keepdims=True)
+        targets = _finite_rows(targets, axis)
+        slope -= _accurate.total(targets * _accurate.centred(_accurate.probs(z, axis), dz, axis), axis)
+    if type(dt) is not SymbolicZero:
+        log_p = _accurate.log_softmax(z, axis)
+        slope -= _accurate.total(jnp.where(jnp.isfinite(log_p), log_p, 0) * dt, axis)
     return out, slope
+
+
+def _finite_rows(targets, axis):
+    """0 for a row of targets with a NaN or an infinite one, whose loss has no gradient."""
+    return jnp.where(jnp.isfinite(_accurate.total(targets, axis)), targets, 0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _squared_error(z, targets, axis):
     """sum_i e_i^2."""
-    return jnp.sum(jnp.square(_probability_error(z, targets, axis)), axis=axis, keepdims=True)
+    return _accurate.total(jnp.square(_probability_error(z, targets, axis)), axis) + _accurate.undefined(z, axis)
 
 
 @_squared_error.defjvp
 def _squared_error_jvp(axis, primals, tangents):
     """d sum e^2 = 2 sum_i p_i (e_i - <p, e>) dz_i - 2 sum_i e_i dt_i."""
     (z, targets), (dz, dt) = primals, tangents
-    slope = _brier_slope(z, targets, axis) * dz - _probability_error(z, targets, axis) * dt
-    return _squared_error(z, targets, axis), 2 * jnp.sum(slope, axis=axis, keepdims=True)
+    finite = _finite_rows(targets, axis)
+    slope = _brier_slope(z, finite, axis) * dz - _probability_error(z, finite, axis) * dt
+    return _squared_error(z, targets, axis), 2 * _accurate.total(slope, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _probability_error(z, targets, axis):
     """e = p - t; for the one class with p > 1/2 it is (1 - t) - (1 - p), both known without cancellation."""
-    top, p = _accurate.unique_top(z, axis), _accurate.softmax(z, axis)
+    top, p = _accurate.unique_top(z, axis), _accurate.probs(z, axis)
     return jnp.where(top == 1, (1 - targets) - _accurate.top_complement(z, axis), p - targets)
 
 
 @_probability_error.defjvp
 def _probability_error_jvp(axis, primals, tangents):
     (z, targets), (dz, dt) = primals, tangents
-    p = _accurate.softmax(z, axis)
+    p = _accurate.probs(z, axis)
     dp = p * _accurate.centred(p, dz, axis)
     return _probability_error(z, targets, axis), dp - dt
 
@@ -659,12 +683,10 @@ def _brier_slope(z, targets, axis):
     """
     d = _accurate.gap(z, axis)
     top = 1 - _accurate.below_top(d)
-    p, e, growth = _accurate.softmax(z, axis), _probability_error(z, targets, axis), jnp.expm1(d)
+    total = partial(_accurate.total, axis=axis)
+    p, e, growth = _accurate.probs(z, axis), _probability_error(z, targets, axis), jnp.expm1(d)
 
-    def total(x):
-        return jnp.sum(x, axis=axis, keepdims=True)
-
-    p_r, t_r, e_r = (total(top * x) / total(top) for x in (p, targets, e))
+    p_r, t_r, e_r = (total(top * x) / jnp.maximum(total(top), 1) for x in (p, targets, e))
     near = d > -math.log(2)
     drop = jnp.where(near, (targets - t_r) - p_r * growth, e_r - e)
     mean = p_r * total(p * (growth - (total(targets * growth) + (total(targets) - 1))))
@@ -675,11 +697,11 @@ def _brier_slope(z, targets, axis):
 def _brier_slope_jvp(axis, primals, tangents):
     """d(p_i c_i) = dp_i c_i + p_i (de_i - <dp, e> - <p, de>), dp_i c_i = (p_i c_i) (dz_i - <p, dz>)."""
     (z, targets), (dz, dt) = primals, tangents
-    p, e = _accurate.softmax(z, axis), _probability_error(z, targets, axis)
+    p, e = _accurate.probs(z, axis), _probability_error(z, targets, axis)
     slope, centred = _brier_slope(z, targets, axis), _accurate.centred(p, dz, axis)
     dp = p * centred
     de = dp - dt
-    return slope, slope * centred + p * (de - jnp.sum(dp * e + p * de, axis=axis, keepdims=True))
+    return slope, slope * centred + p * (de - _accurate.total(dp * e + p * de, axis))
 
 
 def _finite_gap(z, axis):
@@ -691,8 +713,8 @@ def _finite_gap(z, axis):
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _entropy(z, axis):
     """H = log1p(rest) + sum p_i (m - z_i): no term is negative."""
-    p, d = _accurate.softmax(z, axis), _finite_gap(z, axis)
-    log_total = jnp.log1p(_accurate.rest(z, axis))
+    p, d = _accurate.probs(z, axis), _finite_gap(z, axis)
+    log_total = jnp.log1p(_accurate.rest(z, axis)) + _accurate.undefined(z, axis)
     return log_total - _accurate.total(p * d, axis)
 
 
@@ -700,7 +722,7 @@ def _entropy(z, axis):
 def _entropy_jvp(axis, primals, tangents):
     """dH = -sum p_i (log p_i + H) dz_i, and log p_i + H = d_i - <p, d>."""
     (z,), (dz,) = primals, tangents
-    p, d = _accurate.softmax(z, axis), _finite_gap(z, axis)
+    p, d = _accurate.probs(z, axis), _finite_gap(z, axis)
     slope = p * (_accurate.total(p * d, axis) - d)
     return _entropy(z, axis), _accurate.total(slope * dz, axis)
 
@@ -708,23 +730,17 @@ def _entropy_jvp(axis, primals, tangents):
 def _bounded(z, axis):
     """The same distribution with finite logits, so that differences of them are finite, and its maximum.
 
-    Where the maximum is infinite or huge, the logits are measured from it. An impossible class gets minus `_room`. A
-    row without a possible class becomes NaN.
+    Where the maximum is huge, the logits are measured from it. An impossible class gets minus `_room`; a row without a
+    possible class becomes uniform.
     """
-    largest = jnp.finfo(z.dtype).max
-    top = jax.lax.stop_gradient(_accurate.maximum(z, axis))
-    shift = jnp.where(jnp.abs(top) > math.sqrt(largest), jnp.minimum(top, largest), 0)
-    return jnp.maximum(jnp.minimum(z, largest) - shift, -_room(z)), jnp.minimum(top, largest) - shift
+    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
+    shift = jnp.where(jnp.abs(top) > math.sqrt(jnp.finfo(z.dtype).max), top, 0)
+    return jnp.maximum(z - shift, -_room(z)), jnp.where(top > jnp.finfo(z.dtype).min, top - shift, -_room(z))
 
 
 def _room(z):
     """A size of logits beyond all use, differences of which are finite."""
     return float(jnp.finfo(z.dtype).max / 8)
-
-
-def _finite(z, axis):
-    """The same distribution without a logit of +inf, and none so large that a difference would overflow."""
-    return jnp.where(z == -jnp.inf, z, _bounded(z, axis)[0])
 
 
 class _Pair(NamedTuple):
@@ -768,8 +784,13 @@ def _pair(p_logits, q_logits, axis) -> _Pair:
     return _Pair(gap_p, gap_q, total_p, total_q, ((high - reference) + low) - mean, shift, excluded)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl_divergence(p_logits, q_logits, axis):
+    undefined = _accurate.undefined(p_logits, axis) + _accurate.undefined(q_logits, axis)
+    return _finite_kl(p_logits, q_logits, axis) + undefined
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _finite_kl(p_logits, q_logits, axis):
     """KL = log sum_i p_i exp(d_i) = log1p(sum_i p_i (exp(d_i) - 1 - d_i)) with <p, d> = 0: no term is negative.
 
     An error of the mean reaches the divergence in second order only. exp(d) is taken from d where d is small, and from
@@ -787,23 +808,26 @@ def _kl_divergence(p_logits, q_logits, axis):
     return jnp.where(pair.excluded, jnp.inf, jnp.where(far > 1, far, jnp.log1p(excess)))
 
 
-@partial(_kl_divergence.defjvp, symbolic_zeros=True)
-def _kl_divergence_jvp(axis, primals, tangents):
+@partial(_finite_kl.defjvp, symbolic_zeros=True)
+def _finite_kl_jvp(axis, primals, tangents):
     """dKL = sum_i -p_i d_i dz^p_i + (q_i - p_i) dz^q_i."""
-    p_logits, q_logits = primals
-    slopes = _kl_slope_p(p_logits, q_logits, axis), _kl_slope_q(p_logits, q_logits, axis)
-    # A side that is not differentiated must not meet the infinite slopes of an infinite divergence: 0 * inf is NaN.
-    moved = [(s, dz) for s, dz in zip(slopes, tangents, strict=True) if type(dz) is not SymbolicZero]
-    out = _kl_divergence(p_logits, q_logits, axis)
-    return out, sum((_accurate.total(s * dz, axis) for s, dz in moved), jnp.zeros_like(out))
+    slopes = (partial(slope, *primals, axis) for slope in (_kl_slope_p, _kl_slope_q))
+    out = _finite_kl(*primals, axis)
+    return out, _along(out, slopes, tangents, axis)
+
+
+def _along(out, slopes, tangents, axis):
+    """The derivative of `out`: the sum of slope * tangent over classes. Of what is constant no slope is computed."""
+    pairs = zip(slopes, tangents, strict=True)
+    terms = [_accurate.total(slope() * dz, axis) for slope, dz in pairs if type(dz) is not SymbolicZero]
+    return sum(terms, jnp.zeros_like(out))
 
 
 def _kl_slope_p(p_logits, q_logits, axis):
+    """-p d, and 0 where the divergence is infinite."""
     pair = _pair(p_logits, q_logits, axis)
     p = jnp.exp(pair.gap_p) / pair.total_p
-    slope = _balanced(jnp.where(p == 0, 0, -p * pair.d), p_logits, axis)
-    limit = jnp.where(_excluded(p_logits, q_logits), jnp.inf, -jnp.inf)
-    return jnp.where(pair.excluded & (p_logits > -jnp.inf), limit, slope)
+    return _balanced(jnp.where((p == 0) | pair.excluded, 0, -p * pair.d), p_logits, axis)
 
 
 def _kl_slope_q(p_logits, q_logits, axis):
@@ -822,7 +846,7 @@ def _excluded(p_logits, q_logits):
 
 def _log_ratio(p_logits, q_logits, axis):
     """t = log q - log p = d - KL(p || q) over the classes possible under both, of no meaning for the others."""
-    pair, divergence = _pair(p_logits, q_logits, axis), _kl_divergence(p_logits, q_logits, axis)
+    pair, divergence = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
     # Beside an excluded class d has no mean. A large divergence has no small difference to lose.
     plain = (pair.gap_q - pair.gap_p) - jnp.log(pair.total_q / pair.total_p)
     return jnp.where(divergence > 1, plain, pair.d - divergence)
@@ -841,7 +865,7 @@ def _js_divergence(p_logits, q_logits, axis):
     p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
     one_sided = _excluded(p_logits, q_logits) | _excluded(q_logits, p_logits)
     t = jnp.where(one_sided, jnp.inf, _log_ratio(p_logits, q_logits, axis))
-    return jnp.minimum(jnp.sum((p + q) / 2 * _js_term(t), axis=axis, keepdims=True), math.log(2))
+    return jnp.minimum(_accurate.total((p + q) / 2 * _js_term(t), axis), math.log(2))
 
 
 # A log-ratio at which the smaller probability is nothing beside the larger, in every dtype.
@@ -865,11 +889,9 @@ def _js_term(t):
 @partial(_js_divergence.defjvp, symbolic_zeros=True)
 def _js_divergence_jvp(axis, primals, tangents):
     """dJS = sum_i p_i (log(p_i / m_i) - KL(p || m)) / 2 dz^p_i, and the same for q."""
-    p_logits, q_logits = primals
-    slopes = _js_slope(p_logits, q_logits, axis), _js_slope(q_logits, p_logits, axis)
-    moved = [(s, dz) for s, dz in zip(slopes, tangents, strict=True) if type(dz) is not SymbolicZero]
-    out = _js_divergence(p_logits, q_logits, axis)
-    return out, sum((jnp.sum(s * dz, axis=axis, keepdims=True) for s, dz in moved), jnp.zeros_like(out))
+    slopes = (partial(_js_slope, *logits, axis) for logits in (primals, primals[::-1]))
+    out = _js_divergence(*primals, axis)
+    return out, _along(out, slopes, tangents, axis)
 
 
 def _js_slope(p_logits, q_logits, axis):
@@ -878,10 +900,10 @@ def _js_slope(p_logits, q_logits, axis):
     l itself is 0 for t = 0, where p and q agree; l - ln 2 is 0 where q is far below p. The one that is small where p
     lies keeps the digits of the differences.
     """
-    p, t = _accurate.softmax(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
+    p, t = _accurate.probs(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
     t = jnp.where(_excluded(p_logits, q_logits), -_LARGE_GAP, t)
     # log1p(tanh(|t| / 2)), not -log1p(expm1(-|t|) / 2), whose argument lies where XLA's float64 log1p errs by 240 u.
     near = jnp.log1p(jnp.tanh(jnp.abs(t) / 2)) - jnp.maximum(t, 0)
     below = -jnp.maximum(t, 0) - jnp.log1p(jnp.exp(-jnp.abs(t)))
-    far = jnp.sum(p * t, axis=axis, keepdims=True) < -1
+    far = _accurate.total(p * t, axis) < -1
     return p * _accurate.centred(p, jnp.where(far, below, near), axis) / 2

@@ -6,6 +6,7 @@ unless a law says more: logits that are multiples of 1/8 can be shifted without 
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,8 +195,68 @@ def test_a_weight_is_a_repetition_and_parts_add_up(data, cut):
         repeated[label, prediction] += weight
     first = jnp.arange(6) < cut
     np.testing.assert_array_equal(matrix(labels, predictions, weights), repeated)
-    parts = [matrix(labels, predictions, weights * part) for part in (first, ~first)]
+    parts = [matrix(labels, predictions, weights * part.astype(weights.dtype)) for part in (first, ~first)]
     np.testing.assert_array_equal(parts[0] + parts[1], repeated)
+
+
+# Rows of logits, and what makes the other argument of a masked row as bad as it can be.
+MASKED_ROWS = [[1.0, 0.0, 2.0], [1.0, -math.inf, 0.0], [-math.inf, 1.0, 0.0], [-math.inf] * 3, [1e36, -1e36, 0.0]]
+BAD_LABELS = [0, -1, -100, 3, 2**31 - 1]
+BAD_TARGETS = [[1.0, 0.0, 0.0], [math.nan, 0.0, 1.0], [math.nan] * 3, [math.inf, 0.0, 0.0], [-1.0, 0.0, 2.0]]
+BAD_LOGITS = [[0.0, 1.0, 0.0], [-math.inf, 0.0, 1.0], [0.0, -math.inf, -math.inf], [-math.inf] * 3, [1e36, -1e36, 0.0]]
+TEMPERATURES = [0.0, 0.5, 2.0, math.inf, -1.0]
+YES = [0.5, -1.0, 2.0, math.nan, math.inf]
+PER_EXAMPLE = {
+    "cross_entropy": (categorical.cross_entropy, BAD_LABELS, np.int32),
+    "smoothed": (lambda z, y: categorical.cross_entropy(z, y, label_smoothing=0.1), BAD_LABELS, np.int32),
+    "smoothed fully": (lambda z, y: categorical.cross_entropy(z, y, label_smoothing=1.0), BAD_LABELS, np.int32),
+    "brier_score": (categorical.brier_score, BAD_LABELS, np.int32),
+    "log_prob": (lambda z, y: categorical.log_prob(y, z), BAD_LABELS, np.int32),
+    "soft cross_entropy": (categorical.cross_entropy, BAD_TARGETS, np.float32),
+    "soft smoothed": (lambda z, t: categorical.cross_entropy(z, t, label_smoothing=0.1), BAD_TARGETS, np.float32),
+    "soft brier_score": (categorical.brier_score, BAD_TARGETS, np.float32),
+    "entropy": (lambda z, _: categorical.entropy(z), [0], np.int32),
+    "kl_divergence": (categorical.kl_divergence, BAD_LOGITS, np.float32),
+    "js_divergence": (categorical.js_divergence, BAD_LOGITS, np.float32),
+    "distillation_loss": (
+        lambda s, t: categorical.distillation_loss(s, t, temperature=2.0), BAD_LOGITS, np.float32),
+    "softmax": (lambda z, t: categorical.softmax(z, temperature=t[..., None]), TEMPERATURES, np.float32),
+    "log_softmax": (lambda z, t: categorical.log_softmax(z, temperature=t[..., None]), TEMPERATURES, np.float32),
+    "bernoulli.cross_entropy": (bernoulli.cross_entropy, YES, np.float32),
+    "bernoulli.log_prob": (lambda z, y: bernoulli.log_prob(y, z), YES, np.float32),
+    "bernoulli.brier_score": (bernoulli.brier_score, YES, np.float32),
+    "bernoulli.entropy": (lambda z, _: bernoulli.entropy(z), [0], np.int32),
+    "bernoulli.kl_divergence": (bernoulli.kl_divergence, [0.0, -math.inf, math.inf], np.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PER_EXAMPLE)
+def test_a_masked_example_poisons_nothing(name):
+    """Its gradient is exactly 0, whatever its value is; unmasked it is finite, and so is the second derivative."""
+    function, bad, dtype = PER_EXAMPLE[name]
+    rows = [0.0, 5.0, -math.inf, math.inf] if "bernoulli" in name else MASKED_ROWS
+    pairs = [(row, other) for row in rows for other in bad]
+    z, other = np.array([p[0] for p in pairs], np.float32), np.array([p[1] for p in pairs], dtype)
+    moving = (0, 1) if dtype == np.float32 and not name.endswith("softmax") else (0,)
+    args, rng = (z, other), np.random.default_rng(0)
+    direction = tuple(rng.normal(size=args[i].shape).astype(np.float32) for i in moving)
+
+    def derivatives(weight, *args):
+        def loss(*values):
+            out = function(*values, *args[len(values) :])
+            return jnp.sum(jnp.where(weight != 0, out, 0))
+
+        values, slope = args[: len(moving)], jax.grad(loss, moving)
+        forward, second = (
+            jax.jvp(loss, values, direction)[1],
+            jax.jvp(lambda *v: slope(*v, *args[len(v) :]), values, direction)[1],
+        )
+        return slope(*args), (forward, second, jax.grad(lambda *v: jax.jvp(loss, v, direction)[1], moving)(*values))
+
+    program = jax.jit(derivatives)
+    masked, rest = program(0.0, *args)
+    assert all((slope == 0).all() for slope in masked)
+    chex.assert_tree_all_finite((rest, program(1.0, *args)))
 
 
 PRODUCERS = {
