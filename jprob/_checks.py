@@ -122,6 +122,8 @@ def _fault(function, signature, static, args, kwargs):
                 got = describe(value) if hasattr(value, "dtype") else repr(value)
                 return f"{function}: {name} is static and must be a hashable Python value, got {got}"
             continue
+        if name == "key" and not describe(value).endswith(">[]"):
+            return f"{function}: key must be one random key, got {describe(value)}"
         for leaf in jax.tree.leaves(value):
             if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
                 return f"{function}: {name} must be an array, got {describe(value)}"
@@ -250,8 +252,8 @@ def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array
 
 def number(function: str, name: str, value: Any, range: Range, dtype: jnp.dtype) -> jax.Array:
     """One number, traced or not, in `dtype`: NaN outside of its range."""
-    value = jnp.asarray(value)
-    if value.ndim or jnp.issubdtype(value.dtype, jnp.complexfloating):
+    value = value if value is None else jnp.asarray(value)
+    if value is None or value.ndim or jnp.issubdtype(value.dtype, jnp.complexfloating):
         raise ValueError(f"{function}: {name} must be one real number, got {describe(value)}")
     value = value.astype(dtype)
     expect(range.holds(value), value, f"{function}: {name} {{value}} is not {range.words}")

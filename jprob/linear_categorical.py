@@ -382,10 +382,10 @@ def distillation_loss(
     name = "distillation_loss"
     form = _form(name, transposed_kernel, block_bytes, axis_name)
     student, teacher = (student_hidden, student_kernel, student_bias), (teacher_hidden, teacher_kernel, teacher_bias)
-    by_kernel, by_top = ([x is not None for x in way] for way in (teacher[:2], (top_log_probs, top_indices)))
-    if all(by_kernel) and not any(by_top):
-        sides, top, rows = _two_sides(name, form, ("student", "teacher"), student, teacher)[::-1], (), _divergence
-    elif all(by_top) and not any(by_kernel) and teacher_bias is None:
+    by_top = top_log_probs is not None or top_indices is not None
+    if teacher_hidden is not None and teacher_kernel is not None and not by_top:
+        sides, rows, top = _two_sides(name, form, ("student", "teacher"), student, teacher)[::-1], _divergence, ()
+    elif top_log_probs is not None and top_indices is not None and all(x is None for x in teacher):
         _check_operands(name, form, *student, "student_")
         sides, rows = [student], _top_divergence
         top = (top_log_probs, *_check_top(form, student_hidden, student_kernel, top_log_probs, top_indices))
@@ -393,10 +393,11 @@ def distillation_loss(
         got = _given(locals(), "teacher_hidden", "teacher_kernel", "teacher_bias", "top_log_probs", "top_indices")
         expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
         raise ValueError(f"{name}: expected {expected}, got {got}")
-    numbers = _numbers(name, _dtype(*student, *teacher), softcap=softcap, temperature=jnp.asarray(temperature))
-    top = [x.astype(numbers.temperature.dtype) / numbers.temperature for x in top[:1]] + [*top[1:]]
-    loss = _placed(partial(_per_token, partial(rows, form), form), sides, numbers, *top)
-    return loss * jnp.square(numbers.temperature)
+    dtype = _dtype(*student, *teacher)
+    t = jax.lax.stop_gradient(_checks.number(name, "temperature", temperature, _CAP["temperature"], dtype))
+    numbers = _numbers(name, dtype, softcap=softcap)._replace(temperature=t)
+    top = [x.astype(dtype) / t for x in top[:1]] + [*top[1:]]
+    return _placed(partial(_per_token, partial(rows, form), form), sides, numbers, *top) * jnp.square(t)
 
 
 @_checks.public(static=_FORM)
@@ -550,20 +551,20 @@ def _form(function, transposed, block_bytes, axis_name=None) -> _Form:
         return _Form(transposed, block_bytes)
     try:
         jax.lax.axis_size(axis_name)
-    except NameError:
+    except (NameError, TypeError, ValueError):
         expected = "the name of an axis of an enclosing shard_map"
         raise ValueError(f"{function}: axis_name must be {expected}, got {axis_name!r}") from None
     return _Form(transposed, block_bytes, _accurate.Sharded(1, axis_name))
 
 
 def _numbers(function, dtype, **options) -> _Numbers:
-    """Constants to a derivative. A default, which `public` leaves as a Python number, becomes None."""
-    defaults, ranges = {"temperature": 1.0, "label_smoothing": 0.0, "z_loss": 0.0}, _CAP | _LOSS
+    """Constants to a derivative. A default, which `public` never traces, becomes None."""
+    defaults = {"softcap": None, "temperature": 1, "label_smoothing": 0, "z_loss": 0}
 
     def number(name, value):
-        if value is None or (isinstance(value, float) and value == defaults.get(name)):
+        if not hasattr(value, "dtype") and value == defaults[name]:
             return None
-        return jax.lax.stop_gradient(_checks.number(function, name, value, ranges[name], dtype))
+        return jax.lax.stop_gradient(_checks.number(function, name, value, (_CAP | _LOSS)[name], dtype))
 
     return _Numbers(**{name: number(name, value) for name, value in options.items()})
 
@@ -849,7 +850,7 @@ def _wide_product_jvp(form, primals, tangents):
 
 
 def _plus(bias, z):
-    return z if bias is None else z + bias.astype(z.dtype)
+    return z if bias is None else z + bias.astype(z.dtype)[None]
 
 
 def _hidden_slope(form: _Form, dz, kernel):
@@ -975,7 +976,7 @@ def _label_terms(z, labels, axis):
     """
     top = _top(z, axis)
     place, here, label_logit = _logits_at(z, labels, axis)
-    at_label = jnp.arange(z.shape[1], dtype=place.dtype) == place
+    at_label = jnp.arange(z.shape[1], dtype=place.dtype)[None] == place
     never = jnp.minimum(top, -jnp.inf)  # a constant would be an array of the size of z, kept through the loop
     others = jnp.exp(jnp.where(at_label, never, z - top))
     return others, at_label, _accurate.total(others, axis), _psum(jnp.where(here, label_logit - top, 0), axis)
