@@ -998,19 +998,21 @@ def _logits_at(z, classes, axis):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _nll(z, labels, axis):
-    """-log p_y = log1p(others + (exp(gap) - 1)) - gap with y left out of the others, and its gradient p - y.
+    """-log p_y = log1p(others exp(-gap)) = log_total - gap with y left out of the others, and its gradient p - y.
 
-    And log1p(others + (exp(gap) - 1)), the logarithm of the sum of all exponentials, and its gradient p.
+    And log_total = log1p(others + (exp(gap) - 1)), the logarithm of the sum of all exponentials, and its gradient p.
 
-    Where y is at the maximum, gap is 0, and the sum of the others keeps its digits; elsewhere others is at least 1, and
-    there is no small number to keep. XLA may make a tanh anew for the label alone: then a gap near 0 is as good. p - y
-    is p_j for the others, and minus their sum for y, never p_y - 1. All are plainly differentiable, since in a
-    rematerialised scan jax takes a second derivative of what is written here, and not by the rule.
+    Near the maximum the first form keeps the digits of the others, also where XLA computes a tanh or a quotient again
+    for the label alone, which then misses its own maximum by a rounding. Far below it, others is at least 1, and there
+    is no small number to keep. p - y is p_j for the others, and minus their sum for y, never p_y - 1. All are plainly
+    differentiable, since in a rematerialised scan jax takes a second derivative of what is written here, and not by
+    the rule.
     """
-    exponentials, at_label, others, label_gap = _label_terms(z, labels, axis)
-    log_total, total = jnp.log1p(others + jnp.expm1(label_gap)), others + jnp.exp(label_gap)
-    p, residual = (jnp.where(at_label, x, exponentials) / total for x in (jnp.exp(label_gap), -others))
-    return log_total - label_gap, residual, log_total, p
+    exponentials, at_label, others, gap = _label_terms(z, labels, axis)
+    log_total, total = jnp.log1p(others + jnp.expm1(gap)), others + jnp.exp(gap)
+    nll = jnp.where(gap > -1, jnp.log1p(others * jnp.exp(-jnp.maximum(gap, -1))), log_total - gap)
+    p, residual = (jnp.where(at_label, x, exponentials) / total for x in (jnp.exp(gap), -others))
+    return nll, residual, log_total, p
 
 
 @_nll.defjvp
