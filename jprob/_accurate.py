@@ -3,7 +3,8 @@
 `z` is an array of logits in the dtype computed in, `axis` its class axis, counted from the front, or `Sharded` where
 several devices share the classes. A sum over classes keeps that axis with length 1. `gap` is z - max z, never positive;
 `rest` is the sum of exp(gap) over all classes but one maximum, so that 1 + rest is the normaliser and rest alone holds
-the digits that `1 + rest` rounds away.
+the digits that `1 + rest` rounds away. A row without a possible class (all -inf) is no distribution: its value is NaN,
+and its derivatives are finite.
 
 Masks are arithmetic (factors 0 and 1, minimums) where they meet an exponential: XLA on CPU fuses exp into the sum over
 classes only while the expression holds no select, and otherwise writes all the exponentials to memory.
@@ -16,12 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
 
 def compute_dtype(*arrays: Array | jnp.dtype | float) -> jnp.dtype:
     """At least float32; float64 where an input has it."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # a strict program asks that arrays are cast, which this dtype is for
+        return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 class Sharded(NamedTuple):
@@ -46,37 +47,37 @@ def maximum(z: Array, axis: int | Sharded) -> Array:
 
 
 def nan_unless(ok: Array, x: Array) -> Array:
-    """x where `ok`, NaN elsewhere, in the gradient too.
+    """x where `ok`, NaN elsewhere, with a gradient of exactly 0 there: what is left out downstream poisons nothing.
 
     The NaN is computed, not a constant: XLA on CPU (jax 0.10 and 0.12) makes a number of exp(where(ok, x, nan)), since
-    LLVM may take whatever it likes for the integer part of a NaN that it knows of.
+    LLVM may take any number for the integer part of a NaN that it knows of.
     """
-    return x * (1 + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype)))
+    return jnp.where(ok, x, 0) + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype))
+
+
+def undefined(z: Array, axis: int | Sharded) -> Array:
+    """0 for a row with a possible class, NaN for one without, as a constant to a derivative."""
+    return nan_unless(maximum(z, axis) != -jnp.inf, jnp.zeros((), z.dtype))
 
 
 def gap(z: Array, axis: int | Sharded) -> Array:
-    """z - max z."""
-    return gap_below(maximum(z, axis), z)
+    """z - max z; -inf for each class of a row without a possible one, so that no derivative meets a NaN."""
+    return z - finite_maximum(z, axis)
 
 
 def gap_below(top: Array, z: Array) -> Array:
-    """z - top, where no z is above `top`. Below a logit of +inf, whose own gap is 0, every finite one is impossible."""
-    largest = jnp.finfo(z.dtype).max
-    scale = jnp.where(top == jnp.inf, largest, 1)
-    return (jnp.minimum(z, largest) - jnp.minimum(top, largest)) * jax.lax.stop_gradient(scale)
-
-
-def _below(top: Array, z: Array) -> Array:
-    """The gap with a finite value below a logit of +inf, where exp of it is 0 too. Of a plain derivative, also at 0."""
-    largest = jnp.finfo(z.dtype).max
-    return jnp.minimum(z, largest) - jnp.minimum(top, largest)
+    """For callers that do not say `z - top` yet."""
+    return z - top
 
 
 def finite_top(z: Array, axis: int) -> Array:
-    """The same distribution without a logit of +inf: what is certain stays so, and everything else is impossible."""
-    certain = z == jnp.inf
-    limit = jnp.where(certain, 0, -jnp.inf)
-    return jnp.where(jnp.any(certain, axis=axis, keepdims=True), limit, z)
+    """For callers that still drop +inf."""
+    return z
+
+
+def finite_maximum(z: Array, axis: int | Sharded) -> Array:
+    """`maximum`, but the lowest number in a row without a possible class, so that no difference is -inf + inf."""
+    return jnp.maximum(maximum(z, axis), jnp.finfo(z.dtype).min)
 
 
 def exp_gap(z: Array, axis: int | Sharded) -> Array:
@@ -85,7 +86,7 @@ def exp_gap(z: Array, axis: int | Sharded) -> Array:
     Its plain derivative is right too, up to a common factor, also for classes that tie: where a scan is rematerialised,
     jax takes a second derivative of this, and not by the rules of those that call it.
     """
-    return jnp.exp(_below(jax.lax.stop_gradient(maximum(z, axis)), z))
+    return jnp.exp(z - jax.lax.stop_gradient(finite_maximum(z, axis)))
 
 
 def below_top(gap: Array) -> Array:
@@ -102,12 +103,12 @@ def _lifted(gap: Array) -> Array:
 
 
 def rest(z: Array, axis: int | Sharded) -> Array:
-    """Sum of exp(gap) over all classes but one maximum.
+    """Sum of exp(gap) over all classes but one maximum, and 0 in a row without a possible class.
 
     Logits that come from a tanh or a quotient XLA on CPU may compute anew for each sum, with another rounding, so that
     a logit misses its own maximum. Below it, it is among the rest, is not counted as a tie, and 1 is taken off.
     """
-    d = _below(maximum(z, axis), z)
+    d = gap(z, axis)
     exponentials = jnp.exp(d)
     # exp(gap) is at most 1, so that the minimum leaves every maximum out and changes no other class.
     below = total(jnp.minimum(jax.lax.stop_gradient(jnp.maximum(_lifted(d), 0)), exponentials), axis)
@@ -118,17 +119,22 @@ def rest(z: Array, axis: int | Sharded) -> Array:
     return jnp.maximum(below + (ties - 1), 0)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def softmax(z: Array, axis: int | Sharded) -> Array:
-    """p_i = exp(gap_i) / sum_j exp(gap_j). d p_i = p_i (dz_i - <p, dz>)."""
+    """`probs`, NaN in a row without a possible class."""
+    return probs(z, axis) + undefined(z, axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def probs(z: Array, axis: int | Sharded) -> Array:
+    """p_i = exp(gap_i) / sum_j exp(gap_j), and 0 in a row without a possible class. d p_i = p_i (dz_i - <p, dz>)."""
     e = exp_gap(z, axis)
-    return e / total(e, axis)
+    return e / jnp.maximum(total(e, axis), 0.5)  # a sum without its maximum is 0
 
 
-@softmax.defjvp
-def _softmax_jvp(axis, primals, tangents):
+@probs.defjvp
+def _probs_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
-    p = softmax(z, axis)
+    p = probs(z, axis)
     # Selected, so that in reverse mode an infinite cotangent of an impossible class (its log, say) stops here.
     return p, jnp.where(p == 0, 0, p * centred(p, dz, axis))
 
@@ -136,26 +142,26 @@ def _softmax_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax(z: Array, axis: int | Sharded) -> Array:
     """log p_i = gap_i - log1p(rest), both of one sign. d log p_i = dz_i - <p, dz>."""
-    return gap(z, axis) - jnp.log1p(rest(z, axis))
+    return gap(z, axis) - (jnp.log1p(rest(z, axis)) + undefined(z, axis))
 
 
 @log_softmax.defjvp
 def _log_softmax_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
-    return log_softmax(z, axis), centred(softmax(z, axis), dz, axis)
+    return log_softmax(z, axis), centred(probs(z, axis), dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_complement(z: Array, axis: int | Sharded) -> Array:
     """1 - max p = rest / (1 + rest), which 1 - p would round to 0 once p is within u of 1."""
     others = rest(z, axis)
-    return others / (1 + others)
+    return others / (1 + others) + undefined(z, axis)
 
 
 @top_complement.defjvp
 def _top_complement_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
-    p = softmax(z, axis)
+    p = probs(z, axis)
     dp = p * centred(p, dz, axis)
     return top_complement(z, axis), -total(unique_top(z, axis) * dp, axis)
 
@@ -163,7 +169,7 @@ def _top_complement_jvp(axis, primals, tangents):
 def unique_top(z: Array, axis: int | Sharded) -> Array:
     """1 for the maximum where nothing ties with it, else 0 everywhere (then no class has p > 1/2)."""
     top = 1 - below_top(gap(z, axis))
-    return top * (total(top, axis) == 1)
+    return top * (total(top, axis) == 1).astype(top.dtype)
 
 
 def centred(p: Array, v: Array, axis: int | Sharded) -> Array:
@@ -184,13 +190,12 @@ def weigh(weight: Array, value: Array) -> Array:
     return jnp.where(weight == 0, 0, weight * value)
 
 
-@partial(weigh.defjvp, symbolic_zeros=True)
+@weigh.defjvp
 def _weigh_jvp(primals, tangents):
-    pairs = zip(primals[::-1], tangents, strict=True)
-    # A weight that is not differentiated must not meet an infinite value: 0 * inf would make the tangent NaN.
-    terms = [factor * tangent for factor, tangent in pairs if type(tangent) is not SymbolicZero]
-    out = weigh(*primals)
-    return out, sum(terms, jnp.zeros_like(out))
+    """d(w v) = v dw + w dv, without what is infinite or NaN: a derivative is finite where the value is not."""
+    weight, value = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
+    dweight, dvalue = tangents
+    return weigh(*primals), value * dweight + weight * dvalue
 
 
 def weighed_gaps(weights: Array, gap: Array, axis: int | Sharded) -> Array:

@@ -122,8 +122,6 @@ def _fault(function, signature, static, args, kwargs):
                 got = describe(value) if hasattr(value, "dtype") else repr(value)
                 return f"{function}: {name} is static and must be a hashable Python value, got {got}"
             continue
-        if name == "key" and not describe(value).endswith(">[]"):
-            return f"{function}: key must be one random key, got {describe(value)}"
         for leaf in jax.tree.leaves(value):
             if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
                 return f"{function}: {name} must be an array, got {describe(value)}"
@@ -193,7 +191,7 @@ def expect(ok: jax.Array, value: jax.Array, message: str) -> None:
     """Under checkify: `ok` holds everywhere, else `message` with the largest offending `value` in its `{value}`."""
     if not _checking.value or ok.size == 0:
         return
-    value = value.astype(jnp.promote_types(value.dtype, jnp.int8))  # bool has no order
+    value = value.astype(jnp.int8) if value.dtype == jnp.bool_ else value  # bool has no largest
     info = jnp.finfo if jnp.issubdtype(value.dtype, jnp.floating) else jnp.iinfo
     # A reduction, since no element can be taken out of an array that is sharded explicitly.
     jax_checkify.check(jnp.all(ok), message, value=jnp.max(jnp.where(ok, info(value.dtype).min, value)))
@@ -203,7 +201,7 @@ def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
     """Under checkify: the rows of `logits` are not probabilities, which a second softmax would flatten."""
     if not _checking.value or logits.size <= logits.shape[axis] or logits.shape[axis] == 1:
         return  # a single row may sum to 1 by chance
-    total = jnp.sum(logits, axis=axis, dtype=jnp.promote_types(logits.dtype, jnp.float32))
+    total = jnp.sum(logits, axis=axis, dtype=_accurate.compute_dtype(logits))
     # Rows of 0 and 1 alone may be a one-hot bias of true logits, so that they do not count as probabilities.
     fractional = jnp.any((logits > 0) & (logits < 1), axis=axis)
     probs = jnp.all((logits >= 0) & (logits <= 1), axis=axis) & fractional & (jnp.abs(total - 1) < 2**-8)
@@ -246,14 +244,15 @@ def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array
     if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jnp.complexfloating):
         raise ValueError(f"{function}: weights must be an array of real numbers, got {describe(value)}")
     same_shape(function, expected, "weights", shape, value)
+    value = jnp.asarray(value).astype(_accurate.compute_dtype(value))
     expect(value >= 0, value, f"{function}: weight {{value}} is negative")
-    return _accurate.nan_unless(value >= 0, jnp.asarray(value).astype(_accurate.compute_dtype(value)))
+    return _accurate.nan_unless(value >= 0, value)
 
 
 def number(function: str, name: str, value: Any, range: Range, dtype: jnp.dtype) -> jax.Array:
     """One number, traced or not, in `dtype`: NaN outside of its range."""
-    value = value if value is None else jnp.asarray(value)
-    if value is None or value.ndim or jnp.issubdtype(value.dtype, jnp.complexfloating):
+    value = jnp.asarray(value)
+    if value.ndim or jnp.issubdtype(value.dtype, jnp.complexfloating):
         raise ValueError(f"{function}: {name} must be one real number, got {describe(value)}")
     value = value.astype(dtype)
     expect(range.holds(value), value, f"{function}: {name} {{value}} is not {range.words}")

@@ -34,6 +34,7 @@ another psum, and gradients taken inside are wrong.
 
 import math
 from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -221,7 +222,7 @@ def log_prob(
     numbers = _numbers("log_prob", _dtype(hidden, kernel, bias), softcap=softcap, temperature=temperature)
 
     def rows(z, labels, inside):
-        return _where_known(inside, -_nll(z, labels[:, None], form.axis)[0][:, 0])
+        return _accurate.nan_unless(inside, -_nll(z, labels[:, None], form.axis)[0][:, 0])
 
     return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], numbers, labels, inside)
 
@@ -384,15 +385,17 @@ def distillation_loss(
     student, teacher = (student_hidden, student_kernel, student_bias), (teacher_hidden, teacher_kernel, teacher_bias)
     by_top = top_log_probs is not None or top_indices is not None
     if teacher_hidden is not None and teacher_kernel is not None and not by_top:
-        sides, rows, top = _two_sides(name, form, ("student", "teacher"), student, teacher)[::-1], _divergence, ()
+        sides, top = _two_sides(name, form, ("student", "teacher"), student, teacher), ()
+        rows = partial(_divergence, reverse=True)
     elif top_log_probs is not None and top_indices is not None and all(x is None for x in teacher):
         _check_operands(name, form, *student, "student_")
         sides, rows = [student], _top_divergence
         top = (top_log_probs, *_check_top(form, student_hidden, student_kernel, top_log_probs, top_indices))
     else:
-        got = _given(locals(), "teacher_hidden", "teacher_kernel", "teacher_bias", "top_log_probs", "top_indices")
+        names = "teacher_hidden", "teacher_kernel", "teacher_bias", "top_log_probs", "top_indices"
+        got = [name for name, x in zip(names, (*teacher, top_log_probs, top_indices), strict=True) if x is not None]
         expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+        raise ValueError(f"{name}: expected {expected}, got {', '.join(got) or 'none of them'}")
     dtype = _dtype(*student, *teacher)
     t = jax.lax.stop_gradient(_checks.number(name, "temperature", temperature, _CAP["temperature"], dtype))
     numbers = _numbers(name, dtype, softcap=softcap)._replace(temperature=t)
@@ -552,27 +555,24 @@ def _form(function, transposed, block_bytes, axis_name=None) -> _Form:
     try:
         jax.lax.axis_size(axis_name)
     except (NameError, TypeError, ValueError):
-        expected = "the name of an axis of an enclosing shard_map"
-        raise ValueError(f"{function}: axis_name must be {expected}, got {axis_name!r}") from None
+        raise ValueError(
+            f"{function}: axis_name must be an axis of an enclosing shard_map, got {axis_name!r}"
+        ) from None
     return _Form(transposed, block_bytes, _accurate.Sharded(1, axis_name))
 
 
 def _numbers(function, dtype, **options) -> _Numbers:
     """Constants to a derivative. A default, which `public` never traces, becomes None."""
     defaults = {"softcap": None, "temperature": 1, "label_smoothing": 0, "z_loss": 0}
-
-    def number(name, value):
-        if not hasattr(value, "dtype") and value == defaults[name]:
-            return None
-        return jax.lax.stop_gradient(_checks.number(function, name, value, (_CAP | _LOSS)[name], dtype))
-
-    return _Numbers(**{name: number(name, value) for name, value in options.items()})
+    kept = {name: x for name, x in options.items() if hasattr(x, "dtype") or x != defaults[name]}
+    numbers = {name: _checks.number(function, name, x, (_CAP | _LOSS)[name], dtype) for name, x in kept.items()}
+    return jax.lax.stop_gradient(_Numbers(**numbers))
 
 
 def _check_operands(function, form, hidden, kernel, bias, side=""):
     _checks.floating(function, **{f"{side}hidden": hidden, f"{side}kernel": kernel})
     if hidden.ndim < 1 or kernel.ndim != 2 or kernel.shape[int(form.transposed)] != hidden.shape[-1]:
-        expected = f"[V, H] with {side}hidden [..., H]" if form.transposed else f"[H, V] with {side}hidden [..., H]"
+        expected = f"[{'V, H' if form.transposed else 'H, V'}] with {side}hidden [..., H]"
         got = f"{_checks.describe(kernel)} with {_checks.describe(hidden)}"
         raise ValueError(f"{function}: {side}kernel must be {expected}, got {got}")
     num_classes = _num_classes(form, kernel)
@@ -586,10 +586,9 @@ def _check_operands(function, form, hidden, kernel, bias, side=""):
 def _two_sides(function, form, names, first, second):
     for side, (hidden, kernel, bias) in zip(names, (first, second), strict=True):
         _check_operands(function, form, hidden, kernel, bias, f"{side}_")
-    expected, got = (f"{side}_{what}" for side, what in zip(names, ("hidden", "hidden"), strict=True))
-    tokens, others = first[0].shape[:-1], second[0].shape[:-1]
+    (one, other), (tokens, others) = names, (list(side[0].shape[:-1]) for side in (first, second))
     if tokens != others:
-        raise ValueError(f"{function}: {got} must have the tokens {list(tokens)} of {expected}, got {list(others)}")
+        raise ValueError(f"{function}: {other}_hidden must have the tokens {tokens} of {one}_hidden, got {others}")
     classes = [_num_classes(form, operands[1]) for operands in (first, second)]
     if classes[0] != classes[1]:
         raise ValueError(f"{function}: both kernels must have the same classes, got {classes[0]} and {classes[1]}")
@@ -608,11 +607,6 @@ def _labels(function, form, hidden, kernel, labels, weights=None):
     return jnp.where(inside, labels, 0), inside
 
 
-def _where_known(inside, x):
-    """NaN with a gradient of 0 for a token with a class out of range."""
-    return jnp.where(inside, x, _accurate.nan_unless(inside, jnp.zeros_like(x)))
-
-
 def _check_top(form, hidden, kernel, log_probs, indices):
     name = "distillation_loss"
     _checks.floating(name, top_log_probs=log_probs)
@@ -622,16 +616,9 @@ def _check_top(form, hidden, kernel, log_probs, indices):
     indices = _checks.classes(name, "top_indices", indices, "top_log_probs", log_probs.shape)
     inside = _checks.in_range(name, "label", indices, _num_classes(form, kernel) * _shards(form.axis))
     ordered = jnp.sort(indices, axis=-1)
-    _checks.expect(
-        ordered[..., 1:] != ordered[..., :-1],
-        ordered[..., 1:],
-        f"{name}: top_indices has class {{value}} twice for one token",
-    )
+    message = f"{name}: top_indices has class {{value}} twice for one token"
+    _checks.expect(ordered[..., 1:] != ordered[..., :-1], ordered[..., 1:], message)
     return jnp.where(inside, indices, 0), jnp.all(inside, axis=-1)
-
-
-def _given(arguments, *names):
-    return ", ".join(name for name in names if arguments[name] is not None) or "none of them"
 
 
 def _dtype(*operands):
@@ -663,7 +650,7 @@ def _cross_entropy(form: _Form, reduction, hidden, kernel, bias, labels, inside,
     total, known = jnp.sum(w), inside | (w == 0)
     if reduction == "none":
         loss, *aux = _losses(form, numbers, hidden, kernel, bias, labels, dtype)
-        loss = _where_known(known, _accurate.weigh(w, _counted(w, loss)))
+        loss = _accurate.nan_unless(known, _accurate.weigh(w, _counted(w, loss)))
     else:
         # Shares of the weight, not a quotient of two sums: so the gradients leave the loop as they are returned.
         share = jnp.where(inside, _sums.ratio(w, total) if reduction == "mean" else w, 0)
@@ -674,7 +661,7 @@ def _cross_entropy(form: _Form, reduction, hidden, kernel, bias, labels, inside,
     if not form.has_aux:
         return loss
     nll, logsumexp, correct = (_counted(w, x) for x in aux)
-    return loss, Aux(_where_known(known, nll), logsumexp, (correct == 1) & inside, total)
+    return loss, Aux(_accurate.nan_unless(known, nll), logsumexp, (correct == 1) & inside, total)
 
 
 def _counted(weights, x):
@@ -701,10 +688,10 @@ def _weighted_sum_jvp(form: _Form, primals, tangents):
     loss, aux, slopes = _loss_and_slopes(form, moved, *primals)
     loss = _counted(weights, loss)
     slope = jnp.zeros_like(out := jnp.sum(_accurate.weigh(weights, loss)))
-    for d, dx in zip(slopes, _chosen(moved, directions), strict=True):
+    for d, dx in zip(slopes, compress(directions, moved), strict=True):
         slope += _psum(jnp.sum(d * dx.astype(d.dtype)), form.axis)
     if type(dweights) is not SymbolicZero:
-        slope += jnp.sum(jnp.where(jnp.isinf(loss), 0, loss) * dweights)
+        slope += jnp.sum(jnp.where(jnp.isfinite(loss), loss, 0) * dweights)
     return (out, aux), (slope, _aux_tangents(form, numbers, moved, aux, operands, directions, labels))
 
 
@@ -719,9 +706,7 @@ def _losses(form: _Form, numbers, hidden, kernel, bias, labels, dtype):
 
 def _aux_tangents(form: _Form, numbers, moved, aux, operands, directions, labels):
     """Of nll and logsumexp, by the way that makes the logits again; unused, they cost nothing under `jit`."""
-    if not aux:
-        return []
-    if not any(moved):
+    if not (aux and any(moved)):
         return [jnp.zeros_like(x) for x in aux]
 
     def smooth(*values):
@@ -729,7 +714,7 @@ def _aux_tangents(form: _Form, numbers, moved, aux, operands, directions, labels
         hidden, kernel, bias = (next(values) if move else x for x, move in zip(operands, moved, strict=True))
         return _losses(form, numbers, hidden, kernel, bias, labels, aux[0].dtype)[1:3]
 
-    _, (nll, logsumexp) = jax.jvp(smooth, _chosen(moved, operands), _chosen(moved, directions))
+    _, (nll, logsumexp) = jax.jvp(smooth, [*compress(operands, moved)], [*compress(directions, moved)])
     return [nll, logsumexp, 0 * aux[2]]
 
 
@@ -746,17 +731,13 @@ def _loss_and_slopes(form: _Form, moved, numbers, hidden, kernel, bias, labels, 
         (loss, *aux), slope = _loss_rows(form, numbers, z, y)
         (dz,) = uncap(w[:, None] * slope)
         steps = [_kernel_slope(form, x, dz), jnp.sum(dz, axis=0)]
-        sums = [total + step for total, step in zip(sums, _chosen(moved[1:], steps), strict=True)]
+        sums = [total + step for total, step in zip(sums, compress(steps, moved[1:]), strict=True)]
         return sums, (loss, aux, *([_hidden_slope(form, dz, kernel)] if moved[0] else []))
 
     starts = [jnp.zeros(kernel.shape, dtype), jnp.zeros(_num_classes(form, kernel), dtype)]
-    starts = [_varying(start, *varying) for start in _chosen(moved[1:], starts)]
+    starts = [_varying(start, *varying) for start in compress(starts, moved[1:])]
     sums, (loss, aux, *dx) = _scan(shape, body, starts, (hidden, labels, weights), in_place=True)
     return loss, aux, [*dx, *sums]
-
-
-def _chosen(flags, values):
-    return [value for value, flag in zip(values, flags, strict=True) if flag]
 
 
 def _per_token(rows, form: _Form, sides, numbers, *arrays, dtype=None):
@@ -912,7 +893,7 @@ def _loss_rows(form: _Form, numbers: _Numbers, z, labels):
             target = e / count
             if form.has_bias:  # which may exclude classes; to count them costs two passes
                 possible = z > -jnp.inf
-                count = _accurate.total(possible.astype(z.dtype), axis)
+                count = jnp.maximum(_accurate.total(possible.astype(z.dtype), axis), 1)
                 target, gaps = jnp.where(possible, e / count, 0), jnp.where(possible, gaps, 0)
             smooth = log_total - _accurate.total(gaps, axis) / count
             # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
@@ -938,7 +919,7 @@ def _psum(x, axis):
 
 
 def _top(z, axis):
-    return jax.lax.stop_gradient(_accurate.maximum(z, axis))
+    return jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
 
 
 def _mode(z, axis):
@@ -1009,7 +990,7 @@ def _nll(z, labels, axis):
     the rule.
     """
     exponentials, at_label, others, gap = _label_terms(z, labels, axis)
-    log_total, total = jnp.log1p(others + jnp.expm1(gap)), others + jnp.exp(gap)
+    log_total, total = jnp.log1p(others + jnp.expm1(gap)), jnp.maximum(others + jnp.exp(gap), 0.5)
     nll = jnp.where(gap > -1, jnp.log1p(others * jnp.exp(-jnp.maximum(gap, -1))), log_total - gap)
     p, residual = (jnp.where(at_label, x, exponentials) / total for x in (jnp.exp(gap), -others))
     return nll, residual, log_total, p
@@ -1025,8 +1006,8 @@ def _nll_jvp(axis, primals, tangents):
     return (nll, residual, log_total, p), (dnll, dp, dlog_total, dp)
 
 
-def _divergence(form: _Form, p, q):
-    return categorical._kl_divergence(p, q, form.axis)[:, 0]
+def _divergence(form: _Form, p, q, *, reverse=False):
+    return categorical._kl_divergence(*((q, p) if reverse else (p, q)), form.axis)[:, 0]
 
 
 def _normaliser(z, axis):
@@ -1040,8 +1021,6 @@ def _top_divergence(form: _Form, z, log_probs, indices, inside):
     """KL(t || s) of a teacher t over k classes: within them, and log1p of the odds against them."""
     place, here, logits = _logits_at(z, indices, form.axis)
     within = _psum(jnp.where(here, logits, 0), form.axis)
-    if indices.shape[1] == z.shape[1] * _shards(form.axis):
-        return _where_known(inside, categorical._kl_divergence(log_probs, within, 1)[:, 0])
     # Where the student excludes all of them, they are no distribution that a divergence could be taken from.
     excluded = jnp.all(within == -jnp.inf, axis=1, keepdims=True)
     within = jnp.where(excluded, 0, within)
@@ -1051,6 +1030,5 @@ def _top_divergence(form: _Form, z, log_probs, indices, inside):
     (top_in, log_in), (top_out, log_out) = _normaliser(within, 1), _normaliser(outside, form.axis)
     odds = (top_out - top_in) + (log_out - log_in)
     loss = categorical._kl_divergence(log_probs, within, 1) + jax.nn.softplus(odds)
-    possible = _top(z, form.axis) > -jnp.inf
-    infinite = _accurate.nan_unless(possible, jnp.inf * jnp.ones_like(odds))
-    return _where_known(inside, jnp.where(excluded, infinite, loss)[:, 0])
+    loss = jnp.where(excluded, jnp.inf + _accurate.undefined(z, form.axis), loss)
+    return _accurate.nan_unless(inside, loss[:, 0])
