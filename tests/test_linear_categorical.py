@@ -221,6 +221,56 @@ def test_confident_tokens_keep_their_gradient(form):
     np.testing.assert_allclose(slope[:, 2], -others / (1 + others) * chain, rtol=2 * bound + 64 * U)
 
 
+@pytest.mark.parametrize("c", [2.0, 30.0])
+def test_a_softcap_keeps_the_digits_of_every_gradient(c):
+    """However far beyond the cap a logit lies, and of second derivatives too, in the rematerialised scan of blocks.
+
+    A tanh is off by 4 u: the logits by 4 c u, and a ratio of two exponentials by 8 c u.
+    """
+    beyond = np.array([0, 0.5, 4, 6, 8, 10, 40])
+    n = len(beyond)
+    rows = np.stack([beyond * c, np.full(n, c / 2), np.zeros(n)], 1).astype(np.float32)
+    other = np.float32([0, c / 4, -c / 2])
+    y, x, fixed, two = jnp.ones(n, int), jnp.eye(n), jnp.tile(other[None], (n, 1)), [0.0, 3.0]
+    how = {"softcap": c, "block_bytes": 2 * 3 * 4}
+    top = {"top_log_probs": jnp.tile(jnp.array([two]), (n, 1)), "top_indices": jnp.tile(jnp.array([[0, 1]]), (n, 1))}
+
+    def capped(z, temperature=1):
+        return [c * mpmath.tanh(a / c) / temperature for a in z]
+
+    q, q_tempered = (capped(oracles.exactly(other), t) for t in (1, 2))
+    two_tempered = [a / 2 for a in oracles.exactly(two)] + [-mpmath.inf]
+    distilled = functools.partial(linear.distillation_loss, temperature=2.0, **how)
+    verbs = {
+        "cross_entropy": (lambda w: linear.cross_entropy(x, w, y, reduction="none", **how),
+                          lambda z: oracles.cross_entropy(capped(z), [0, 1, 0])),
+        "log_prob": (lambda w: linear.log_prob(y, x, w, **how), lambda z: -oracles.cross_entropy(capped(z), [0, 1, 0])),
+        "entropy": (lambda w: linear.entropy(x, w, **how), lambda z: oracles.entropy(capped(z))),
+        "p": (lambda w: linear.kl_divergence(x, w, x, fixed, **how), lambda z: oracles.kl_divergence(capped(z), q)),
+        "q": (lambda w: linear.kl_divergence(x, fixed, x, w, **how), lambda z: oracles.kl_divergence(q, capped(z))),
+        "student": (lambda w: distilled(x, w, x, fixed), lambda z: 4 * oracles.kl_divergence(q_tempered, capped(z, 2))),
+        "top": (lambda w: distilled(x, w, **top), lambda z: 4 * oracles.kl_divergence(two_tempered, capped(z, 2))),
+    }  # fmt: skip
+
+    def slope(verb):
+        return jax.grad(lambda w: jnp.sum(verb(w)))
+
+    def second(w):
+        return jax.jvp(slope(verbs["cross_entropy"][0]), (w,), (jnp.zeros_like(w).at[:, 0].set(1),))[1]
+
+    slopes, curves = jax.jit(lambda w: ({name: slope(verb)(w) for name, (verb, _) in verbs.items()}, second(w)))(rows)
+    step, tiny = mpmath.mpf(10) ** -20, float(np.finfo(np.float32).tiny)
+    for i, row in enumerate(map(oracles.exactly, rows)):
+        bound = (16 + float(capped(row)[0]) + 2 * beyond[i] + 8 * c) * U
+        for name, (_, definition) in verbs.items():
+            assert oracles.error(slopes[name][i], oracles.gradient(definition, row), tiny) <= bound, (name, i)
+        up, down = (oracles.gradient(verbs["cross_entropy"][1], [row[0] + h, *row[1:]]) for h in (step, -step))
+        if beyond[i] >= 4:  # nearer to 0 the two terms of a second derivative cancel
+            assert (
+                oracles.error(curves[i], [(a - b) / (2 * step) for a, b in zip(up, down, strict=True)], tiny) <= bound
+            )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [1.0, 640.0])
 def test_errors_are_at_most_those_of_the_plain_form(dtype, size):
@@ -401,10 +451,10 @@ def test_a_label_out_of_range_is_nan_there_and_nowhere_else():
             loss = linear.cross_entropy(x, w, y[:, None], reduction="none", z_loss=0.1, block_bytes=FOUR)
             return loss, linear.log_prob(y[:, None], x, w), linear.cross_entropy(x, w, y[:, None], has_aux=True)
 
-        def total(x, w):
-            return losses(x, w)[2][0]
+        def total(x, w, weights):
+            return linear.cross_entropy(x, w, y[:, None], weights=weights)
 
-        return losses(x, w), jax.grad(total, (0, 1))(x, w)
+        return losses(x, w), jax.grad(total, (0, 1, 2))(x, w, jnp.ones((N, 1)))
 
     (*want, _), _ = both(Y)
     others = jax.grad(lambda w: jnp.sum(linear.cross_entropy(X, w, Y, reduction="none")[np.arange(N) != 3]) / N)(W)
@@ -417,8 +467,53 @@ def test_a_label_out_of_range_is_nan_there_and_nowhere_else():
         assert not aux.correct[3]
         assert not slopes[0][3].any()
         close(slopes[1], others)
+        chex.assert_tree_all_finite(slopes)
     error, _ = jprob.checkify(linear.cross_entropy)(X, W, Y.at[3].set(-100))
     assert re.search(rf"cross_entropy: label -100 is outside \[0, {V}\)", error.get() or "")
+
+
+NUMBERS = {"label_smoothing": [0.1, 0.3], "z_loss": [0.01, 0.1], "softcap": [5.0, 9.0], "temperature": [0.5, 2.0]}
+
+
+def test_a_number_may_be_swept_or_annealed():
+    """As the same Python number, of which a new one compiles nothing; the default leaves out what it switches on."""
+
+    def value_and_slope(numbers):
+        return jax.value_and_grad(lambda w: linear.cross_entropy(X, w, Y, block_bytes=FOUR, **numbers))(W)
+
+    each = [{name: values[i] for name, values in NUMBERS.items()} for i in range(2)]
+    linear.cross_entropy.compiled.clear_cache()
+    assert len({float(linear.cross_entropy(X, W, Y, **numbers)) for numbers in each}) == 2
+    assert linear.cross_entropy.compiled._cache_size() == 1
+    want = jax.tree.map(lambda *values: jnp.stack(values), *map(value_and_slope, each))
+    numbers = {name: jnp.array(values) for name, values in NUMBERS.items()}
+    close(jax.vmap(value_and_slope)(numbers), want)
+    close(jax.lax.map(value_and_slope, numbers), want)
+    default = {"label_smoothing": 0, "z_loss": 0.0, "softcap": None, "temperature": 1}
+    programs = [str(jax.make_jaxpr(lambda n=numbers: value_and_slope(n))()) for numbers in ({}, default)]
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("label_smoothing", 2.0), ("z_loss", -1.0), ("softcap", 0.0), ("temperature", math.inf)]
+)
+def test_an_array_out_of_range_gives_nan_and_is_named_under_checkify(name, value):
+    call = jprob.checkify(lambda number: linear.cross_entropy(X, W, Y, **{name: number}))
+    error, loss = call(jnp.float32(value))
+    assert error.get().startswith(f"cross_entropy: {name} {value} is not")
+    assert np.isnan(loss)
+
+
+def test_top_indices_of_16_bits_name_65536_classes():
+    w, log_probs = jnp.linspace(0, 1, 65_536)[None], jnp.zeros((1, 2))
+
+    def loss(indices):
+        top = {"top_log_probs": log_probs, "top_indices": indices}
+        return linear.distillation_loss(jnp.ones((1, 1)), w, temperature=1.0, **top)
+
+    error, got = jprob.checkify(loss)(jnp.array([[0, 65_535]], jnp.uint16))
+    assert error.get() is None
+    assert got == loss(jnp.array([[0, 65_535]]))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32"])
@@ -676,19 +771,52 @@ def of_shards(check_vma):
 
         return jax.lax.map(one, (args[0], args[3], *args[6:]))
 
-    mapped = over_devices(local, (*MODELS_SPECS, *(P("data"),) * 3), P("data"), check_vma=check_vma)
-    return lambda *args: mapped(*args, FIVE_Y, FIVE_TOP)
+    return over_devices(local, (*MODELS_SPECS, *(P("data"),) * 3), P("data"), check_vma=check_vma)
+
+
+def of_five_shards(check_vma):
+    return lambda *args: of_shards(check_vma)(*args, FIVE_Y, FIVE_TOP)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_every_verb_of_a_sharded_vocabulary(check_vma):
     """With classes that only fill it up: as of those that there are."""
-    got = jax.jit(lambda: first_derivatives(of_shards(check_vma)))()
+    got = jax.jit(lambda: first_derivatives(of_five_shards(check_vma)))()
     close(got, unsharded_first_derivatives(), 256 * U)
 
 
+WAYS = {"whole": lambda: verbs, "blocks": lambda: functools.partial(verbs, block_bytes=4 * 8 * 4),
+        "shards": lambda: of_shards(True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_masked_token_poisons_nothing(way):
+    """Labels and indices out of range change no derivative of the other tokens, in forward and in reverse mode."""
+    function = WAYS[way]()
+
+    @jax.jit
+    def derivatives(models, y, top, kept):
+        def squares(*args):
+            values = function(*args, y, top).values()
+            return sum(jnp.sum(jnp.square(jnp.where(kept, value, 0))) for value in values)
+
+        return jax.jvp(squares, models, DIRECTION)[1], jax.grad(squares, range(7))(*models)
+
+    models, kept = (*MODELS, TEACHER), jnp.ones((2, 8), bool).at[0, 3].set(False).at[1, 6].set(False)
+    y, top = jnp.where(kept, FIVE_Y, -100), jnp.where(kept[..., None], FIVE_TOP, jnp.array([[[1, -100, 8]]]))
+    got = derivatives(models, y, top, kept)
+    chex.assert_tree_all_finite(got)
+    close(got, derivatives(models, FIVE_Y, FIVE_TOP, kept), 256 * U)
+    assert not any(got[1][i][~kept].any() for i in (0, 3, 6))
+
+    # Each model excludes a class that the other expects, and the label is one of them: only the entropy is finite.
+    models = *MODELS[:2], MODELS[2].at[0].set(-jnp.inf), *MODELS[3:5], MODELS[5].at[1].set(-jnp.inf), TEACHER
+    got = derivatives(models, jnp.zeros_like(y), jnp.broadcast_to(jnp.arange(3), top.shape), jnp.zeros_like(kept))
+    assert not any(x.any() for x in jax.tree.leaves(got))
+
+
 def test_second_derivatives_of_a_sharded_vocabulary():
-    got = jax.jit(lambda: second_derivatives(of_shards(True)))()
+    got = jax.jit(lambda: second_derivatives(of_five_shards(True)))()
     close(got, jax.jit(lambda: second_derivatives(of_five_classes))(), 256 * U)
 
 
@@ -814,11 +942,9 @@ WRONG = {
         X, W, bias=WEIGHTS
     ),
     "cross_entropy: label_smoothing must be in [0, 1], got 2": lambda: linear.cross_entropy(X, W, Y, label_smoothing=2),
-    "cross_entropy: z_loss must be a finite number of at least 0, got -1": lambda: linear.cross_entropy(
-        X, W, Y, z_loss=-1
-    ),
-    "entropy: softcap must be a finite number above 0, or None, got 0": lambda: linear.entropy(X, W, softcap=0),
-    "log_prob: temperature must be a finite number above 0, got 0": lambda: linear.log_prob(Y, X, W, temperature=0),
+    "cross_entropy: z_loss must be finite and at least 0, got -1": lambda: linear.cross_entropy(X, W, Y, z_loss=-1),
+    "entropy: softcap must be finite and above 0, got 0": lambda: linear.entropy(X, W, softcap=0),
+    "log_prob: temperature must be finite and above 0, got 0": lambda: linear.log_prob(Y, X, W, temperature=0),
     "cross_entropy: reduction must be one of 'mean', 'sum', 'none', got 'max'": lambda: linear.cross_entropy(
         X, W, Y, reduction="max"
     ),
@@ -834,8 +960,20 @@ WRONG = {
     "distillation_loss: top_indices must be integer classes, got float32[10, 4]": lambda: linear.distillation_loss(
         X, W, temperature=1.0, top_log_probs=X, top_indices=X
     ),
-    "sample: temperature must be one number, got float32[7]": lambda: linear.sample(
+    "sample: temperature must be one real number, got float32[7]": lambda: linear.sample(
         jax.random.key(0), X, W, temperature=B
+    ),
+    "sample: temperature must be at least 0, got -1": lambda: linear.sample(jax.random.key(0), X, W, temperature=-1),
+    "distillation_loss: temperature must be one real number, got float32[2]": lambda: linear.distillation_loss(
+        X, W, X, W, temperature=[0.5, 0.5]
+    ),
+    "distillation_loss: missing a required argument: 'temperature'": lambda: linear.distillation_loss(X, W, X, W),
+    "mode: transposed_kernel must be True or False, got 2": lambda: linear.mode(X, W, transposed_kernel=2),
+    "mode: block_bytes is static and must be a hashable Python value, got int32[]": lambda: linear.mode(
+        X, W, block_bytes=jnp.int32(5)
+    ),
+    "mode: axis_name must be an axis of an enclosing shard_map, got 'model'": lambda: linear.mode(
+        X, W, axis_name="model"
     ),
 }
 
