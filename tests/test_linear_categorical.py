@@ -5,7 +5,6 @@ import itertools
 import math
 import re
 
-import chex
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -271,43 +270,9 @@ def test_a_softcap_keeps_the_digits_of_every_gradient(c):
             )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [1.0, 640.0])
-def test_errors_are_at_most_those_of_the_plain_form(dtype, size):
-    """Against float64 from the same operands; the plain form has the same operands in float32."""
-    x, w, b = (a.astype(dtype) for a in (normal(32, 16), normal(16, 50, scale=size / 16), normal(50)))
-    y = jnp.asarray(_rng.integers(0, 50, 32))
-    operands = [np.asarray(a, np.float64) for a in (x, w, b)]
-    z = operands[0] @ operands[1] + operands[2]
-    e = np.exp(z - z.max(1, keepdims=True))
-    p = e / e.sum(1, keepdims=True)
-    dz = (p - np.eye(50)[np.asarray(y)]) / 32
-    want = (np.log(e.sum(1)) + z.max(1) - z[np.arange(32), y]).mean(), dz @ operands[1].T, operands[0].T @ dz, dz.sum(0)
-
-    def usual(x, w, b):
-        return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(x @ w + b[None], y))
-
-    def fused(x, w, b):
-        return linear.cross_entropy(x, w, y, bias=b, block_bytes=8 * 50 * 4)
-
-    def errors(function, *args):
-        value, slopes = jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*args)
-        assert value.dtype == jnp.float32
-        assert all(slope.dtype == a.dtype for slope, a in zip(slopes, args, strict=True))
-        pairs = zip((value, *slopes), want, strict=True)
-        return [np.abs(np.asarray(g, np.float64) - t).max() / np.abs(t).max() for g, t in pairs]
-
-    # Two roundings of the same sum differ by a few u, and a gradient is rounded to its operand's dtype once.
-    slack = 4 * U + (2.0**-8 if dtype == "bfloat16" else 0)
-    for got, peer in zip(
-        errors(fused, x, w, b), errors(usual, *(a.astype(jnp.float32) for a in (x, w, b))), strict=True
-    ):
-        assert got <= peer + slack
-
-
 SETTINGS = {
     "bias": True, "weights": True, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "temperature": 0.5,
-    "transposed_kernel": True, "reduction": "sum",
+    "transposed_kernel": True, "reduction": "sum", "dtype": "bfloat16", "size": 640.0,
 }  # fmt: skip
 # Each setting in three of five trials, no two in the same three, and a trial of none: so of any two settings there is a
 # trial with both, with either alone, and with neither.
@@ -319,10 +284,11 @@ TRIALS = [
 
 @pytest.mark.parametrize("settings", TRIALS, ids=[",".join(trial) for trial in TRIALS])
 def test_errors_of_settings_together_are_at_most_those_of_the_plain_form(settings):
-    """In blocks, against float64 through the product: values and gradients of all operands."""
+    """In blocks, against float64 from the same operands: values and gradients. The plain form has them in float32."""
     form = {name: settings[name] for name in ("softcap", "temperature") if name in settings}
     others = {name: settings.get(name, 0.0) for name in ("label_smoothing", "z_loss")}
-    operands = X, 3 * W, B, WEIGHTS
+    dtype = settings.get("dtype", "float32")
+    operands = [a.astype(dtype) for a in (X, settings.get("size", 3.0) * W, B, WEIGHTS)]
 
     def usual(x, w, b, weights):
         z = jnp.matmul(x, w) + (b[None] if "bias" in settings else 0)
@@ -344,13 +310,15 @@ def test_errors_of_settings_together_are_at_most_those_of_the_plain_form(setting
 
     def results(loss, operands):
         value, slopes = jax.jit(jax.value_and_grad(loss, range(4)))(*operands)
+        assert all(slope.dtype == a.dtype for slope, a in zip(slopes, operands, strict=True))
         return [np.asarray(a, np.float64) for a in (value, *slopes)]
 
     with jax.enable_x64(True):
         truth = results(usual, [jnp.asarray(np.asarray(a), jnp.float64) for a in operands])
-    for got, peer, want in zip(results(fused, operands), results(usual, operands), truth, strict=True):
-        # Two roundings of the same sum differ by a few u.
-        slack = 4 * U * np.abs(want).max()
+    peers = results(usual, [a.astype(jnp.float32) for a in operands])
+    for i, (got, peer, want) in enumerate(zip(results(fused, operands), peers, truth, strict=True)):
+        # Two roundings of the same sum differ by a few u, and a gradient is rounded to its operand's dtype once.
+        slack = (4 * U + (2.0**-8 if i and dtype == "bfloat16" else 0)) * np.abs(want).max()
         assert np.abs(got - want).max() <= np.abs(peer - want).max() + slack
 
 
@@ -442,32 +410,26 @@ def test_weights_of_float64_widen_all_that_they_meet():
 
 
 def test_a_label_out_of_range_is_nan_there_and_nowhere_else():
-    """And the gradient of a mean is that of the other tokens."""
-    x, w = X[:, None], W  # tokens of shape [10, 1]
+    """The gradients of a mean, that of the weights too, are those of the other tokens."""
+    bad = jnp.concatenate([jnp.array([-1, -100, V, 2**31 - 1, -(2**31)]), Y[5:]])
 
     @jax.jit
     def both(y):
-        def losses(x, w):
-            loss = linear.cross_entropy(x, w, y[:, None], reduction="none", z_loss=0.1, block_bytes=FOUR)
-            return loss, linear.log_prob(y[:, None], x, w), linear.cross_entropy(x, w, y[:, None], has_aux=True)
+        def mean(x, w, weights):
+            return linear.cross_entropy(x, w, y, weights=weights, has_aux=True, block_bytes=FOUR)
 
-        def total(x, w, weights):
-            return linear.cross_entropy(x, w, y[:, None], weights=weights)
+        each = linear.cross_entropy(X, W, y, reduction="none", z_loss=0.1, block_bytes=FOUR)
+        return (each, linear.log_prob(y, X, W)), jax.value_and_grad(mean, (0, 1, 2), has_aux=True)(X, W, jnp.ones(N))
 
-        return losses(x, w), jax.grad(total, (0, 1, 2))(x, w, jnp.ones((N, 1)))
-
-    (*want, _), _ = both(Y)
-    others = jax.grad(lambda w: jnp.sum(linear.cross_entropy(X, w, Y, reduction="none")[np.arange(N) != 3]) / N)(W)
-    for label in (-1, -100, V, 2**31 - 1, -(2**31)):
-        (*got, (mean, aux)), slopes = both(Y.at[3].set(label))
-        for g, w_ in zip((*got, aux.nll), (*want, -want[1]), strict=True):
-            np.testing.assert_array_equal(np.isnan(g)[:, 0], np.arange(N) == 3)
-            close(np.delete(g, 3), np.delete(w_, 3))
-        assert np.isnan(mean)
-        assert not aux.correct[3]
-        assert not slopes[0][3].any()
-        close(slopes[1], others)
-        chex.assert_tree_all_finite(slopes)
+    each, ((mean, aux), slopes) = both(bad)
+    for got, want in zip(each, both(Y)[0], strict=True):
+        np.testing.assert_array_equal(np.isnan(got), np.arange(N) < 5)
+        close(got[5:], want[5:])
+    close(aux.nll[5:], -each[1][5:])
+    assert np.isnan([mean, *aux.nll[:5]]).all()
+    assert not aux.correct[:5].any()
+    close(slopes[:2], jax.grad(lambda *a: linear.cross_entropy(*a, Y, weights=jnp.arange(N) >= 5) / 2, (0, 1))(X, W))
+    assert jnp.isfinite(slopes[2]).all()
     error, _ = jprob.checkify(linear.cross_entropy)(X, W, Y.at[3].set(-100))
     assert re.search(rf"cross_entropy: label -100 is outside \[0, {V}\)", error.get() or "")
 
@@ -785,33 +747,36 @@ def test_every_verb_of_a_sharded_vocabulary(check_vma):
     close(got, unsharded_first_derivatives(), 256 * U)
 
 
-WAYS = {"whole": lambda: verbs, "blocks": lambda: functools.partial(verbs, block_bytes=4 * 8 * 4),
-        "shards": lambda: of_shards(True)}  # fmt: skip
+@functools.cache
+def masked(way):
+    """Derivatives of what is kept, in forward and reverse mode, as a function of models, labels, top classes, mask."""
+    blocks = functools.partial(verbs, block_bytes=4 * 8 * 4)
+    function = {"whole": verbs, "blocks": blocks, "shards": of_shards(True)}[way]
 
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_masked_token_poisons_nothing(way):
-    """Labels and indices out of range change no derivative of the other tokens, in forward and in reverse mode."""
-    function = WAYS[way]()
-
-    @jax.jit
     def derivatives(models, y, top, kept):
         def squares(*args):
-            values = function(*args, y, top).values()
-            return sum(jnp.sum(jnp.square(jnp.where(kept, value, 0))) for value in values)
+            return sum(jnp.sum(jnp.square(jnp.where(kept, x, 0))) for x in function(*args, y, top).values())
 
         return jax.jvp(squares, models, DIRECTION)[1], jax.grad(squares, range(7))(*models)
 
+    return jax.jit(derivatives)
+
+
+@pytest.mark.parametrize("way", ["whole", "blocks", "shards"])
+def test_a_masked_label_or_index_out_of_range_poisons_nothing(way):
     models, kept = (*MODELS, TEACHER), jnp.ones((2, 8), bool).at[0, 3].set(False).at[1, 6].set(False)
     y, top = jnp.where(kept, FIVE_Y, -100), jnp.where(kept[..., None], FIVE_TOP, jnp.array([[[1, -100, 8]]]))
-    got = derivatives(models, y, top, kept)
-    chex.assert_tree_all_finite(got)
-    close(got, derivatives(models, FIVE_Y, FIVE_TOP, kept), 256 * U)
+    got = masked(way)(models, y, top, kept)
+    close(got, masked(way)(models, FIVE_Y, FIVE_TOP, kept), 256 * U)
     assert not any(got[1][i][~kept].any() for i in (0, 3, 6))
 
-    # Each model excludes a class that the other expects, and the label is one of them: only the entropy is finite.
+
+@pytest.mark.parametrize("way", ["whole", "blocks", "shards"])
+def test_a_masked_infinity_poisons_nothing(way):
+    """Each model excludes a class that the other expects, and the label is one of them: only the entropy is finite."""
     models = *MODELS[:2], MODELS[2].at[0].set(-jnp.inf), *MODELS[3:5], MODELS[5].at[1].set(-jnp.inf), TEACHER
-    got = derivatives(models, jnp.zeros_like(y), jnp.broadcast_to(jnp.arange(3), top.shape), jnp.zeros_like(kept))
+    y, top = jnp.zeros_like(FIVE_Y), jnp.broadcast_to(jnp.arange(3), FIVE_TOP.shape)
+    got = masked(way)(models, y, top, jnp.zeros(y.shape, bool))
     assert not any(x.any() for x in jax.tree.leaves(got))
 
 
@@ -918,68 +883,50 @@ def test_tokens_and_vocabulary_sharded_under_the_compiler(axis_type):
     assert all(math.prod(map(int, shape.split(","))) <= 2 * 4 for shape in gathered)
 
 
+KEY, TWO_TOP = jax.random.key(0), {"top_log_probs": X, "top_indices": X}
 WRONG = {
-    "cross_entropy: hidden must be a floating-point array, got int32[10, 4]": lambda: linear.cross_entropy(
-        X.astype(int), W, Y
-    ),
-    "cross_entropy: kernel must be [H, V] with hidden [..., H], got float32[7, 4] with float32[10, 4]": lambda: (
-        linear.cross_entropy(X, W.T, Y)
-    ),
-    "log_prob: kernel must be [V, H] with hidden [..., H], got float32[4, 7] with float32[10, 4]": lambda: (
-        linear.log_prob(Y, X, W, transposed_kernel=True)
-    ),
-    "cross_entropy: expected at least one class, got kernel float32[4, 0]": lambda: linear.cross_entropy(
-        X, W[:, :0], Y
-    ),
-    "cross_entropy: labels must be integer classes, got float32[10]": lambda: linear.cross_entropy(X, W, WEIGHTS),
-    "cross_entropy: labels must have the shape [10] of hidden without its last axis, got int32[9]": lambda: (
-        linear.cross_entropy(X, W, Y[:9])
-    ),
-    "cross_entropy: weights must have the shape [10] of hidden without its last axis, got float32[7]": lambda: (
-        linear.cross_entropy(X, W, Y, weights=B)
-    ),
-    "entropy: bias must have the shape [7] of the classes of kernel, got float32[10]": lambda: linear.entropy(
-        X, W, bias=WEIGHTS
-    ),
-    "cross_entropy: label_smoothing must be in [0, 1], got 2": lambda: linear.cross_entropy(X, W, Y, label_smoothing=2),
-    "cross_entropy: z_loss must be finite and at least 0, got -1": lambda: linear.cross_entropy(X, W, Y, z_loss=-1),
-    "entropy: softcap must be finite and above 0, got 0": lambda: linear.entropy(X, W, softcap=0),
-    "log_prob: temperature must be finite and above 0, got 0": lambda: linear.log_prob(Y, X, W, temperature=0),
-    "cross_entropy: reduction must be one of 'mean', 'sum', 'none', got 'max'": lambda: linear.cross_entropy(
-        X, W, Y, reduction="max"
-    ),
-    "plan: block_bytes must be a positive integer, got 0": lambda: linear.plan(X, W, block_bytes=0),
-    "kl_divergence: q_hidden must have the tokens [10] of p_hidden, got [9]": lambda: linear.kl_divergence(
-        X, W, X[:9], W
-    ),
-    "kl_divergence: both kernels must have the same classes, got 7 and 6": lambda: linear.kl_divergence(
-        X, W, X, W[:, :6]
-    ),
+    "cross_entropy: hidden must be a floating-point array, got int32[10]": (linear.cross_entropy, Y, W, Y),
+    "cross_entropy: kernel must be [H, V] with hidden [..., H], got float32[7, 4] with float32[10, 4]":
+        (linear.cross_entropy, X, W.T, Y),
+    "log_prob: kernel must be [V, H] with hidden [..., H], got float32[4, 7] with float32[10, 4]":
+        (linear.log_prob, Y, X, W, {"transposed_kernel": True}),
+    "cross_entropy: expected at least one class, got kernel float32[4, 0]": (linear.cross_entropy, X, W[:, :0], Y),
+    "cross_entropy: labels must be integer classes, got float32[10]": (linear.cross_entropy, X, W, WEIGHTS),
+    "cross_entropy: labels must have the shape [10] of hidden without its last axis, got int32[9]":
+        (linear.cross_entropy, X, W, Y[:9]),
+    "cross_entropy: weights must have the shape [10] of hidden without its last axis, got float32[7]":
+        (linear.cross_entropy, X, W, Y, {"weights": B}),
+    "entropy: bias must have the shape [7] of the classes of kernel, got float32[10]":
+        (linear.entropy, X, W, {"bias": WEIGHTS}),
+    "cross_entropy: label_smoothing must be in [0, 1], got 2": (linear.cross_entropy, X, W, Y, {"label_smoothing": 2}),
+    "cross_entropy: z_loss must be finite and at least 0, got -1": (linear.cross_entropy, X, W, Y, {"z_loss": -1}),
+    "entropy: softcap must be finite and above 0, got 0": (linear.entropy, X, W, {"softcap": 0}),
+    "log_prob: temperature must be finite and above 0, got 0": (linear.log_prob, Y, X, W, {"temperature": 0}),
+    "cross_entropy: reduction must be one of 'mean', 'sum', 'none', got 'max'":
+        (linear.cross_entropy, X, W, Y, {"reduction": "max"}),
+    "plan: block_bytes must be a positive integer, got 0": (linear.plan, X, W, {"block_bytes": 0}),
+    "kl_divergence: q_hidden must have the tokens [10] of p_hidden, got [9]": (linear.kl_divergence, X, W, X[:9], W),
+    "kl_divergence: both kernels must have the same classes, got 7 and 6": (linear.kl_divergence, X, W, X, W[:, :6]),
     "distillation_loss: expected either teacher_hidden and teacher_kernel or top_log_probs and top_indices, got "
-    "teacher_hidden": lambda: linear.distillation_loss(X, W, X, temperature=1.0),
-    "distillation_loss: top_indices must be integer classes, got float32[10, 4]": lambda: linear.distillation_loss(
-        X, W, temperature=1.0, top_log_probs=X, top_indices=X
-    ),
-    "sample: temperature must be one real number, got float32[7]": lambda: linear.sample(
-        jax.random.key(0), X, W, temperature=B
-    ),
-    "sample: temperature must be at least 0, got -1": lambda: linear.sample(jax.random.key(0), X, W, temperature=-1),
-    "distillation_loss: temperature must be one real number, got float32[2]": lambda: linear.distillation_loss(
-        X, W, X, W, temperature=[0.5, 0.5]
-    ),
-    "distillation_loss: missing a required argument: 'temperature'": lambda: linear.distillation_loss(X, W, X, W),
-    "mode: transposed_kernel must be True or False, got 2": lambda: linear.mode(X, W, transposed_kernel=2),
-    "mode: block_bytes is static and must be a hashable Python value, got int32[]": lambda: linear.mode(
-        X, W, block_bytes=jnp.int32(5)
-    ),
-    "mode: axis_name must be an axis of an enclosing shard_map, got 'model'": lambda: linear.mode(
-        X, W, axis_name="model"
-    ),
-}
+    "teacher_hidden": (linear.distillation_loss, X, W, X, {"temperature": 1.0}),
+    "distillation_loss: top_indices must be integer classes, got float32[10, 4]":
+        (linear.distillation_loss, X, W, {"temperature": 1.0, **TWO_TOP}),
+    "distillation_loss: temperature must be one real number, got float32[2]":
+        (linear.distillation_loss, X, W, X, W, {"temperature": [0.5, 0.5]}),
+    "distillation_loss: missing a required argument: 'temperature'": (linear.distillation_loss, X, W, X, W),
+    "sample: temperature must be one real number, got float32[7]": (linear.sample, KEY, X, W, {"temperature": B}),
+    "sample: temperature must be at least 0, got -1": (linear.sample, KEY, X, W, {"temperature": -1}),
+    "mode: transposed_kernel must be True or False, got 2": (linear.mode, X, W, {"transposed_kernel": 2}),
+    "mode: block_bytes is static and must be a hashable Python value, got int32[]":
+        (linear.mode, X, W, {"block_bytes": jnp.int32(5)}),
+    "mode: axis_name must be an axis of an enclosing shard_map, got 'v'": (linear.mode, X, W, {"axis_name": "v"}),
+}  # fmt: skip
 
 
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("message", WRONG)
 def test_a_static_mistake_is_one_line(message):
+    function, *args = WRONG[message]
+    options = args.pop() if isinstance(args[-1], dict) else {}
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}(\n|$)"):
-        WRONG[message]()
+        function(*args, **options)
