@@ -85,20 +85,21 @@ def test_the_loss_is_that_of_the_logits(options):
         close(got, want)
 
 
-def test_the_loss_alone_is_that_with_aux():
-    """Without aux the rule is a shorter one; and each operand may stay while the others move."""
+def test_each_operand_of_the_loss_may_move_alone():
+    """Without aux the rule is a shorter one."""
 
-    def losses(x, w, b, weights):
+    def fused(x, w, b, weights):
         call = functools.partial(linear.cross_entropy, x, w, Y, bias=b, block_bytes=FOUR)
-        return call(weights=weights), plain(x, w, b, weights)[0], call(), plain(x, w, b, jnp.ones(N))[0]
+        return call(weights=weights) + 2 * call()
 
-    def slopes(i):
-        return jax.jacrev(losses, i)(X, W, B, WEIGHTS)
+    def dense(x, w, b, weights):
+        return plain(x, w, b, weights)[0] + 2 * plain(x, w, b, jnp.ones(N))[0]
 
-    one, two, three, four = jax.jit(lambda: losses(X, W, B, WEIGHTS))()
-    close((one, three), (two, four))
-    for one, two, three, four in jax.jit(lambda: [slopes(i) for i in range(4)])():
-        close((one, three), (two, four), 128 * U)
+    def slopes(loss):
+        return [jax.value_and_grad(loss, i)(X, W, B, WEIGHTS) for i in range(4)]
+
+    got, want = jax.jit(lambda: (slopes(fused), slopes(dense)))()
+    close(got, want, 128 * U)
 
 
 def test_the_others_are_those_of_the_logits():
@@ -150,15 +151,20 @@ def test_a_teacher_of_its_top_classes_is_one_that_excludes_the_others():
 
 
 def test_a_student_that_excludes_all_top_classes_is_infinitely_far():
-    bias = jnp.zeros(V).at[:2].set(-jnp.inf)
-    top = {"top_log_probs": jnp.zeros((N, 2)), "top_indices": jnp.tile(jnp.arange(2), (N, 1))}
+    top = {"top_log_probs": jnp.zeros((N, 2)), "top_indices": jnp.tile(jnp.array([[0, 1]]), (N, 1))}
 
-    def loss(x, bias):
-        return linear.distillation_loss(x, W, temperature=2.0, student_bias=bias, **top)
+    @jax.jit
+    def loss_and_slope(bias):
+        def total(w):
+            loss = linear.distillation_loss(X, w, temperature=2.0, student_bias=bias, **top)
+            return jnp.sum(jnp.minimum(loss, 9.0)), loss
 
-    np.testing.assert_array_equal(loss(X, bias), np.full(N, np.inf))
-    np.testing.assert_array_equal(loss(X, jnp.full(V, -jnp.inf)), np.full(N, np.nan))
-    assert jnp.all(jnp.isfinite(jax.grad(lambda x: jnp.sum(jnp.minimum(loss(x, bias), 9.0)))(X)))
+        return jax.grad(total, has_aux=True)(W)
+
+    for bias, want in ((jnp.zeros(V).at[:2].set(-jnp.inf), np.inf), (jnp.full(V, -jnp.inf), np.nan)):
+        slope, loss = loss_and_slope(bias)
+        np.testing.assert_array_equal(loss, np.full(N, want))
+        assert jnp.isfinite(slope).all()
 
 
 def test_a_class_that_is_among_the_top_twice_is_named_under_checkify():
@@ -344,51 +350,32 @@ def test_any_number_of_tokens_beside_a_block_of_four(tokens):
     assert not any(value.any() for value in one_class)
 
 
-def test_a_token_without_weight_is_as_if_not_there():
-    bad = X.at[3].set(jnp.nan).at[7].set(jnp.inf)
-    labels, weights = Y.at[3].set(-1).at[7].set(V), WEIGHTS.at[jnp.array([3, 7])].set(0)
-    kept = np.delete(np.arange(N), [3, 7])
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def value_and_slopes(x, y, weights, block_bytes):
-        def loss(x, w):
-            return linear.cross_entropy(x, w, y, weights=weights, has_aux=True, block_bytes=block_bytes)
-
-        return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, W)
-
-    (loss, aux), (dx, dw) = value_and_slopes(bad, labels, weights, FOUR)
-    (want, _), (want_dx, want_dw) = value_and_slopes(X[kept], Y[kept], WEIGHTS[kept], None)
-    close((loss, dx[kept], dw), (want, want_dx, want_dw))
-    assert not dx[jnp.array([3, 7])].any()
-    assert aux.weight == jnp.sum(weights)
-
-    (loss, aux), slopes = value_and_slopes(bad, labels, jnp.zeros(N, bool), FOUR)
-    assert loss == 0 == aux.weight
-    assert not any(slope.any() for slope in slopes)
-    (loss, _), slopes = value_and_slopes(X[:0], Y[:0], None, None)
-    assert loss == 0 and not slopes[1].any()  # noqa: PT018
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_token_without_weight_has_no_slope_in_it_and_no_aux(reduction):
-    """Nor has what stands in for it, a token of class 0, where that class is impossible."""
-    bias = jnp.zeros(V).at[0].set(-jnp.inf)
+def test_a_token_without_weight_is_as_if_not_there(reduction):
+    """Whatever its hidden and label are. A token of class 0 stands in for it, which is impossible here."""
+    bias, gone, kept = jnp.zeros(V).at[0].set(-jnp.inf), jnp.array([3, 7]), np.delete(np.arange(N), [3, 7])
+    bad, y = X.at[3].set(jnp.nan).at[7].set(jnp.inf), jnp.maximum(Y, 1).at[3].set(-1).at[7].set(V)
+    weights = WEIGHTS.at[gone].set(0)
 
-    def both(weights, x, y):
-        def total(weights, x):
-            loss, aux = linear.cross_entropy(x, W, y, bias=bias, weights=weights, reduction=reduction, has_aux=True)
+    @jax.jit
+    def both(x, y, weights):
+        def total(x, w, weights):
+            how = {"reduction": reduction, "has_aux": True, "block_bytes": FOUR}
+            loss, aux = linear.cross_entropy(x, w, y, bias=bias, weights=weights, **how)
             return jnp.sum(loss) + jnp.sum(aux.nll) + jnp.sum(aux.logsumexp), aux
 
-        return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(weights, x)
+        return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(x, W, weights)
 
-    weights, y, kept = jnp.array([1.0, 0.0, 2.0]), jnp.array([1, -1, 2]), jnp.array([0, 2])
-    (value, aux), slopes = both(weights, X[:3], y)
-    (want, _), want_slopes = both(weights[kept], X[kept], y[kept])
-    close((value, [slope[kept] for slope in slopes]), (want, [*want_slopes]))
-    assert slopes[0][1] == 0
-    assert not slopes[1][1].any()
-    assert aux.nll[1] == aux.logsumexp[1] == 0
-    assert not aux.correct[1]
+    (loss, aux), (dx, dw, dweights) = both(bad, y, weights)
+    (want, _), want_slopes = both(X[kept], y[kept], weights[kept])
+    close((loss, (dx[kept], dw, dweights[kept])), (want, want_slopes))
+    assert not any(a[gone].any() for a in (dx, dweights, aux.nll, aux.logsumexp, aux.correct))
+    assert aux.weight == jnp.sum(weights)
+
+    for rows, nothing in ((N, jnp.zeros(N)), (0, WEIGHTS[:0])):
+        (loss, aux), slopes = both(bad[:rows], y[:rows], nothing)
+        assert loss == 0 == aux.weight
+        assert not any(slope.any() for slope in slopes)
 
 
 def test_smoothing_alone_squares_no_logsumexp():
@@ -481,7 +468,7 @@ def test_top_indices_of_16_bits_name_65536_classes():
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32"])
 def test_labels_of_any_integer_dtype(dtype):
     w = normal(H, 300)
-    assert linear.cross_entropy(X, w, Y.astype(dtype)) == linear.cross_entropy(X, w, Y)
+    close(linear.cross_entropy(X, w, Y.astype(dtype)), linear.cross_entropy(X, w, Y))
 
 
 @pytest.mark.parametrize(
@@ -501,7 +488,7 @@ def test_an_impossible_class_is_as_if_not_there(form):
         return jax.grad(lambda w: sum(losses(w, bias, labels)))(w)
 
     got, want, got_slope, want_slope = jax.jit(lambda: [
-        f(*args) for f in (losses, slope) for args in ((W, bias, labels), (W[:, keep], None, labels - (labels > 2)))
+        f(*args) for f in (losses, slope) for args in ((W, bias, labels), (W[:, keep], None, labels - jnp.int32(labels > 2)))
     ])()  # fmt: skip
     close((got, got_slope[:, keep]), (want, want_slope))
     assert not got_slope[:, 2].any()
@@ -689,22 +676,12 @@ def verbs(x, w, b, x2, w2, b2, log_probs, y, top, **how):
     }
 
 
-def first_derivatives(function):
-    """Values and their tangents, and the gradient of the sum of their squares."""
-    args = *MODELS, TEACHER
-
-    def squares(*args):
-        return sum(jnp.sum(jnp.square(value)) for value in function(*args).values())
-
-    return jax.jvp(function, args, DIRECTION), jax.grad(squares, range(7))(*args)
-
-
 def second_derivatives(function):
     """Of the entropy and a divergence, in both orders."""
     args = *MODELS, TEACHER
 
     def squares(*args):
-        values = function(*args)
+        values = function(*args, FIVE_Y, FIVE_TOP)
         return sum(jnp.sum(jnp.square(values[name])) for name in ("entropy", "kl_divergence"))
 
     def push(*args):
@@ -714,13 +691,8 @@ def second_derivatives(function):
 
 
 def of_five_classes(*args):
-    """From five classes alone; the slopes in the others are 0."""
-    return verbs(*(a[..., :5] if i in (1, 2, 4, 5) else a for i, a in enumerate(args)), FIVE_Y, FIVE_TOP)
-
-
-@functools.cache
-def unsharded_first_derivatives():
-    return jax.jit(lambda: first_derivatives(of_five_classes))()
+    """From five classes alone; the gradients in the others are 0."""
+    return verbs(*(a[..., :5] if i in (1, 2, 4, 5) else a for i, a in enumerate(args)))
 
 
 def of_shards(check_vma):
@@ -736,53 +708,52 @@ def of_shards(check_vma):
     return over_devices(local, (*MODELS_SPECS, *(P("data"),) * 3), P("data"), check_vma=check_vma)
 
 
-def of_five_shards(check_vma):
-    return lambda *args: of_shards(check_vma)(*args, FIVE_Y, FIVE_TOP)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_every_verb_of_a_sharded_vocabulary(check_vma):
-    """With classes that only fill it up: as of those that there are."""
-    got = jax.jit(lambda: first_derivatives(of_five_shards(check_vma)))()
-    close(got, unsharded_first_derivatives(), 256 * U)
+WAYS = {"five classes": of_five_classes, "blocks": functools.partial(verbs, block_bytes=4 * 8 * 4),
+        "shards": of_shards(True), "unchecked shards": of_shards(False)}  # fmt: skip
 
 
 @functools.cache
-def masked(way):
-    """Derivatives of what is kept, in forward and reverse mode, as a function of models, labels, top classes, mask."""
-    blocks = functools.partial(verbs, block_bytes=4 * 8 * 4)
-    function = {"whole": verbs, "blocks": blocks, "shards": of_shards(True)}[way]
+def first_derivatives(way):
+    """Of what the mask keeps: values and their tangents, and the gradient of the sum of their squares."""
 
     def derivatives(models, y, top, kept):
-        def squares(*args):
-            return sum(jnp.sum(jnp.square(jnp.where(kept, x, 0))) for x in function(*args, y, top).values())
+        def masked(*args):
+            return {name: jnp.where(kept, value, 0) for name, value in WAYS[way](*args, y, top).items()}
 
-        return jax.jvp(squares, models, DIRECTION)[1], jax.grad(squares, range(7))(*models)
+        def squares(*args):
+            return sum(jnp.sum(jnp.square(value)) for value in masked(*args).values())
+
+        return jax.jvp(masked, models, DIRECTION), jax.grad(squares, range(7))(*models)
 
     return jax.jit(derivatives)
 
 
-@pytest.mark.parametrize("way", ["whole", "blocks", "shards"])
-def test_a_masked_label_or_index_out_of_range_poisons_nothing(way):
-    models, kept = (*MODELS, TEACHER), jnp.ones((2, 8), bool).at[0, 3].set(False).at[1, 6].set(False)
-    y, top = jnp.where(kept, FIVE_Y, -100), jnp.where(kept[..., None], FIVE_TOP, jnp.array([[[1, -100, 8]]]))
-    got = masked(way)(models, y, top, kept)
-    close(got, masked(way)(models, FIVE_Y, FIVE_TOP, kept), 256 * U)
-    assert not any(got[1][i][~kept].any() for i in (0, 3, 6))
+@pytest.mark.parametrize("way", WAYS)
+def test_every_verb_in_blocks_of_a_sharded_vocabulary_whatever_a_mask_hides(way):
+    """With classes that only fill it up: as of those that there are. A masked label out of range poisons nothing."""
+    models, hidden = (*MODELS, TEACHER), jnp.zeros((2, 8), bool)
+    want = first_derivatives("five classes")(models, FIVE_Y, FIVE_TOP, ~hidden)
+    close(first_derivatives(way)(models, FIVE_Y, FIVE_TOP, ~hidden), want, 256 * U)
+
+    hidden = hidden.at[0, 3].set(True).at[1, 6].set(True)
+    y, top = jnp.where(hidden, -100, FIVE_Y), jnp.where(hidden[..., None], jnp.array([[[1, -100, 8]]]), FIVE_TOP)
+    got, want = (first_derivatives(way)(models, *labels, ~hidden) for labels in ((y, top), (FIVE_Y, FIVE_TOP)))
+    close(got, want, 256 * U)
+    assert not any(got[1][i][hidden].any() for i in (0, 3, 6))
 
 
-@pytest.mark.parametrize("way", ["whole", "blocks", "shards"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_masked_infinity_poisons_nothing(way):
     """Each model excludes a class that the other expects, and the label is one of them: only the entropy is finite."""
     models = *MODELS[:2], MODELS[2].at[0].set(-jnp.inf), *MODELS[3:5], MODELS[5].at[1].set(-jnp.inf), TEACHER
     y, top = jnp.zeros_like(FIVE_Y), jnp.broadcast_to(jnp.arange(3), FIVE_TOP.shape)
-    got = masked(way)(models, y, top, jnp.zeros(y.shape, bool))
+    got = first_derivatives(way)(models, y, top, jnp.zeros(y.shape, bool))
     assert not any(x.any() for x in jax.tree.leaves(got))
 
 
 def test_second_derivatives_of_a_sharded_vocabulary():
-    got = jax.jit(lambda: second_derivatives(of_five_shards(True)))()
-    close(got, jax.jit(lambda: second_derivatives(of_five_classes))(), 256 * U)
+    got, want = (jax.jit(lambda way=way: second_derivatives(WAYS[way]))() for way in ("shards", "five classes"))
+    close(got, want, 256 * U)
 
 
 def test_gradients_taken_inside_shard_map():
