@@ -33,6 +33,12 @@ Y = jnp.asarray(_rng.integers(0, V, N))
 FOUR = 4 * V * 4  # bytes of the logits of four tokens: two blocks, and two tokens that remain
 
 
+# For programs that are compared with one another: what LLVM makes better changes none of their laws.
+quick = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+
+
 def close(got, want, u=64 * U):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -487,9 +493,8 @@ def test_an_impossible_class_is_as_if_not_there(form):
     def slope(w, bias, labels):
         return jax.grad(lambda w: sum(losses(w, bias, labels)))(w)
 
-    got, want, got_slope, want_slope = jax.jit(lambda: [
-        f(*args) for f in (losses, slope) for args in ((W, bias, labels), (W[:, keep], None, labels - jnp.int32(labels > 2)))
-    ])()  # fmt: skip
+    ways = (W, bias, labels), (W[:, keep], None, labels - jnp.int32(labels > 2))
+    got, want, got_slope, want_slope = jax.jit(lambda: [f(*args) for f in (losses, slope) for args in ways])()
     close((got, got_slope[:, keep]), (want, want_slope))
     assert not got_slope[:, 2].any()
     assert jnp.isinf(linear.log_prob(jnp.full(N, 2), X, W, bias=bias, **softcap)).all()
@@ -725,7 +730,7 @@ def first_derivatives(way):
 
         return jax.jvp(masked, models, DIRECTION), jax.grad(squares, range(7))(*models)
 
-    return jax.jit(derivatives)
+    return quick(derivatives)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -752,7 +757,7 @@ def test_a_masked_infinity_poisons_nothing(way):
 
 
 def test_second_derivatives_of_a_sharded_vocabulary():
-    got, want = (jax.jit(lambda way=way: second_derivatives(WAYS[way]))() for way in ("shards", "five classes"))
+    got, want = (quick(lambda way=way: second_derivatives(WAYS[way]))() for way in ("shards", "five classes"))
     close(got, want, 256 * U)
 
 
