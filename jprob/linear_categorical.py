@@ -55,7 +55,7 @@ _NOISE = 128  # classes that draw with one key
 
 
 class Aux(NamedTuple):
-    """What `cross_entropy` knows beside the loss, per token, for metrics; all but `correct` is differentiable.
+    """What `cross_entropy` returns next to the loss, per token, for metrics; all but `correct` is differentiable.
 
     Attributes:
       nll: -log p of the label, without smoothing, z-loss or weight; 0 for a token of weight 0.
@@ -473,7 +473,7 @@ def sample(
 
     Returns:
       Independent draws, of dtype int32. The noise has the full resolution of the dtype computed in, so that classes
-      rarer than u are drawn as often as they should be. It takes the memory of 8 blocks beside that of the logits.
+      rarer than u are drawn as often as they should be. It takes the memory of 8 blocks next to that of the logits.
 
     Raises:
       ValueError: a dtype, a shape or an option is not as above.
