@@ -555,9 +555,7 @@ def _form(function, transposed, block_bytes, axis_name=None) -> _Form:
     try:
         jax.lax.axis_size(axis_name)
     except (NameError, TypeError, ValueError):
-        raise ValueError(
-            f"{function}: axis_name must be an axis of an enclosing shard_map, got {axis_name!r}"
-        ) from None
+        raise ValueError(f"{function}: axis_name must be an axis of an outer shard_map, got {axis_name!r}") from None
     return _Form(transposed, block_bytes, _accurate.Sharded(1, axis_name))
 
 

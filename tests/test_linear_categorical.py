@@ -895,7 +895,7 @@ WRONG = {
     "mode: transposed_kernel must be True or False, got 2": (linear.mode, X, W, {"transposed_kernel": 2}),
     "mode: block_bytes is static and must be a hashable Python value, got int32[]":
         (linear.mode, X, W, {"block_bytes": jnp.int32(5)}),
-    "mode: axis_name must be an axis of an enclosing shard_map, got 'v'": (linear.mode, X, W, {"axis_name": "v"}),
+    "mode: axis_name must be an axis of an outer shard_map, got 'v'": (linear.mode, X, W, {"axis_name": "v"}),
 }  # fmt: skip
 
 
