@@ -9,7 +9,15 @@ there is no loop. Blocks change no result beyond the order of the sum over token
 The logits are z = cap(hidden @ kernel + bias) / T, with cap(x) = c tanh(x / c) where a `softcap` c is given. Products
 and sums are accumulated in float32 at least (float64 where an operand has it), and a gradient is cast to its operand's
 dtype once, at the end. The errors are those of `categorical`, in units u = 2**-24 for float32 with R the largest gap
-between the logits of a token, of the logits as computed: the product itself is rounded as any product of matrices.
+between the logits of a token, of the logits as computed: the product itself is rounded as any product of matrices. A
+gradient keeps its digits through a softcap too, however saturated a logit is; the largest 2 |x| / c adds to its R.
+
+A number among the options (`softcap`, `temperature`, `label_smoothing`, `z_loss`) is traced: a new value compiles
+nothing, and an array of one number may be annealed in a `scan` or swept by `vmap`. It is cast to the dtype computed in,
+and a derivative takes it for a constant. A Python number outside its range is a ValueError; a traced one gives NaN.
+
+A token that a mask takes out of the result has no gradient, whatever its label. A label out of range gives NaN, and an
+impossible class may give inf; the gradient of either is finite. A logit of +inf gives NaN.
 
 `cross_entropy` alone reduces over tokens, since that is what saves a product: its sum is one number, so that the
 gradients of hidden and kernel come out of the same pass that makes the loss, from 3 products instead of 4. Give it all
@@ -26,7 +34,8 @@ another psum, and gradients taken inside are wrong.
 
 import math
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from itertools import compress
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +48,14 @@ from . import _accurate, _checks, _sums, categorical
 
 _BLOCK_BYTES, _BLOCK_TOKENS = 2**26, 512
 _REDUCTIONS = ("mean", "sum", "none")
-_FORM = ("softcap", "temperature", "transposed_kernel", "block_bytes", "axis_name")
+_FORM = ("transposed_kernel", "block_bytes", "axis_name")
+_CAP = {"softcap": _checks.FINITE_POSITIVE, "temperature": _checks.FINITE_POSITIVE}
+_LOSS = {"label_smoothing": _checks.UNIT_INTERVAL, "z_loss": _checks.FINITE_NOT_NEGATIVE}
 _NOISE = 128  # classes that draw with one key
 
 
 class Aux(NamedTuple):
-    """What `cross_entropy` knows beside the loss, per token, for metrics; all but `correct` is differentiable.
+    """What `cross_entropy` returns next to the loss, per token, for metrics; all but `correct` is differentiable.
 
     Attributes:
       nll: -log p of the label, without smoothing, z-loss or weight; 0 for a token of weight 0.
@@ -63,43 +74,38 @@ class Plan(NamedTuple):
     """How `cross_entropy` goes through its tokens.
 
     Attributes:
-      axis: what is cut into blocks.
       blocks: number of blocks of `block_size` tokens.
       block_size: tokens a block.
       remainder: tokens of the last, smaller block, which is no part of the loop; 0 for none.
       bytes: of the logits of one block.
-      products: of matrices the size of hidden @ kernel, for value and gradient of a reduced loss.
     """
 
-    axis: Literal["tokens"]
     blocks: int
     block_size: int
     remainder: int
     bytes: int
-    products: int
 
 
-class _Logits(NamedTuple):
-    """How logits follow from hidden and kernel, and how many at once; static."""
+class _Form(NamedTuple):
+    """How logits follow from hidden and kernel, how many at once, and what the loss needs; static."""
 
-    softcap: float | None = None
-    temperature: float = 1.0
     transposed: bool = False
     block_bytes: int | None = None
     axis: int | _accurate.Sharded = 1
+    has_aux: bool = False
+    has_bias: bool = False
 
 
-class _Loss(NamedTuple):
-    """What `cross_entropy` adds up; static."""
+class _Numbers(NamedTuple):
+    """Options that are traced; None leaves out what the option switches on."""
 
-    logits: _Logits
-    label_smoothing: float
-    z_loss: float
-    has_aux: bool
-    has_bias: bool
+    softcap: Array | None = None
+    temperature: Array | None = None
+    label_smoothing: Array | None = None
+    z_loss: Array | None = None
 
 
-@_checks.public(static=(*_FORM, "label_smoothing", "z_loss", "reduction", "has_aux"))
+@_checks.public(static=(*_FORM, "reduction", "has_aux"), **_CAP, **_LOSS)
 def cross_entropy(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
@@ -107,10 +113,10 @@ def cross_entropy(
     *,
     bias: Float[Array, "_"] | None = None,
     weights: Real[Array, "*tokens"] | Bool[Array, "*tokens"] | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
+    label_smoothing: float | Real[Array, ""] = 0.0,
+    z_loss: float | Real[Array, ""] = 0.0,
+    softcap: float | Real[Array, ""] | None = None,
+    temperature: float | Real[Array, ""] = 1.0,
     transposed_kernel: bool = False,
     reduction: str = "mean",
     has_aux: bool = False,
@@ -129,10 +135,10 @@ def cross_entropy(
       bias: [V], added to the logits; -inf marks an impossible class, with any softcap.
       weights: [...], one weight per token, not negative; a mask is one. A token of weight 0 is as if not there: it adds
         nothing to any value or gradient (that in its weight is 0 too), also if its hidden is NaN or its label is -1.
-      label_smoothing: e in [0, 1], static. The target becomes (1 - e) y + e / V, V the number of possible classes.
-      z_loss: static, at least 0. Adds z_loss * logsumexp(z)^2 per token, which keeps the normaliser near 1.
-      softcap: c, static: logits are limited to [-c, c] by c tanh(x / c). None for no limit.
-      temperature: T, static, with 0 < T < inf.
+      label_smoothing: e in [0, 1]. The target becomes (1 - e) y + e / V, V the number of possible classes.
+      z_loss: a finite number of at least 0. Adds z_loss * logsumexp(z)^2 per token, which keeps the normaliser near 1.
+      softcap: c, with 0 < c < inf: logits are limited to [-c, c] by c tanh(x / c). None for no limit.
+      temperature: T, with 0 < T < inf.
       transposed_kernel: static; whether the kernel is [V, H], as a table of embeddings is. It is not copied.
       reduction: static: "mean" (divided by the sum of the weights), "sum", or "none" (each loss times its weight).
       has_aux: static; whether to return `Aux` too.
@@ -143,7 +149,8 @@ def cross_entropy(
 
     Returns:
       The loss in nats, at least float32: one number, or one per token for "none". With `has_aux`, the pair (loss, Aux).
-      0 with a gradient of 0 where no token has a weight; NaN for a label outside [0, V). Per token the relative error
+      0 with a gradient of 0 where no token has a weight; NaN for a label outside [0, V), with the gradient of the
+      other tokens. inf for an impossible class, with a gradient of p - y. Per token the relative error
       is at most (16 + R) u of each of the terms added, which are not negative, and of a gradient entry in z as far as p
       and the target differ; V classes add log2(V) u for their sum.
 
@@ -160,30 +167,28 @@ def cross_entropy(
     2.0611537e-09 True 1.0
     """
     name = "cross_entropy"
-    form = _form(name, softcap, temperature, transposed_kernel, block_bytes, axis_name)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"{name}: z_loss must be a finite number of at least 0, got {z_loss}")
+    form = _form(name, transposed_kernel, block_bytes, axis_name)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
     _check_operands(name, form, hidden, kernel, bias)
     if weights is not None:
         weights = _checks.weights(name, "hidden without its last axis", hidden.shape[:-1], weights)
-    labels = _labels(name, form, hidden, kernel, labels, weights)
-    loss = _Loss(form, label_smoothing, z_loss, has_aux, bias is not None)
-    return _placed(partial(_cross_entropy, loss, reduction), hidden, kernel, bias, labels, weights)
+    labels, inside = _labels(name, form, hidden, kernel, labels, weights)
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "temperature": temperature}
+    numbers = _numbers(name, _dtype(hidden, kernel, bias, weights), **options)
+    form = form._replace(has_aux=has_aux, has_bias=bias is not None)
+    return _placed(partial(_cross_entropy, form, reduction), hidden, kernel, bias, labels, inside, weights, numbers)
 
 
-@_checks.public(static=_FORM)
+@_checks.public(static=_FORM, **_CAP)
 def log_prob(
     labels: Integer[Array, "*tokens"],
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
     *,
     bias: Float[Array, "_"] | None = None,
-    softcap: float | None = None,
-    temperature: float = 1.0,
+    softcap: float | Real[Array, ""] | None = None,
+    temperature: float | Real[Array, ""] = 1.0,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
     axis_name: str | None = None,
@@ -195,15 +200,15 @@ def log_prob(
       hidden: [..., H], one vector a token, in any floating dtype.
       kernel: [H, V], whose columns are the classes.
       bias: [V], added to the logits; -inf marks an impossible class.
-      softcap: static, as in `cross_entropy`.
-      temperature: T, static, with 0 < T < inf.
+      softcap: as in `cross_entropy`.
+      temperature: T, with 0 < T < inf.
       transposed_kernel: static; whether the kernel is [V, H].
       block_bytes: static, as in `cross_entropy`.
       axis_name: static, as in `cross_entropy`.
 
     Returns:
-      One value per token in nats, at least float32, at most 0: -inf for an impossible class, NaN for a label outside
-      [0, V). Relative error at most (16 + R) u; of a gradient entry in z too.
+      One value per token in nats, at least float32, at most 0: -inf for an impossible class; NaN for a label outside
+      [0, V), with a gradient of 0. Relative error at most (16 + R) u; of a gradient entry in z too.
 
     Raises:
       ValueError: a dtype, a shape or an option is not as above.
@@ -211,25 +216,26 @@ def log_prob(
     >>> print(log_prob(jnp.array([1]), jnp.array([[1.0]]), jnp.log(jnp.array([[0.75, 0.25]]))))
     [-1.3862944]
     """
-    form = _form("log_prob", softcap, temperature, transposed_kernel, block_bytes, axis_name)
+    form = _form("log_prob", transposed_kernel, block_bytes, axis_name)
     _check_operands("log_prob", form, hidden, kernel, bias)
-    labels = _labels("log_prob", form, hidden, kernel, labels)
+    labels, inside = _labels("log_prob", form, hidden, kernel, labels)
+    numbers = _numbers("log_prob", _dtype(hidden, kernel, bias), softcap=softcap, temperature=temperature)
 
-    def rows(logits, labels):
-        return -_nll(_cap(form, *logits), labels[:, None], form.axis)[0][:, 0]
+    def rows(z, labels, inside):
+        return _accurate.nan_unless(inside, -_nll(z, labels[:, None], form.axis)[0][:, 0])
 
-    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], labels)
+    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], numbers, labels, inside)
 
 
-@_checks.public(static=(*_FORM, "base"))
+@_checks.public(static=(*_FORM, "base"), **_CAP)
 def entropy(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
     *,
     bias: Float[Array, "_"] | None = None,
     base: float | None = None,
-    softcap: float | None = None,
-    temperature: float = 1.0,
+    softcap: float | Real[Array, ""] | None = None,
+    temperature: float | Real[Array, ""] = 1.0,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
     axis_name: str | None = None,
@@ -241,8 +247,8 @@ def entropy(
       kernel: [H, V], whose columns are the classes.
       bias: [V], added to the logits; -inf marks an impossible class.
       base: unit of the result, static: None for nats, 2 for bits.
-      softcap: static, as in `cross_entropy`.
-      temperature: T, static, with 0 < T < inf.
+      softcap: as in `cross_entropy`.
+      temperature: T, with 0 < T < inf.
       transposed_kernel: static; whether the kernel is [V, H].
       block_bytes: static, as in `cross_entropy`.
       axis_name: static, as in `cross_entropy`.
@@ -258,16 +264,17 @@ def entropy(
     [3. 3.]
     """
     unit = _checks.nats_to("entropy", base)
-    form = _form("entropy", softcap, temperature, transposed_kernel, block_bytes, axis_name)
+    form = _form("entropy", transposed_kernel, block_bytes, axis_name)
     _check_operands("entropy", form, hidden, kernel, bias)
+    numbers = _numbers("entropy", _dtype(hidden, kernel, bias), softcap=softcap, temperature=temperature)
 
-    def rows(logits):
-        return categorical._entropy(_cap(form, *logits), form.axis)[:, 0] * unit
+    def rows(z):
+        return categorical._entropy(z, form.axis)[:, 0] * unit
 
-    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
+    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], numbers)
 
 
-@_checks.public(static=(*_FORM, "base"))
+@_checks.public(static=(*_FORM, "base"), **_CAP)
 def kl_divergence(
     p_hidden: Float[Array, "*tokens P"],
     p_kernel: Float[Array, "_ _"],
@@ -277,8 +284,8 @@ def kl_divergence(
     p_bias: Float[Array, "_"] | None = None,
     q_bias: Float[Array, "_"] | None = None,
     base: float | None = None,
-    softcap: float | None = None,
-    temperature: float = 1.0,
+    softcap: float | Real[Array, ""] | None = None,
+    temperature: float | Real[Array, ""] = 1.0,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
     axis_name: str | None = None,
@@ -293,8 +300,8 @@ def kl_divergence(
       p_bias: [V], added to the logits of p; -inf marks an impossible class.
       q_bias: [V], added to the logits of q.
       base: unit of the result, static: None for nats, 2 for bits.
-      softcap: static, as in `cross_entropy`, for both.
-      temperature: T, static, with 0 < T < inf, for both.
+      softcap: as in `cross_entropy`, for both.
+      temperature: T, with 0 < T < inf, for both.
       transposed_kernel: static; whether both kernels are [V, H].
       block_bytes: static, as in `cross_entropy`, for the logits of both together.
       axis_name: static, as in `cross_entropy`: both kernels are sharded alike.
@@ -311,28 +318,26 @@ def kl_divergence(
     0.5108
     """
     unit = _checks.nats_to("kl_divergence", base)
-    form = _form("kl_divergence", softcap, temperature, transposed_kernel, block_bytes, axis_name)
+    form = _form("kl_divergence", transposed_kernel, block_bytes, axis_name)
     sides = _two_sides("kl_divergence", form, "pq", (p_hidden, p_kernel, p_bias), (q_hidden, q_kernel, q_bias))
+    numbers = _numbers("kl_divergence", _dtype(*sides[0], *sides[1]), softcap=softcap, temperature=temperature)
 
-    def rows(logits):
-        return _kl_divergence(form, *logits) * unit
-
-    return _placed(partial(_per_token, rows, form), sides)
+    return _placed(partial(_per_token, partial(_divergence, form), form), sides, numbers) * unit
 
 
-@_checks.public(static=_FORM)
+@_checks.public(static=_FORM, **_CAP)
 def distillation_loss(
     student_hidden: Float[Array, "*tokens S"],
     student_kernel: Float[Array, "_ _"],
     teacher_hidden: Float[Array, "*tokens T"] | None = None,
     teacher_kernel: Float[Array, "_ _"] | None = None,
     *,
-    temperature: float,
+    temperature: float | Real[Array, ""],
     top_log_probs: Float[Array, "*tokens k"] | None = None,
     top_indices: Integer[Array, "*tokens k"] | None = None,
     student_bias: Float[Array, "_"] | None = None,
     teacher_bias: Float[Array, "_"] | None = None,
-    softcap: float | None = None,
+    softcap: float | Real[Array, ""] | None = None,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
     axis_name: str | None = None,
@@ -348,20 +353,20 @@ def distillation_loss(
       student_kernel: [S, V], whose columns are the classes.
       teacher_hidden: [..., T], the same tokens, of the model that teaches; or None.
       teacher_kernel: [T, V], the same classes; or None.
-      temperature: T, static, with 0 < T < inf.
+      temperature: T, with 0 < T < inf.
       top_log_probs: [..., k], log-probabilities (or logits) of the teacher, where it has no hidden and kernel.
       top_indices: [..., k], their classes, integers in [0, V), no two of a token the same.
       student_bias: [V], added to the student's logits; -inf marks an impossible class.
       teacher_bias: [V], added to the teacher's logits.
-      softcap: static, as in `cross_entropy`, for the logits of both, before T divides them.
+      softcap: as in `cross_entropy`, for the logits of both, before T divides them.
       transposed_kernel: static; whether both kernels are [V, H].
       block_bytes: static, as in `cross_entropy`, for the logits of both together.
       axis_name: static, as in `cross_entropy`: both kernels are sharded alike, and indices count through all classes.
 
     Returns:
       One value per token in nats, at least float32, never negative; inf where the student excludes a class that the
-      teacher does not, NaN for an index outside [0, V). Relative error at most (16 + R / T) u of the logits as
-      computed, as for `categorical.distillation_loss`; in the second form of each of its terms.
+      teacher does not; NaN for an index outside [0, V), with a gradient of 0. Relative error at most (16 + R / T) u of
+      the logits as computed, as for `categorical.distillation_loss`; in the second form of each of its terms.
 
     Raises:
       ValueError: a dtype, a shape or an option is not as above, or the teacher is not given in one of the two ways.
@@ -376,32 +381,29 @@ def distillation_loss(
     [0.44377...]
     """
     name = "distillation_loss"
-    form = _form(name, softcap, temperature, transposed_kernel, block_bytes, axis_name)
-    student = (student_hidden, student_kernel, student_bias)
-    square = float(temperature) ** 2
-    if teacher_hidden is not None and teacher_kernel is not None and top_log_probs is None and top_indices is None:
-        teacher = (teacher_hidden, teacher_kernel, teacher_bias)
-        sides = _two_sides(name, form, ("student", "teacher"), student, teacher)
-
-        def rows(logits):
-            return _kl_divergence(form, *logits[::-1]) * square
-
-        return _placed(partial(_per_token, rows, form), sides)
-    by_top = top_log_probs is not None and top_indices is not None
-    if not by_top or teacher_hidden is not None or teacher_kernel is not None or teacher_bias is not None:
-        got = _given(locals(), "teacher_hidden", "teacher_kernel", "teacher_bias", "top_log_probs", "top_indices")
+    form = _form(name, transposed_kernel, block_bytes, axis_name)
+    student, teacher = (student_hidden, student_kernel, student_bias), (teacher_hidden, teacher_kernel, teacher_bias)
+    by_top = top_log_probs is not None or top_indices is not None
+    if teacher_hidden is not None and teacher_kernel is not None and not by_top:
+        sides, top = _two_sides(name, form, ("student", "teacher"), student, teacher), ()
+        rows = partial(_divergence, reverse=True)
+    elif top_log_probs is not None and top_indices is not None and all(x is None for x in teacher):
+        _check_operands(name, form, *student, "student_")
+        sides, rows = [student], _top_divergence
+        top = (top_log_probs, *_check_top(form, student_hidden, student_kernel, top_log_probs, top_indices))
+    else:
+        names = "teacher_hidden", "teacher_kernel", "teacher_bias", "top_log_probs", "top_indices"
+        got = [name for name, x in zip(names, (*teacher, top_log_probs, top_indices), strict=True) if x is not None]
         expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
-        raise ValueError(f"{name}: expected {expected}, got {got}")
-    _check_operands(name, form, student_hidden, student_kernel, student_bias, "student_")
-    indices = _check_top(form, student_hidden, student_kernel, top_log_probs, top_indices)
-
-    def top_rows(logits, log_probs, indices):
-        return _top_divergence(form, _cap(form, *logits), log_probs, indices) * square
-
-    return _placed(partial(_per_token, top_rows, form), [student], top_log_probs, indices)
+        raise ValueError(f"{name}: expected {expected}, got {', '.join(got) or 'none of them'}")
+    dtype = _dtype(*student, *teacher)
+    t = jax.lax.stop_gradient(_checks.number(name, "temperature", temperature, _CAP["temperature"], dtype))
+    numbers = _numbers(name, dtype, softcap=softcap)._replace(temperature=t)
+    top = [x.astype(dtype) / t for x in top[:1]] + [*top[1:]]
+    return _placed(partial(_per_token, partial(rows, form), form), sides, numbers, *top) * jnp.square(t)
 
 
-@_checks.public(static=("transposed_kernel", "block_bytes", "axis_name"))
+@_checks.public(static=_FORM)
 def mode(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
@@ -430,24 +432,24 @@ def mode(
     >>> print(mode(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])))
     [1 0]
     """
-    form = _form("mode", None, 1.0, transposed_kernel, block_bytes, axis_name)
+    form = _form("mode", transposed_kernel, block_bytes, axis_name)
     _check_operands("mode", form, hidden, kernel, bias)
 
-    def rows(logits):
-        return _mode(logits[0], form.axis)[:, 0]
+    def rows(z):
+        return _mode(z, form.axis)[:, 0]
 
-    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)])
+    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], _Numbers())
 
 
-@_checks.public(static=("softcap", "transposed_kernel", "block_bytes", "axis_name"))
+@_checks.public(static=_FORM, softcap=_checks.FINITE_POSITIVE, temperature=_checks.NOT_NEGATIVE)
 def sample(
     key: Key[Array, ""],
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
     *,
     bias: Float[Array, "_"] | None = None,
-    softcap: float | None = None,
-    temperature: float | Float[Array, ""] = 1.0,
+    softcap: float | Real[Array, ""] | None = None,
+    temperature: float | Real[Array, ""] = 1.0,
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
     axis_name: str | None = None,
@@ -462,18 +464,19 @@ def sample(
       hidden: [..., H], one vector a token, in any floating dtype.
       kernel: [H, V], whose columns are the classes.
       bias: [V], added to the logits; -inf marks an impossible class.
-      softcap: static, as in `cross_entropy`.
-      temperature: T >= 0, one number: 0 draws the mode (any of several that tie), inf any possible class.
+      softcap: as in `cross_entropy`.
+      temperature: T >= 0: 0 draws the mode (any of several that tie), inf any possible class. A traced T that is
+        negative draws -1.
       transposed_kernel: static; whether the kernel is [V, H].
       block_bytes: static, as in `cross_entropy`.
       axis_name: static, as in `cross_entropy`. The result counts through all classes.
 
     Returns:
       Independent draws, of dtype int32. The noise has the full resolution of the dtype computed in, so that classes
-      rarer than u are drawn as often as they should be. It takes the memory of 8 blocks beside that of the logits.
+      rarer than u are drawn as often as they should be. It takes the memory of 8 blocks next to that of the logits.
 
     Raises:
-      ValueError: `temperature` is not one number, or a dtype or a shape is not as above.
+      ValueError: a dtype, a shape or an option is not as above.
 
     Source: Gumbel (1954); Maddison, Tarlow and Minka (2014).
 
@@ -481,23 +484,21 @@ def sample(
     >>> print(f"{jnp.mean(draws):.2f}")
     0.75
     """
-    if jnp.ndim(temperature) != 0:
-        raise ValueError(f"sample: temperature must be one number, got {_checks.describe(temperature)}")
-    form = _form("sample", softcap, 1.0, transposed_kernel, block_bytes, axis_name)
+    form = _form("sample", transposed_kernel, block_bytes, axis_name)
     _check_operands("sample", form, hidden, kernel, bias)
-    temperature = jnp.asarray(temperature)
-    _checks.expect(temperature >= 0, temperature, "sample: temperature {value} is negative")
+    dtype = _dtype(hidden, kernel, bias)
+    numbers = _numbers("sample", dtype, softcap=softcap)
+    temperature = _checks.number("sample", "temperature", temperature, _checks.NOT_NEGATIVE, dtype)
     number = jnp.arange(math.prod(hidden.shape[:-1]), dtype=jnp.uint32).reshape(hidden.shape[:-1])
 
-    def draw(sides, number, key, temperature):
-        def rows(logits, number):
-            z = _cap(form, *logits)
-            z = categorical._tempered(z, form.axis, temperature.astype(z.dtype))
-            return _mode(z + _noise(_folded(key, number), z, form.axis), form.axis)[:, 0]
+    def draw(sides, numbers, number, key, temperature):
+        def rows(z, number):
+            noise = _noise(_folded(key, number), z, form.axis)
+            return _mode(categorical._tempered(z, form.axis, temperature) + noise, form.axis)[:, 0]
 
-        return _per_token(rows, form, sides, number)
+        return jnp.where(temperature >= 0, _per_token(rows, form, sides, numbers, number), -1)
 
-    return _placed(draw, [(hidden, kernel, bias)], number, key, temperature)
+    return _placed(draw, [(hidden, kernel, bias)], numbers, number, key, temperature)
 
 
 def plan(
@@ -527,9 +528,9 @@ def plan(
 
     >>> hidden, kernel = jax.ShapeDtypeStruct((8, 512, 512), "bfloat16"), jax.ShapeDtypeStruct((512, 32_000), "float32")
     >>> plan(hidden, kernel)
-    Plan(axis='tokens', blocks=8, block_size=512, remainder=0, bytes=65536000, products=3)
+    Plan(blocks=8, block_size=512, remainder=0, bytes=65536000)
     """
-    form = _form("plan", None, 1.0, transposed_kernel, block_bytes)
+    form = _form("plan", transposed_kernel, block_bytes)
     _check_operands("plan", form, hidden, kernel, None)
     return _plan(form, hidden, kernel, _dtype(hidden, kernel))
 
@@ -541,24 +542,35 @@ def _plan(form, hidden, kernel, dtype, per_token=1) -> Plan:
     size = min(num_tokens, max(1, most))
     size = next((n for n in range(size, size // 2, -1) if num_tokens % n == 0), size)
     blocks, remainder = divmod(num_tokens, size) if size else (1, 0)
-    return Plan("tokens", blocks, size, remainder, size * row, 3)
+    return Plan(blocks, size, remainder, size * row)
 
 
-def _form(function, softcap, temperature, transposed, block_bytes, axis_name=None) -> _Logits:
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{function}: softcap must be a finite number above 0, or None, got {softcap}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{function}: temperature must be a finite number above 0, got {temperature}")
+def _form(function, transposed, block_bytes, axis_name=None) -> _Form:
+    if transposed not in (True, False):
+        raise ValueError(f"{function}: transposed_kernel must be True or False, got {transposed!r}")
     if block_bytes is not None and (not isinstance(block_bytes, int) or block_bytes <= 0):
         raise ValueError(f"{function}: block_bytes must be a positive integer, got {block_bytes!r}")
-    axis = 1 if axis_name is None else _accurate.Sharded(1, axis_name)
-    return _Logits(softcap, temperature, transposed, block_bytes, axis)
+    if axis_name is None:
+        return _Form(transposed, block_bytes)
+    try:
+        jax.lax.axis_size(axis_name)
+    except (NameError, TypeError, ValueError):
+        raise ValueError(f"{function}: axis_name must be an axis of an outer shard_map, got {axis_name!r}") from None
+    return _Form(transposed, block_bytes, _accurate.Sharded(1, axis_name))
+
+
+def _numbers(function, dtype, **options) -> _Numbers:
+    """Constants to a derivative. A default, which `public` never traces, becomes None."""
+    defaults = {"softcap": None, "temperature": 1, "label_smoothing": 0, "z_loss": 0}
+    kept = {name: x for name, x in options.items() if hasattr(x, "dtype") or x != defaults[name]}
+    numbers = {name: _checks.number(function, name, x, (_CAP | _LOSS)[name], dtype) for name, x in kept.items()}
+    return jax.lax.stop_gradient(_Numbers(**numbers))
 
 
 def _check_operands(function, form, hidden, kernel, bias, side=""):
     _checks.floating(function, **{f"{side}hidden": hidden, f"{side}kernel": kernel})
     if hidden.ndim < 1 or kernel.ndim != 2 or kernel.shape[int(form.transposed)] != hidden.shape[-1]:
-        expected = f"[V, H] with {side}hidden [..., H]" if form.transposed else f"[H, V] with {side}hidden [..., H]"
+        expected = f"[{'V, H' if form.transposed else 'H, V'}] with {side}hidden [..., H]"
         got = f"{_checks.describe(kernel)} with {_checks.describe(hidden)}"
         raise ValueError(f"{function}: {side}kernel must be {expected}, got {got}")
     num_classes = _num_classes(form, kernel)
@@ -572,10 +584,9 @@ def _check_operands(function, form, hidden, kernel, bias, side=""):
 def _two_sides(function, form, names, first, second):
     for side, (hidden, kernel, bias) in zip(names, (first, second), strict=True):
         _check_operands(function, form, hidden, kernel, bias, f"{side}_")
-    expected, got = (f"{side}_{what}" for side, what in zip(names, ("hidden", "hidden"), strict=True))
-    tokens, others = first[0].shape[:-1], second[0].shape[:-1]
+    (one, other), (tokens, others) = names, (list(side[0].shape[:-1]) for side in (first, second))
     if tokens != others:
-        raise ValueError(f"{function}: {got} must have the tokens {list(tokens)} of {expected}, got {list(others)}")
+        raise ValueError(f"{function}: {other}_hidden must have the tokens {tokens} of {one}_hidden, got {others}")
     classes = [_num_classes(form, operands[1]) for operands in (first, second)]
     if classes[0] != classes[1]:
         raise ValueError(f"{function}: both kernels must have the same classes, got {classes[0]} and {classes[1]}")
@@ -587,11 +598,11 @@ def _num_classes(form, kernel):
 
 
 def _labels(function, form, hidden, kernel, labels, weights=None):
-    """Signed labels of 32 bits or more, 0 where the weight is 0: one of fewer bits could not hold V."""
+    """Labels in range, 0 in the place of any other, and which of them were."""
     labels = _checks.classes(function, "labels", labels, "hidden without its last axis", hidden.shape[:-1])
     counted = True if weights is None else weights != 0
-    _checks.in_range(function, "label", labels, _num_classes(form, kernel) * _shards(form.axis), counted)
-    return labels
+    inside = _checks.in_range(function, "label", labels, _num_classes(form, kernel) * _shards(form.axis), counted)
+    return jnp.where(inside, labels, 0), inside
 
 
 def _check_top(form, hidden, kernel, log_probs, indices):
@@ -601,18 +612,11 @@ def _check_top(form, hidden, kernel, log_probs, indices):
         expected = f"the shape {[*hidden.shape[:-1], 'k']}"
         raise ValueError(f"{name}: top_log_probs must have {expected}, got {_checks.describe(log_probs)}")
     indices = _checks.classes(name, "top_indices", indices, "top_log_probs", log_probs.shape)
-    _checks.in_range(name, "label", indices, _num_classes(form, kernel) * _shards(form.axis))
+    inside = _checks.in_range(name, "label", indices, _num_classes(form, kernel) * _shards(form.axis))
     ordered = jnp.sort(indices, axis=-1)
-    _checks.expect(
-        ordered[..., 1:] != ordered[..., :-1],
-        ordered[..., 1:],
-        f"{name}: top_indices has class {{value}} twice for one token",
-    )
-    return indices
-
-
-def _given(arguments, *names):
-    return ", ".join(name for name in names if arguments[name] is not None) or "none of them"
+    message = f"{name}: top_indices has class {{value}} twice for one token"
+    _checks.expect(ordered[..., 1:] != ordered[..., :-1], ordered[..., 1:], message)
+    return jnp.where(inside, indices, 0), jnp.all(inside, axis=-1)
 
 
 def _dtype(*operands):
@@ -634,27 +638,28 @@ def _placed(function, *operands) -> Any:
     return automatic(out_sharding=jax.tree.map(lambda out: tokens if out.ndim else one, shapes))(*operands)
 
 
-def _cross_entropy(options: _Loss, reduction, hidden, kernel, bias, labels, weights):
+def _cross_entropy(form: _Form, reduction, hidden, kernel, bias, labels, inside, weights, numbers):
     tokens = hidden.shape[:-1]
-    dtype = _dtype(hidden, kernel, bias, *([] if weights is None or not _is_floating(weights) else [weights]))
+    dtype = _dtype(hidden, kernel, bias, weights)
     w = jnp.ones(tokens, dtype) if weights is None else weights.astype(dtype)
     if weights is not None:
         w = _counted(w, w)  # of no slope where it is 0
-        hidden, labels = jnp.where((w == 0)[..., None], 0, hidden), jnp.where(w == 0, 0, labels)
-    total = jnp.sum(w)
+        hidden = jnp.where((w == 0)[..., None], 0, hidden)
+    total, known = jnp.sum(w), inside | (w == 0)
     if reduction == "none":
-        loss, *aux = _losses(options, hidden, kernel, bias, labels, dtype)
-        loss = _accurate.weigh(w, _counted(w, loss))
+        loss, *aux = _losses(form, numbers, hidden, kernel, bias, labels, dtype)
+        loss = _accurate.nan_unless(known, _accurate.weigh(w, _counted(w, loss)))
     else:
         # Shares of the weight, not a quotient of two sums: so the gradients leave the loop as they are returned.
-        share = _sums.ratio(w, total) if reduction == "mean" else w
+        share = jnp.where(inside, _sums.ratio(w, total) if reduction == "mean" else w, 0)
         flat = (hidden.reshape(-1, hidden.shape[-1]), kernel, bias, labels.reshape(-1), share.reshape(-1))
-        loss, aux = _weighted_sum(options, *flat)
+        loss, aux = _weighted_sum(form, numbers, *flat)
+        loss += _accurate.nan_unless(jnp.all(known), jnp.zeros_like(loss))
         aux = [x.reshape(tokens) for x in aux]
-    if not options.has_aux:
+    if not form.has_aux:
         return loss
     nll, logsumexp, correct = (_counted(w, x) for x in aux)
-    return loss, Aux(nll, logsumexp, correct == 1, total)
+    return loss, Aux(_accurate.nan_unless(known, nll), logsumexp, (correct == 1) & inside, total)
 
 
 def _counted(weights, x):
@@ -662,89 +667,79 @@ def _counted(weights, x):
     return jnp.where(weights == 0, 0, x)
 
 
-def _is_floating(x):
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _weighted_sum(options: _Loss, hidden, kernel, bias, labels, weights):
+def _weighted_sum(form: _Form, numbers, hidden, kernel, bias, labels, weights):
     """sum_i w_i loss_i, and of each token what `Aux` holds."""
-    loss, *aux = _losses(options, hidden, kernel, bias, labels, weights.dtype)
+    loss, *aux = _losses(form, numbers, hidden, kernel, bias, labels, weights.dtype)
     return jnp.sum(_accurate.weigh(weights, _counted(weights, loss))), aux
 
 
 @partial(_weighted_sum.defjvp, symbolic_zeros=True)
-def _weighted_sum_jvp(options: _Loss, primals, tangents):
+def _weighted_sum_jvp(form: _Form, primals, tangents):
     """d sum_i w_i loss_i = <dX, d hidden> + <dW, d kernel> + <db, d bias> + sum_i loss_i d w_i, dX, dW, db at once.
 
     So the gradients are made where the loss is, with its logits, and reverse mode only scales them.
     """
-    *operands, labels, weights = primals
-    moved = [x is not None and type(dx) is not SymbolicZero for x, dx in zip(operands, tangents[:3], strict=True)]
-    loss, aux, slopes = _loss_and_slopes(options, moved, *primals)
+    numbers, *operands, labels, weights = primals
+    _, *directions, _, dweights = tangents
+    moved = [x is not None and type(dx) is not SymbolicZero for x, dx in zip(operands, directions, strict=True)]
+    loss, aux, slopes = _loss_and_slopes(form, moved, *primals)
     loss = _counted(weights, loss)
     slope = jnp.zeros_like(out := jnp.sum(_accurate.weigh(weights, loss)))
-    for d, dx in zip(slopes, [dx for dx, move in zip(tangents, moved, strict=False) if move], strict=True):
-        slope += _psum(jnp.sum(d * dx.astype(d.dtype)), options.logits.axis)
-    if type(tangents[4]) is not SymbolicZero:
-        slope += jnp.sum(loss * tangents[4])
-    return (out, aux), (slope, _aux_tangents(options, moved, aux, operands, tangents, labels))
+    for d, dx in zip(slopes, compress(directions, moved), strict=True):
+        slope += _psum(jnp.sum(d * dx.astype(d.dtype)), form.axis)
+    if type(dweights) is not SymbolicZero:
+        slope += jnp.sum(jnp.where(jnp.isfinite(loss), loss, 0) * dweights)
+    return (out, aux), (slope, _aux_tangents(form, numbers, moved, aux, operands, directions, labels))
 
 
-def _losses(options: _Loss, hidden, kernel, bias, labels, dtype):
-    """Of each token, by `_loss_rows`: differentiable by the way that makes the logits anew."""
+def _losses(form: _Form, numbers, hidden, kernel, bias, labels, dtype):
+    """Of each token, by `_loss_rows`: differentiable by the way that makes the logits again."""
 
-    def rows(logits, labels):
-        return _loss_rows(options, _cap(options.logits, *logits), labels)[0]
+    def rows(z, labels):
+        return _loss_rows(form, numbers, z, labels)[0]
 
-    return _per_token(rows, options.logits, [(hidden, kernel, bias)], labels, dtype=dtype)
+    return _per_token(rows, form, [(hidden, kernel, bias)], numbers, labels, dtype=dtype)
 
 
-def _aux_tangents(options, moved, aux, operands, tangents, labels):
-    """Of nll and logsumexp, by the way that makes the logits anew; unused, they cost nothing under `jit`."""
-    if not aux:
-        return []
-    if not any(moved):
+def _aux_tangents(form: _Form, numbers, moved, aux, operands, directions, labels):
+    """Of nll and logsumexp, by the way that makes the logits again; unused, they cost nothing under `jit`."""
+    if not (aux and any(moved)):
         return [jnp.zeros_like(x) for x in aux]
 
     def smooth(*values):
         values = iter(values)
         hidden, kernel, bias = (next(values) if move else x for x, move in zip(operands, moved, strict=True))
-        return _losses(options, hidden, kernel, bias, labels, aux[0].dtype)[1:3]
+        return _losses(form, numbers, hidden, kernel, bias, labels, aux[0].dtype)[1:3]
 
-    pairs = [(x, dx) for x, dx, move in zip(operands, tangents, moved, strict=False) if move]
-    _, (nll, logsumexp) = jax.jvp(smooth, [x for x, _ in pairs], [dx for _, dx in pairs])
+    _, (nll, logsumexp) = jax.jvp(smooth, [*compress(operands, moved)], [*compress(directions, moved)])
     return [nll, logsumexp, 0 * aux[2]]
 
 
-def _loss_and_slopes(options: _Loss, moved, hidden, kernel, bias, labels, weights):
+def _loss_and_slopes(form: _Form, moved, numbers, hidden, kernel, bias, labels, weights):
     """Loss and aux per token, and the gradients of the weighted sum in those operands that move."""
-    form, dtype = options.logits, weights.dtype
+    dtype = weights.dtype
     shape = _plan(form, hidden, kernel, dtype)
-    operands = hidden, kernel, bias, labels, weights
+    varying = jax.tree.leaves((numbers, hidden, kernel, bias, labels, weights))
 
     def body(sums, block):
         x, y, w = block
 
-        z, uncap = jax.vjp(partial(_cap, form), _plus(bias, _product(form, x, kernel, dtype)))
-        (loss, *aux), slope = _loss_rows(options, z, y)
+        z, uncap = jax.vjp(partial(_cap, numbers), _plus(bias, _product(form, x, kernel, dtype)))
+        (loss, *aux), slope = _loss_rows(form, numbers, z, y)
         (dz,) = uncap(w[:, None] * slope)
         steps = [_kernel_slope(form, x, dz), jnp.sum(dz, axis=0)]
-        sums = [total + step for total, step in zip(sums, _chosen(moved[1:], steps), strict=True)]
+        sums = [total + step for total, step in zip(sums, compress(steps, moved[1:]), strict=True)]
         return sums, (loss, aux, *([_hidden_slope(form, dz, kernel)] if moved[0] else []))
 
     starts = [jnp.zeros(kernel.shape, dtype), jnp.zeros(_num_classes(form, kernel), dtype)]
-    starts = [_varying(start, *jax.tree.leaves(operands)) for start in _chosen(moved[1:], starts)]
+    starts = [_varying(start, *varying) for start in compress(starts, moved[1:])]
     sums, (loss, aux, *dx) = _scan(shape, body, starts, (hidden, labels, weights), in_place=True)
     return loss, aux, [*dx, *sums]
 
 
-def _chosen(flags, values):
-    return [value for value, flag in zip(values, flags, strict=True) if flag]
-
-
-def _per_token(rows, form: _Logits, sides, *arrays, dtype=None):
-    """`rows(logits, *arrays)` of all tokens, where each side (hidden, kernel, bias) gives logits, block by block."""
+def _per_token(rows, form: _Form, sides, numbers, *arrays, dtype=None):
+    """`rows(*logits, *arrays)` of all tokens, block by block. Each side (hidden, kernel, bias) gives logits."""
     hidden, kernel, _ = sides[0]
     tokens = hidden.shape[:-1]
     dtype = dtype or _dtype(*(x for side in sides for x in side))
@@ -756,7 +751,8 @@ def _per_token(rows, form: _Logits, sides, *arrays, dtype=None):
     def body(_, block):
         hiddens, arrays = block
         pairs = zip(hiddens, fixed, strict=True)
-        return None, rows([_plus(bias, _wide_product(form, x, *kernels)) for x, (*kernels, bias) in pairs], *arrays)
+        logits = [_cap(numbers, _plus(bias, _wide_product(form, x, *kernels))) for x, (*kernels, bias) in pairs]
+        return None, rows(*logits, *arrays)
 
     _, out = _scan(shape, body, None, flat)
     return jax.tree.map(lambda x: x.reshape(tokens), out)
@@ -813,14 +809,14 @@ def _dot(a, b, axes, dtype):
     return jax.lax.dot_general(a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=dtype)
 
 
-def _product(form: _Logits, hidden, kernel, dtype):
+def _product(form: _Form, hidden, kernel, dtype):
     """hidden @ kernel. Two operands of a smaller dtype are multiplied as they are."""
-    common = jnp.promote_types(hidden.dtype, kernel.dtype)
+    common = hidden.dtype if hidden.dtype == kernel.dtype else _dtype(hidden, kernel)
     return _dot(hidden.astype(common), kernel.astype(common), (1, int(form.transposed)), dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _wide_product(form: _Logits, hidden, kernel, wide):
+def _wide_product(form: _Form, hidden, kernel, wide):
     """hidden @ kernel. `wide`, the kernel in the dtype computed in, is there for the derivative alone."""
     return _product(form, hidden, kernel, wide.dtype)
 
@@ -833,14 +829,14 @@ def _wide_product_jvp(form, primals, tangents):
 
 
 def _plus(bias, z):
-    return z if bias is None else z + bias.astype(z.dtype)
+    return z if bias is None else z + bias.astype(z.dtype)[None]
 
 
-def _hidden_slope(form: _Logits, dz, kernel):
+def _hidden_slope(form: _Form, dz, kernel):
     return _dot(dz, kernel.astype(dz.dtype), (1, 1 - int(form.transposed)), dz.dtype)
 
 
-def _kernel_slope(form: _Logits, hidden, dz):
+def _kernel_slope(form: _Form, hidden, dz):
     pair = (dz, hidden.astype(dz.dtype)) if form.transposed else (hidden.astype(dz.dtype), dz)
     return _dot(*pair, (0, 0), dz.dtype)
 
@@ -851,42 +847,60 @@ def _varying(x, *others):
     return x + sum(jnp.sum(other.ravel()[:0]).astype(x.dtype) for other in others)
 
 
-def _cap(form: _Logits, z):
+def _cap(numbers: _Numbers, z):
     """The logits of a product. A class that the bias makes impossible stays so: 0 is added to any other."""
-    if form.softcap is not None:
+    if numbers.softcap is not None:
         impossible = jnp.minimum(z + jnp.finfo(z.dtype).max, 0)
-        z = form.softcap * jnp.tanh(z / form.softcap) + jax.lax.stop_gradient(impossible)
-    return z if form.temperature == 1 else z / form.temperature
+        z = numbers.softcap * _tanh(z / numbers.softcap) + jax.lax.stop_gradient(impossible)
+    return z if numbers.temperature is None else z / numbers.temperature
 
 
-def _loss_rows(options: _Loss, z, labels):
+_tanh = jax.custom_jvp(jnp.tanh)
+
+
+@_tanh.defjvp
+def _tanh_jvp(primals, tangents):
+    """d tanh(x) = 4 e / (1 + e)^2 dx with e = exp(-2 |x|): no digit cancels, as they do in 1 - tanh^2.
+
+    In a rematerialised scan jax takes a second derivative of what is written here. So the value has the plain
+    derivative of 2 / (1 + e) - 1 = tanh |x|, and |x| that of sign * x, which is right at 0 too.
+    """
+    (x,), (dx,) = primals, tangents
+    sign = jnp.where(x < 0, -1, 1).astype(x.dtype)
+    e = jnp.exp(-2 * sign * x)
+    plain = 2 * sign / (1 + e)
+    value = jax.lax.stop_gradient(jnp.tanh(x)) + (plain - jax.lax.stop_gradient(plain))
+    return value, 4 * e / jnp.square(1 + e) * dx
+
+
+def _loss_rows(form: _Form, numbers: _Numbers, z, labels):
     """What is wanted of each row: loss, and with `has_aux` nll, logsumexp and 1 for a label that is the mode.
 
     And the gradient of the loss, (1 - e) (p - y) + e (p - 1 / V) + 2 z_loss logsumexp p: written out, since the
     transpose of a psum is another psum in a `shard_map` that does not check what varies.
     """
-    axis, e, labels = options.logits.axis, options.label_smoothing, labels[:, None]
+    axis, e, z_loss, labels = form.axis, numbers.label_smoothing, numbers.z_loss, labels[:, None]
     nll, residual, log_total, p = _nll(z, labels, axis)
     loss, slope, outputs = nll, residual, ()
-    if e or options.z_loss or options.has_aux:
+    if e is not None or z_loss is not None or form.has_aux:
         top = _top(z, axis)
         logsumexp = top + log_total
         outputs = (nll, logsumexp, (_mode(z, axis) == labels).astype(z.dtype))
-        if e:
-            count, gaps = z.shape[1] * _shards(axis), _accurate.gap_below(top, z)
+        if e is not None:
+            count, gaps = z.shape[1] * _shards(axis), z - top
             target = e / count
-            if options.has_bias:  # which may exclude classes; to count them costs two passes
+            if form.has_bias:  # which may exclude classes; to count them costs two passes
                 possible = z > -jnp.inf
-                count = _accurate.total(possible.astype(z.dtype), axis)
+                count = jnp.maximum(_accurate.total(possible.astype(z.dtype), axis), 1)
                 target, gaps = jnp.where(possible, e / count, 0), jnp.where(possible, gaps, 0)
             smooth = log_total - _accurate.total(gaps, axis) / count
             # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
             loss = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll) + e * smooth
             slope = (1 - e) * residual + (e * p - target)
-        if options.z_loss:
-            loss += options.z_loss * jnp.square(logsumexp)
-            slope += 2 * options.z_loss * logsumexp * p
-    return [x[:, 0] for x in (loss, *(outputs if options.has_aux else ()))], slope
+        if z_loss is not None:
+            loss += z_loss * jnp.square(logsumexp)
+            slope += 2 * z_loss * logsumexp * p
+    return [x[:, 0] for x in (loss, *(outputs if form.has_aux else ()))], slope
 
 
 def _shards(axis):
@@ -903,7 +917,7 @@ def _psum(x, axis):
 
 
 def _top(z, axis):
-    return jax.lax.stop_gradient(_accurate.maximum(z, axis))
+    return jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
 
 
 def _mode(z, axis):
@@ -942,17 +956,16 @@ def _noise(keys, z, axis):
 
 
 def _label_terms(z, labels, axis):
-    """exp(gap) with 0 for the label, where that is, the sum of these, and the label's gap (NaN if out of range).
+    """exp(gap) with 0 for the label, where that is, the sum of these, and the label's gap.
 
     One pass over z: a mask of its own size would be written to memory for each sum that it enters.
     """
-    top, largest = _top(z, axis), jnp.finfo(z.dtype).max
+    top = _top(z, axis)
     place, here, label_logit = _logits_at(z, labels, axis)
-    at_label = jnp.arange(z.shape[1], dtype=place.dtype) == place
+    at_label = jnp.arange(z.shape[1], dtype=place.dtype)[None] == place
     never = jnp.minimum(top, -jnp.inf)  # a constant would be an array of the size of z, kept through the loop
-    others = jnp.exp(jnp.where(at_label, never, jnp.minimum(z, largest) - jnp.minimum(top, largest)))
-    label_gap = _psum(jnp.where(here, _accurate.gap_below(top, label_logit), 0), axis)
-    return others, at_label, _accurate.total(others, axis), _accurate.nan_unless(_valid(z, labels, axis), label_gap)
+    others = jnp.exp(jnp.where(at_label, never, z - top))
+    return others, at_label, _accurate.total(others, axis), _psum(jnp.where(here, label_logit - top, 0), axis)
 
 
 def _logits_at(z, classes, axis):
@@ -962,25 +975,23 @@ def _logits_at(z, classes, axis):
     return place, here, jnp.take_along_axis(z, jnp.where(here, place, 0), axis=1, mode="promise_in_bounds")
 
 
-def _valid(z, classes, axis):
-    return (classes >= 0) & (classes < z.shape[1] * _shards(axis))
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _nll(z, labels, axis):
-    """-log p_y = log1p(others + (exp(gap) - 1)) - gap with y left out of the others, and its gradient p - y.
+    """-log p_y = log1p(others exp(-gap)) = log_total - gap with y left out of the others, and its gradient p - y.
 
-    And log1p(others + (exp(gap) - 1)), the logarithm of the sum of all exponentials, and its gradient p.
+    And log_total = log1p(others + (exp(gap) - 1)), the logarithm of the sum of all exponentials, and its gradient p.
 
-    Where y is at the maximum, gap is 0, and the sum of the others keeps its digits; elsewhere others is at least 1, and
-    there is no small number to keep. XLA may make a tanh anew for the label alone: then a gap near 0 is as good. p - y
-    is p_j for the others, and minus their sum for y, never p_y - 1. All are plainly differentiable, since in a
-    rematerialised scan jax takes a second derivative of what is written here, and not by the rule.
+    Near the maximum the first form keeps the digits of the others, also where XLA computes a tanh or a quotient again
+    for the label alone, which then misses its own maximum by a rounding. Far below it, others is at least 1, and there
+    is no small number to keep. p - y is p_j for the others, and minus their sum for y, never p_y - 1. All are plainly
+    differentiable, since in a rematerialised scan jax takes a second derivative of what is written here, and not by
+    the rule.
     """
-    exponentials, at_label, others, label_gap = _label_terms(z, labels, axis)
-    log_total, total = jnp.log1p(others + jnp.expm1(label_gap)), others + jnp.exp(label_gap)
-    p, residual = (jnp.where(at_label, x, exponentials) / total for x in (jnp.exp(label_gap), -others))
-    return log_total - label_gap, residual, log_total, p
+    exponentials, at_label, others, gap = _label_terms(z, labels, axis)
+    log_total, total = jnp.log1p(others + jnp.expm1(gap)), jnp.maximum(others + jnp.exp(gap), 0.5)
+    nll = jnp.where(gap > -1, jnp.log1p(others * jnp.exp(-jnp.maximum(gap, -1))), log_total - gap)
+    p, residual = (jnp.where(at_label, x, exponentials) / total for x in (jnp.exp(gap), -others))
+    return nll, residual, log_total, p
 
 
 @_nll.defjvp
@@ -993,8 +1004,8 @@ def _nll_jvp(axis, primals, tangents):
     return (nll, residual, log_total, p), (dnll, dp, dlog_total, dp)
 
 
-def _kl_divergence(form: _Logits, p, q):
-    return categorical._kl_divergence(_cap(form, p), _cap(form, q), form.axis)[:, 0]
+def _divergence(form: _Form, p, q, *, reverse=False):
+    return categorical._kl_divergence(*((q, p) if reverse else (p, q)), form.axis)[:, 0]
 
 
 def _normaliser(z, axis):
@@ -1004,14 +1015,10 @@ def _normaliser(z, axis):
     return _top(z, axis), jax.lax.stop_gradient(value) + (plain - jax.lax.stop_gradient(plain))
 
 
-def _top_divergence(form: _Logits, z, log_probs, indices):
-    """KL(t || s) of a tempered teacher t over k classes: within them, and log1p of the odds against them."""
+def _top_divergence(form: _Form, z, log_probs, indices, inside):
+    """KL(t || s) of a teacher t over k classes: within them, and log1p of the odds against them."""
     place, here, logits = _logits_at(z, indices, form.axis)
-    valid = _valid(z, indices, form.axis)
-    within = _accurate.nan_unless(valid, _psum(jnp.where(here, logits, 0), form.axis))
-    log_probs = log_probs.astype(z.dtype) / form.temperature
-    if indices.shape[1] == z.shape[1] * _shards(form.axis):
-        return categorical.kl_divergence(log_probs, within)
+    within = _psum(jnp.where(here, logits, 0), form.axis)
     # Where the student excludes all of them, they are no distribution that a divergence could be taken from.
     excluded = jnp.all(within == -jnp.inf, axis=1, keepdims=True)
     within = jnp.where(excluded, 0, within)
@@ -1020,6 +1027,6 @@ def _top_divergence(form: _Logits, z, log_probs, indices):
     outside = z.at[jnp.arange(z.shape[0])[:, None], place].set(jnp.finfo(z.dtype).min / 8, mode="drop")
     (top_in, log_in), (top_out, log_out) = _normaliser(within, 1), _normaliser(outside, form.axis)
     odds = (top_out - top_in) + (log_out - log_in)
-    loss = categorical.kl_divergence(log_probs, within)[:, None] + jax.nn.softplus(odds)
-    possible = _top(z, form.axis) > -jnp.inf
-    return jnp.where(excluded, _accurate.nan_unless(possible, jnp.inf * jnp.ones_like(odds)), loss)[:, 0]
+    loss = categorical._kl_divergence(log_probs, within, 1) + jax.nn.softplus(odds)
+    loss = jnp.where(excluded, jnp.inf + _accurate.undefined(z, form.axis), loss)
+    return _accurate.nan_unless(inside, loss[:, 0])
