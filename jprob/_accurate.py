@@ -10,6 +10,7 @@ classes only while the expression holds no select, and otherwise writes all the 
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType, PartitionSpec, auto_axes
 
 
 def compute_dtype(*arrays: Array | jnp.dtype | float) -> jnp.dtype:
     """At least float32; float64 where an input has it."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # a strict program asks that arrays are cast, which this dtype is for
+        return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 class Sharded(NamedTuple):
@@ -46,12 +49,12 @@ def maximum(z: Array, axis: int | Sharded) -> Array:
 
 
 def nan_unless(ok: Array, x: Array) -> Array:
-    """x where `ok`, NaN elsewhere, in the gradient too.
+    """x where `ok`; elsewhere NaN as value and 0 as gradient in x.
 
     The NaN is computed, not a constant: XLA on CPU (jax 0.10 and 0.12) makes a number of exp(where(ok, x, nan)), since
     LLVM may take whatever it likes for the integer part of a NaN that it knows of.
     """
-    return x * (1 + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype)))
+    return jnp.where(ok, x, 0) + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype))
 
 
 def gap(z: Array, axis: int | Sharded) -> Array:
@@ -236,3 +239,12 @@ def _divide_jvp(primals, tangents):
     (a, b), (da, db) = primals, tangents
     ratio = divide(a, b)
     return ratio, divide(da, b) - ratio * divide(db, b)
+
+
+def automatic(function: Callable[[Array], Array], x: Array, unsharded: int = 0) -> Array:
+    """function(x), of the shape of x but for the last `unsharded` axes, where jax has no rule for explicit axes."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return function(x)
+    kept = sharding.spec[: x.ndim - unsharded]
+    return auto_axes(function, out_sharding=sharding.update(spec=PartitionSpec(*kept, *[None] * unsharded)))(x)

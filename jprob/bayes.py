@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Real
 
-from . import _accurate, _checks, gaussian
+from . import _accurate, _checks, _weights, gaussian
 
 
 class Beta(NamedTuple):
@@ -58,7 +58,7 @@ def log_posterior(
     16.7 %
     """
     prior, likelihood, axis, dtype = _canonical("log_posterior", log_prior, log_likelihood, axis)
-    return _accurate.log_softmax(_joint(prior, likelihood, axis), axis).astype(dtype)
+    return _normalised(_joint(prior, likelihood, axis), axis).astype(dtype)
 
 
 @_checks.public(static=("axis",))
@@ -92,11 +92,14 @@ def log_evidence(
     0.0594
     """
     prior, likelihood, axis, _ = _canonical("log_evidence", log_prior, log_likelihood, axis)
-    prior = _accurate.finite_top(prior, axis)
     # What the prior excludes must not be seen, however likely it makes the observation.
     likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
-    none = jnp.where(jnp.max(prior, axis=axis) == -jnp.inf, jnp.nan, 0)
-    return jnp.squeeze(_log_evidence(prior, likelihood, axis), axis) + none
+    joint = jnp.where(prior == -jnp.inf, -jnp.inf, prior + likelihood)
+    before, best = (jnp.max(z, axis=axis, keepdims=True) for z in (prior, joint))
+    possible = jnp.isfinite(best)
+    prior, likelihood = (jnp.where(possible, z, 0) for z in (prior, likelihood))
+    value = jnp.where(possible, _log_evidence(prior, likelihood, axis), -jnp.inf)
+    return jnp.squeeze(_accurate.nan_unless(jnp.isfinite(before) & (best < jnp.inf), value), axis)
 
 
 @_checks.public()
@@ -134,13 +137,13 @@ def update(
     if log_likelihoods.ndim < 2:
         expected = "one axis of observations and one of hypotheses"
         raise ValueError(f"update: log_likelihoods must have {expected}, got {_checks.describe(log_likelihoods)}")
-    # A prior of fewer axes must not meet the axis of observations; one of as many would broadcast along it.
-    if log_prior.ndim >= log_likelihoods.ndim:
-        log_likelihoods = jnp.expand_dims(log_likelihoods, range(1, 2 + log_prior.ndim - log_likelihoods.ndim))
+    # The prior and one likelihood get one rank, so that neither meets the axis of observations.
+    rank = max(log_prior.ndim, log_likelihoods.ndim - 1)
+    log_likelihoods = jnp.expand_dims(log_likelihoods, range(1, 2 + rank - log_likelihoods.ndim))
+    log_prior = jnp.expand_dims(log_prior, range(1 + rank - log_prior.ndim))
     prior, likelihoods, axis, dtype = _canonical("update", log_prior, log_likelihoods, -1)
-    prior = _accurate.finite_top(prior, axis)
     total = jnp.cumsum(_gap(jnp.where(prior == -jnp.inf, -jnp.inf, likelihoods), axis), axis=0)
-    return _accurate.log_softmax(_joint(prior, total, axis), axis).astype(dtype)
+    return _normalised(_joint(prior, total, axis), axis).astype(dtype)
 
 
 @_checks.public(static=("axis",))
@@ -180,19 +183,24 @@ def gaussian_posterior(
     >>> print(f"{loc:.4f} +- {scale:.4f}")
     1.5000 +- 0.5000
     """
-    observed = gaussian.fit(x, axis=axis, weights=weights).loc
-    count = _count(x, axis, weights, observed)
-    given = {"prior_loc": prior_loc, "prior_scale": prior_scale, "x": observed, "scale": scale, "weights": count}
-    arrays = _checks.broadcast_together("gaussian_posterior", _accurate.compute_dtype(*given.values()), **given)
-    prior_loc, prior_scale, observed, scale, count = arrays
-    a = _positive("prior_scale", prior_scale)
+    x, w, ok, axis = _weights.weighted("gaussian_posterior", x, axis, weights)
+    observed, count = jnp.squeeze(_weights.deviations(x, w, axis)[1], axis), jnp.sum(w, axis=axis)
+    given = {"prior_loc": prior_loc, "prior_scale": prior_scale, "x": observed, "scale": scale}
+    dtype = _accurate.compute_dtype(*given.values())
+    prior_loc, a, observed, b = _checks.broadcast_together("gaussian_posterior", dtype, **given)
+    count, ok = (jnp.broadcast_to(v, a.shape) for v in (count.astype(dtype), ok))
+    known = _checks.FINITE_POSITIVE.holds(b)
+    _checks.expect(a > 0, a, "gaussian_posterior: prior_scale {value} is not positive")
+    _checks.expect(known, b, "gaussian_posterior: scale {value} is not positive and finite")
+    ok &= (a > 0) & known & jnp.isfinite(prior_loc)
+    prior_loc, a, b = jnp.where(ok, prior_loc, 0), jnp.where(ok, a, 1), jnp.where(ok, b, 1)
     some = count != 0
-    b = _accurate.divide(_positive("scale", scale), jnp.sqrt(jnp.where(some, count, 1)))
-    observed = jnp.where(some, observed, prior_loc)
+    b = _accurate.divide(b, jnp.sqrt(jnp.where(some, count, 1)))
     step = observed - prior_loc
     # From the nearer of the two, so that what is added is the smaller correction.
     loc = jnp.where(_share(a, b) < 0.5, observed - _share(a, b) * step, prior_loc + _share(b, a) * step)
-    return gaussian.Parameters(jnp.where(some, loc, prior_loc), jnp.where(some, _parallel(a, b), a))
+    loc, scale = jnp.where(some, loc, prior_loc), jnp.where(some, _parallel(a, b), a)
+    return gaussian.Parameters(_accurate.nan_unless(ok, loc), _accurate.nan_unless(ok, scale))
 
 
 @_checks.public(static=("axis",))
@@ -231,17 +239,18 @@ def beta_posterior(
         raise ValueError(f"beta_posterior: labels must be real numbers or bool, got {_checks.describe(labels)}")
     soft = jnp.issubdtype(labels.dtype, jnp.floating)
     y = labels if soft else labels.astype(jnp.float32)
-    y, w, axis = gaussian._weighted("beta_posterior", y, axis, weights)
-    inside = (y >= 0) & (y <= 1)
-    _checks.expect(inside | (w == 0), y, "beta_posterior: label {value} is outside [0, 1]")
-    y = _accurate.nan_unless(inside, y)
-    yes, no = (jnp.sum(_accurate.weigh(w, share), axis=axis) for share in (y, 1 - y))
+    y, w, ok, axis = _weights.weighted("beta_posterior", y, axis, weights)
+    inside = ((y >= 0) & (y <= 1)) | (w == 0)
+    _checks.expect(inside, y, "beta_posterior: label {value} is outside [0, 1]")
+    y, ok = jnp.where(inside, y, 0), ok & jnp.all(inside, axis=axis)
+    yes, no = (jnp.sum(w * share, axis=axis) for share in (y, 1 - y))
     given = {"prior_alpha": prior_alpha, "prior_beta": prior_beta}
     dtype = _accurate.compute_dtype(yes if soft or weights is not None else 0.0, *given.values())
     alpha, beta, yes, no = _checks.broadcast_together("beta_posterior", dtype, **given, labels=yes, others=no)
     for name, value in (("prior_alpha", alpha), ("prior_beta", beta)):
         _checks.expect(value > 0, value, f"beta_posterior: {name} {{value}} is not positive")
-    return Beta(_accurate.nan_unless(alpha > 0, alpha) + yes, _accurate.nan_unless(beta > 0, beta) + no)
+    ok = jnp.broadcast_to(ok, alpha.shape) & (alpha > 0) & (beta > 0)
+    return Beta(_accurate.nan_unless(ok, alpha + yes), _accurate.nan_unless(ok, beta + no))
 
 
 def _canonical(function, log_prior, log_likelihood, axis):
@@ -254,20 +263,26 @@ def _canonical(function, log_prior, log_likelihood, axis):
         raise ValueError(f"{function}: axis must be an axis of the hypotheses {shape} that is not empty, got {axis!r}")
     axis %= prior.ndim
     _checks.logits_not_probs(function, prior, axis)
-    return prior, likelihood, axis, jnp.promote_types(log_prior.dtype, log_likelihood.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        return prior, likelihood, axis, jnp.promote_types(log_prior.dtype, log_likelihood.dtype)
 
 
 def _gap(z, axis):
     """z - max z. The maximum is held constant under differentiation, where it cancels, but only to rounding."""
-    return _accurate.gap_below(jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True)), z)
+    return z - jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True))
 
 
 def _joint(prior, likelihood, axis):
     """log prior + log likelihood up to a constant; each is taken from its maximum first, which loses no digit."""
-    prior = _accurate.finite_top(prior, axis)
     # -inf + inf is NaN: what the prior excludes stays excluded, however likely it makes the observation.
     likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
     return jnp.where(prior == -jnp.inf, -jnp.inf, _gap(prior, axis) + _gap(likelihood, axis))
+
+
+def _normalised(joint, axis):
+    """log_softmax, and NaN with gradient 0 along a row without a hypothesis."""
+    possible = jnp.isfinite(jnp.max(joint, axis=axis, keepdims=True))
+    return _accurate.nan_unless(possible, _accurate.log_softmax(jnp.where(possible, joint, 0), axis))
 
 
 def _ratios(prior, likelihood, axis):
@@ -281,7 +296,6 @@ def _ratios(prior, likelihood, axis):
     largest = jnp.max(likelihood, axis=axis, keepdims=True)
     best = jnp.take_along_axis(likelihood, jnp.argmax(joint, axis=axis, keepdims=True), axis=axis)
     r = jnp.where(largest <= 0, largest, best)
-    r = jnp.where(jnp.isfinite(r), r, 0)
     t = likelihood - r
     # exp(log p + t), not p exp(t): p may be below the smallest number where the product is not.
     joint = jnp.where(prior == -jnp.inf, -jnp.inf, log_p + t)
@@ -326,18 +340,6 @@ def _learned_jvp(axis, primals, tangents):
     p, q = _accurate.softmax(joint, axis), _accurate.softmax(prior, axis)
     after, before = p * _accurate.centred(p, d_prior + d_likelihood, axis), q * _accurate.centred(q, d_prior, axis)
     return _learned(prior, likelihood, axis), after - before
-
-
-def _positive(name, scale):
-    _checks.expect(scale > 0, scale, f"gaussian_posterior: {name} {{value}} is not positive")
-    return _accurate.nan_unless(scale > 0, scale)
-
-
-def _count(x, axis, weights, observed):
-    """The sum of the weights of each row."""
-    if weights is None:
-        return jnp.full_like(observed, x.shape[axis])
-    return jnp.sum(jnp.broadcast_to(weights, x.shape).astype(observed.dtype), axis=axis)
 
 
 @jax.custom_jvp
