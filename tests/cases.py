@@ -242,6 +242,12 @@ def public_functions() -> dict[str, Callable]:
     }
 
 
+def masked(module: str) -> list[str]:
+    """The cases of a module that have a value per example to mask."""
+    return [name for name, case in CASES.items()
+            if name.startswith(f"{module}.") and case.per_example and case.differentiable]  # fmt: skip
+
+
 BAD = (np.inf, -np.inf, np.nan, -1.0, 0.0, 2.0)
 
 
