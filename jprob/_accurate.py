@@ -12,7 +12,7 @@ classes only while the expression holds no select, and otherwise writes all the 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,4 +247,6 @@ def automatic(function: Callable[[Array], Array], x: Array, unsharded: int = 0) 
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return function(x)
     kept = sharding.spec[: x.ndim - unsharded]
-    return auto_axes(function, out_sharding=sharding.update(spec=PartitionSpec(*kept, *[None] * unsharded)))(x)
+    out: Any = sharding.update(spec=PartitionSpec(*kept, *[None] * unsharded))
+    mapped: Any = auto_axes(function, out_sharding=out)
+    return mapped(x)

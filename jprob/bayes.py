@@ -45,8 +45,8 @@ def log_posterior(
 
     Returns:
       An array of the shape they broadcast to, in the dtype they promote to, at most 0: -inf where the prior is, or the
-      likelihood; NaN along the row where that leaves none. Relative error at most (16 + R) u and one rounding to the
-      dtype; the most probable hypothesis keeps its digits too.
+      likelihood; NaN along the row, with gradient 0, if that leaves none, or for a logit of +inf. Relative error at
+      most (16 + R) u and one rounding to the dtype; the most probable hypothesis keeps its digits too.
 
     Raises:
       ValueError: an argument is not floating-point, `axis` is out of range, or the shapes do not broadcast.
@@ -77,10 +77,11 @@ def log_evidence(
       axis: the axis of the hypotheses; it is summed away.
 
     Returns:
-      One value per row in nats, at least float32: -inf (with a NaN gradient) where every possible hypothesis excludes
-      the observation, NaN where no hypothesis is possible. For log-likelihoods at most 0, as of discrete observations,
-      the relative error is at most (16 + 2 R) u, also where the evidence is near 1 and its logarithm near 0; else it is
-      that of |log-likelihood| + |result| for the hypothesis that explains the observation best.
+      One value per row in nats, at least float32: -inf where every possible hypothesis excludes the observation, NaN
+      where no hypothesis is possible or a logit is +inf, both with gradient 0. For log-likelihoods at most 0, as of
+      discrete observations, the relative error is at most (16 + 2 R) u, also where the evidence is near 1 and its
+      logarithm near 0; else it is that of |log-likelihood| + |result| for the hypothesis that explains the observation
+      best.
 
     Raises:
       ValueError: an argument is not floating-point, `axis` is out of range, or the shapes do not broadcast.
@@ -163,16 +164,18 @@ def gaussian_posterior(
 
     Args:
       prior_loc: mean of the prior.
-      prior_scale: its standard deviation, positive.
+      prior_scale: its standard deviation, positive; inf for a flat prior.
       x: observations, floating-point.
-      scale: the known standard deviation of one observation, positive.
+      scale: the known standard deviation of one observation, positive and finite.
       axis: the axis of the observations; it is summed away, and the other arguments broadcast with what remains.
-      weights: how often each observation counts, not negative, broadcast to the shape of x; their sum is n.
+      weights: how often each observation counts, real numbers or bool, not negative, broadcast to the shape of x; their
+        sum is n.
 
     Returns:
-      gaussian.Parameters(loc, scale), at least float32: the prior where there is no weight; NaN for a scale that is not
-      positive, or a negative weight. With n observations, error at most (24 + log2 n) u: of loc relative to |loc| and
-      the distance of prior and observations, of scale relative to itself, for any scales the dtype holds.
+      gaussian.Parameters(loc, scale), at least float32: the prior where there is no weight; NaN, with gradient 0, for a
+      scale that is not positive, a negative or infinite weight, or an infinite observation or prior_loc. With n
+      observations, error at most (24 + log2 n) u: of loc relative to |loc| and the distance of prior and observations,
+      of scale relative to itself, for any scales the dtype holds.
 
     Raises:
       ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.
@@ -219,12 +222,13 @@ def beta_posterior(
       prior_beta: beta of the prior, positive.
       labels: what was observed, in [0, 1]: integer or bool, or floating-point (a share of "yes").
       axis: the axis of the observations; it is summed away, and the prior broadcasts with what remains.
-      weights: how often each observation counts, not negative, broadcast to the shape of the labels. One of weight 0
-        does not count, whatever its label.
+      weights: how often each observation counts, real numbers or bool, not negative, broadcast to the shape of the
+        labels. One of weight 0 does not count, whatever its label.
 
     Returns:
-      Beta(alpha, beta), at least float32: the prior where there is no weight; NaN for a prior that is not positive, a
-      negative weight, or a label outside [0, 1]. With n observations, relative error at most (4 + log2 n) u.
+      Beta(alpha, beta), at least float32: the prior where there is no weight; NaN, with gradient 0, for a prior that is
+      not positive, a negative or infinite weight, or a label outside [0, 1]. With n observations, relative error at
+      most (4 + log2 n) u.
 
     Raises:
       ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.

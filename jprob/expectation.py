@@ -47,8 +47,9 @@ def mean(
 
     Returns:
       One value per row, in the unit of the values, at least float32: inf where a possible outcome has that value; NaN
-      where +inf and -inf are both possible, or no outcome is. Error at most (16 + R) u of sum_i p_i |v_i - v_top| and
-      2 u of |v_top|, v_top the value of the most probable outcome; a gradient entry likewise.
+      where +inf and -inf are both possible, or no outcome is. All of these have gradient 0. Error at most (16 + R) u of
+      sum_i p_i |v_i - v_top| and 2 u of |v_top|, v_top the value of the most probable outcome; a gradient entry
+      likewise.
 
     Raises:
       ValueError: the logits are not floating-point, `axis` is out of range, or the values are not real or do not
@@ -81,7 +82,7 @@ def variance(
 
     Returns:
       One value per row, in the square of the values' unit, at least float32, never negative: 0 where all possible
-      outcomes have one value; NaN where a possible outcome has an infinite value, or no outcome is possible. Relative
+      outcomes have one value; NaN, with gradient 0, where a possible outcome is infinite, or none is possible. Relative
       error at most (32 + 2 R) u, also where the values share a large offset or one outcome is nearly certain; of a
       gradient entry, relative to the sum of the magnitudes of its terms.
 

@@ -4,14 +4,18 @@ Its density is exp(-r^2 / 2) / (scale sqrt(2 pi)) with r = (x - loc) / scale, th
 deviations. Its negative log-likelihood is squared error divided by 2 scale^2, plus log scale: with a fixed scale,
 maximum likelihood is least squares.
 
-A scale is a standard deviation, never a variance: the square of 1e-30 is 0 in float32, and every formula here
-standardises before it squares, so that every normal number of the dtype is a scale that works, from the smallest
-(1.2e-38 in float32) to the largest (3.4e38). One below may be flushed to 0 by the device, and is then not positive. A
-value or gradient is right wherever it is a normal number, up to half the largest. What is undefined is NaN: an infinite
-scale, and x - loc where both are the same infinity.
+A scale is a standard deviation, never a variance: the square of 1e-30 is 0 in float32. Every normal number of the dtype
+works as a scale, from the smallest (1.2e-38 in float32) to the largest (3.4e38). A smaller one may be flushed to 0 by
+the device, and is then not positive. A value or gradient is right wherever it is a normal number, up to half the
+largest.
 
-Arguments broadcast against each other. Computed in float32 at least (float64 where an input has it); u is half the
-spacing at 1 of that dtype.
+Arguments broadcast as numpy's do. The result has the shape of one of them, unless all of them but plain numbers have
+equally many axes: [3] and [3, 1] are refused, and an outer product is written [n, 1] and [1, m].
+
+An invalid scale gives NaN, as does x - loc where both are the same infinity. No such row has a NaN gradient: it is 0
+there, and finite for infinite x, so that `jnp.where(mask, loss, 0)` is safe whatever the masked rows hold.
+
+Computed in float32 at least (float64 where an input has it); u is half the spacing at 1 of that dtype.
 """
 
 from typing import NamedTuple
@@ -47,14 +51,15 @@ def log_prob(
       x: where to evaluate, floating-point.
       loc: mean, in the unit of x.
       scale: standard deviation, positive and finite, in the unit of x; 1 where neither it nor `log_scale` is given.
-      log_scale: its logarithm, of at most 170 either way: the form for a network that predicts the scale.
+      log_scale: its logarithm, the form for a network that predicts the scale. Beyond 87 either way (708 in float64),
+        r is that of the nearest scale in the range, so that the gradient leads back.
 
     Returns:
       The log-density (in nats, per unit of x) in the shape all arguments broadcast to, at least float32; -inf at
       x = +-inf; NaN for a scale that is not positive and finite. Error at most 8 u of |r^2 / 2| + |log scale| +
       log(2 pi) / 2, since a log-density may pass through 0; of each gradient entry 8 u of itself, also that of r^2 - 1
       near one standard deviation, where the digits that x - loc rounds off come back. With `log_scale`, both
-      (8 + |log_scale|) u, but for r^2 - 1: relative to r^2 + 1.
+      (8 + |log_scale|) u, but for r^2 - 1: relative to r^2 + 1. At x = +-inf the gradient is that of -log scale alone.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, or both scale and log_scale are given.
@@ -84,15 +89,14 @@ def prob(
       x: where to evaluate, floating-point.
       loc: mean, in the unit of x.
       scale: standard deviation, positive and finite, in the unit of x; 1 where neither it nor `log_scale` is given.
-      log_scale: its logarithm, of at most 170 either way.
+      log_scale: its logarithm, as in `log_prob`.
 
     Returns:
       The density (per unit of x; it may exceed 1) in the shape all arguments broadcast to, at least float32; 0, with
       gradient 0, at x = +-inf (with `scale`, in float32 from r = 18.6 on); NaN for a scale that is not positive and
       finite. Relative error at most (16 + 3 r^2) u, and with `log_scale` (16 + 4 |log_scale|) (1 + r^2) u: the
       exponential turns the rounding of r into one of that size. So for each gradient entry; with `log_scale` that of
-      log_scale is relative to (r^2 + 1) times the density. Where the density overflows it is inf, and its gradient
-      inf, of either sign, or 0.
+      log_scale is relative to (r^2 + 1) times the density.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, or both scale and log_scale are given.
@@ -265,10 +269,12 @@ def log_interval_prob(
       scale: standard deviation, positive and finite, in the same unit.
 
     Returns:
-      A log-probability in nats, never positive, in the shape of the broadcast arguments, at least float32. -inf with
-      gradient 0 if low = high; NaN if low > high, or for an invalid scale. Relative error at most 24 u, or (24 + 3 r^2)
-      u if the interval contains the mean, r the distance of its nearer end. Each gradient entry has 64 u, within an
-      interval around the mean (24 + 3 r^2) u; that of scale relative to the sum of the magnitudes of its terms.
+      A log-probability in nats, never positive, in the shape of the broadcast arguments, at least float32: -inf with
+      gradient 0 if low = high; NaN if low > high, or for an invalid scale. Relative error at most 24 u, and (24 + 3
+      r^2) u if the interval contains the mean, r the distance of its nearer end. A gradient entry has 24 u, and 3 u
+      more for each power of e by which the density at that end is below that at the mean, or at the nearer end in a
+      tail. In scale, and in loc of an interval that contains the mean, that is relative to the sum of the magnitudes of
+      the terms. An entry is 0 once it is below the smallest normal number over scale.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -317,19 +323,22 @@ def kl_divergence(
     """KL(p || q) = (e^(2 d) - 1 - 2 d) / 2 + ((p_loc - q_loc) / q_scale)^2 / 2, d = log(p_scale / q_scale), in nats.
 
     Args:
-      p_loc: mean of p, the distribution that holds.
-      p_scale: its standard deviation, positive and finite.
-      q_loc: mean of q, the distribution that is believed.
-      q_scale: its standard deviation, positive and finite.
+      p_loc: mean of p, the reference.
+      p_scale: its standard deviation, positive and finite; 1 if neither it nor `p_log_scale` is given.
+      q_loc: mean of q, the approximation, or the prior of a variational autoencoder.
+      q_scale: its standard deviation, positive and finite; 1 if neither it nor `q_log_scale` is given.
+      p_log_scale: logarithm of p_scale, as in `log_prob`.
+      q_log_scale: logarithm of q_scale.
 
     Returns:
       One value per pair, in the shape all arguments broadcast to, at least float32, never negative: 0 where p = q; NaN
       for an invalid scale. Relative error at most 16 u, also where p and q nearly agree: both terms are
       positive, and neither is a difference of close numbers. So for the gradient in loc and p_scale; in q_scale it is
-      a sum of two terms, with that error relative to the sum of their magnitudes.
+      a sum of two terms, with that error relative to the sum of their magnitudes. A log_scale adds 4 |log_scale| u; d
+      is then the difference of the logarithms. Overflow gives inf, with gradient 0 in the scales.
 
     Raises:
-      ValueError: an argument is complex, or the shapes do not broadcast.
+      ValueError: an argument is complex, the shapes do not broadcast, or a scale is given twice.
 
     Source: Kullback and Leibler (1951), Annals of Mathematical Statistics 22(1).
 
@@ -337,14 +346,16 @@ def kl_divergence(
     0.5000
     >>> print(f"{kl_divergence(jnp.array(1e-4), 1.0, 0.0, 1.0):.4e}")
     5.0000e-09
+    >>> print(f"{kl_divergence(0.5, p_log_scale=-0.1):.4f}")  # of a latent code from the standard normal
+    0.1344
     """
-    p_given = _either("kl_divergence", "p_", p_scale, p_log_scale)
-    q_given = _either("kl_divergence", "q_", q_scale, q_log_scale)
-    given = {"p_loc": p_loc, **p_given, "q_loc": q_loc, **q_given}
+    p_name, p_value = _either("kl_divergence", "p_", p_scale, p_log_scale)
+    q_name, q_value = _either("kl_divergence", "q_", q_scale, q_log_scale)
+    given = {"p_loc": p_loc, p_name: p_value, "q_loc": q_loc, q_name: q_value}
     dtype = _accurate.compute_dtype(*given.values())
     p_loc, p, q_loc, q = _checks.broadcast_together("kl_divergence", dtype, **given)
-    p, p_log, p_ok = _valid("kl_divergence", *p_given, p)
-    q, q_log, q_ok = _valid("kl_divergence", *q_given, q)
+    p, p_log, p_ok = _valid("kl_divergence", p_name, p)
+    q, q_log, q_ok = _valid("kl_divergence", q_name, q)
     _, scale, p_loc, q_loc = _gaussian.in_units(q, p_loc, q_loc)
     if p_log_scale is None and q_log_scale is None:
         _, _, p, q = _gaussian.in_units(jnp.minimum(p, q), p, q)
@@ -369,14 +380,14 @@ def cross_entropy(
 
     Args:
       p_loc: mean of p, the distribution that holds.
-      p_scale: its standard deviation; 0 is a single observation, for which this is `nll`.
+      p_scale: its standard deviation, finite; 0 is a single observation, for which this is `nll`.
       q_loc: mean of q, the distribution that is believed.
       q_scale: its standard deviation, positive and finite.
 
     Returns:
       One value per pair, in the shape all arguments broadcast to, at least float32, of either sign; NaN for a p_scale
-      that is negative or a q_scale that is not positive and finite. Error at most 8 u of the sum of the magnitudes of
-      its terms; of the gradient, 16 u likewise, and in q it is 0 exactly where q = p.
+      that is negative or infinite or a q_scale that is not positive and finite. Error at most 8 u of the sum of the
+      magnitudes of its terms; of the gradient, 16 u likewise, and in q it is 0 exactly where q = p.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -416,19 +427,19 @@ def nll(
       x: observation, floating-point.
       loc: predicted mean, in the unit of x.
       scale: predicted standard deviation, positive and finite; 1 where neither it nor `log_scale` is given.
-      log_scale: its logarithm, of at most 170 either way.
-      beta: exponent of the weight, static, in [0, 1].
+      log_scale: its logarithm, as in `log_prob`.
+      beta: exponent of the weight, in [0, 1]: a number, traced, so that it may be annealed.
 
     Returns:
       One value per observation in nats (times unit^(2 beta)), at least float32, of either sign; inf at x = +-inf; NaN
-      for a scale that is not positive and finite. Error at most 8 u of the sum of the magnitudes of the terms of
-      `log_prob` (times the weight), and of each gradient entry 8 u of itself; with `log_scale` (8 + |log_scale|) u,
-      and that of log_scale relative to r^2 + 1 times the weight. For beta other than 0, 1/2 and 1 it grows by
-      8 + 2 |log scale|. Both live where the weight itself is beyond the dtype.
+      for a scale that is not positive and finite, or a traced beta outside [0, 1]. Error at most 8 u of the sum of the
+      magnitudes of the terms of `log_prob` (times the weight), and of each gradient entry 8 u of itself; with
+      `log_scale` (8 + |log_scale|) u, and that of log_scale relative to r^2 + 1 times the weight. A beta above 0 adds
+      8 + 2 |log scale|, for weights that are normal numbers.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, both scale and log_scale are given, or beta is
-        outside [0, 1].
+        not one number or outside [0, 1].
 
     Source: Seitzer et al. (2022), On the Pitfalls of Heteroscedastic Uncertainty Estimation, ICLR.
 
@@ -437,12 +448,12 @@ def nll(
     >>> print(jax.grad(lambda loc: nll(jnp.array(3.0), loc, 2.0, beta=1.0))(1.0))
     -2.0
     """
-    x, loc, scale, log_scale, ok, _ = _given("nll", scale, log_scale, loc, x=x)
-    value = -_gaussian.log_prob(x, loc, scale, log_scale)
+    *given, ok, _ = _given("nll", scale, log_scale, loc, x=x)
+    value = -_gaussian.log_prob(*given)
     if not (isinstance(beta, float) and beta == 0):
         beta = _checks.number("nll", "beta", beta, _checks.UNIT_INTERVAL, value.dtype)
         inside = ~jnp.isnan(beta)
-        value *= jax.lax.stop_gradient(_gaussian.scale_of(2 * jnp.where(inside, beta, 0) * log_scale))
+        value *= jax.lax.stop_gradient(_gaussian.scale_of(2 * jnp.where(inside, beta, 0) * given[-1]))
         ok &= inside
     return _accurate.nan_unless(ok, value)
 
@@ -456,14 +467,15 @@ def fit(x: Float[Array, "*shape"], *, axis: int = -1, weights: Float[Array, "*#s
     Args:
       x: observations, floating-point.
       axis: the axis of the observations; it is summed away.
-      weights: how often each counts, not negative, broadcast to the shape of x. One of weight 0 does not count, even
-        where it is not finite. Only their ratios matter.
+      weights: how often each counts, real numbers or bool, not negative, broadcast to the shape of x. An observation
+        of weight 0 does not count, even if it is not finite. Only the ratios of weights matter.
 
     Returns:
       Parameters(loc, scale), one Gaussian per row, at least float32. Where all observations are equal the scale is 0
-      exactly, with gradient 0. Without any weight nothing is determined: NaN, with gradient 0. A negative weight gives
-      NaN. With n observations, the error is at most (16 + log2 n) u: of loc relative to |loc| + scale, of scale
-      relative to itself, also where |loc| is far larger (then each deviation is an exact difference).
+      exactly, with gradient 0. Without any weight nothing is determined: NaN, with gradient 0, as for a negative or
+      infinite weight, or an infinite observation. With n observations, the error is at most (16 + log2 n) u: of loc
+      relative to |loc| + scale, of scale relative to itself, also where |loc| is far larger (then each deviation is an
+      exact difference).
 
     Raises:
       ValueError: x is not floating-point, `axis` is out of range or empty, or the weights do not broadcast.
@@ -492,7 +504,8 @@ def sample(
     Args:
       key: a random key. The same key gives the same draws, for one shape and dtype.
       loc: mean.
-      scale: standard deviation, not negative.
+      scale: standard deviation, not negative; 1 if neither it nor `log_scale` is given.
+      log_scale: its logarithm, as in `log_prob`: the reparametrised draw of a variational autoencoder.
       shape: of the result, static: it ends in the shape that loc and scale broadcast to, which is the default.
 
     Returns:
@@ -500,12 +513,14 @@ def sample(
       `jax.random.normal` (it reaches 5.4 standard deviations in float32), and what follows adds 2 u.
 
     Raises:
-      ValueError: an argument is complex, the shapes do not broadcast, or `shape` does not end in theirs.
+      ValueError: an argument is complex, the shapes do not broadcast, `shape` does not end in theirs, or both scale
+        and log_scale are given.
 
     >>> print(sample(jax.random.key(0), 5.0, 1e-3, shape=(2, 3)).shape)
     (2, 3)
     """
-    given = {"loc": loc} | _either("sample", "", scale, log_scale)
+    name, value = _either("sample", "", scale, log_scale)
+    given = {"loc": loc, name: value}
     loc, scale = _checks.broadcast_together("sample", _accurate.compute_dtype(*given.values()), **given)
     shape = _checks.sample_shape("sample", shape, loc.shape, "loc and scale")
     if log_scale is None:
@@ -519,12 +534,12 @@ def sample(
 
 
 def _either(function, prefix, scale, log_scale):
-    """The scale or its logarithm by its name: the scale 1 where none is given."""
+    """The scale or its logarithm, after its name: the scale 1 where none is given."""
     if log_scale is None:
-        return {f"{prefix}scale": 1.0 if scale is None else scale}
+        return f"{prefix}scale", 1.0 if scale is None else scale
     if scale is not None:
         raise ValueError(f"{function}: expected {prefix}scale or {prefix}log_scale, got both")
-    return {f"{prefix}log_scale": log_scale}
+    return f"{prefix}log_scale", log_scale
 
 
 def _valid(function, name, spread):
@@ -543,10 +558,10 @@ def _valid(function, name, spread):
 def _given(function, scale, log_scale, loc, **points):
     """Points, loc and scale in one unit, the logarithm of the scale, whether it is valid, and the unit."""
     _checks.floating(function, **points)
-    spread = _either(function, "", scale, log_scale)
-    given = points | {"loc": loc} | spread
+    name, value = _either(function, "", scale, log_scale)
+    given = points | {"loc": loc, name: value}
     *points, scale = _checks.broadcast_together(function, _accurate.compute_dtype(*given.values()), **given)
-    scale, log_scale, ok = _valid(function, *spread, scale)
+    scale, log_scale, ok = _valid(function, name, scale)
     unit, scale, *points = _gaussian.in_units(scale, *points)
     return *points, scale, log_scale, ok, unit
 

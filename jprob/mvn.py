@@ -5,10 +5,11 @@ the covariance. L is to D dimensions what a standard deviation is to one: its di
 unit of x, and it is never squared, since the covariance of a standard deviation of 1e-30 does not exist in float32.
 `scale_tril` makes it from a covariance, a precision (the inverse of one), or the standard deviations alone.
 
-The last axis of loc holds the dimensions, the last two of scale_tril; what stands before broadcasts. Entries of
-scale_tril above the diagonal are not read. Computed in float32 at least (float64 where an input has it); u is half the
-spacing at 1 of that dtype, and k the condition number of L for the substitution, max_i (|L^-1| |L| 1)_i: 1 for a
-diagonal L, however different its scales.
+The last axis of loc holds the dimensions, the last two of scale_tril. A loc of one number serves all dimensions. Axes
+before these broadcast as in `gaussian`, and a factor that a batch shares is never copied. Entries of scale_tril above
+the diagonal are not read. A factor with a diagonal that is not positive gives NaN, with gradient 0. Computed in float32
+at least (float64 where an input has it); u is half the spacing at 1 of that dtype, and k the condition number of L for
+the substitution, max_i (|L^-1| |L| 1)_i: 1 for a diagonal L, however different its scales.
 """
 
 from functools import partial
@@ -198,15 +199,16 @@ def fit(x: Float[Array, "*shape D"], *, axis: int = -2, weights: Float[Array, "*
     Args:
       x: observations of D numbers, on the last axis.
       axis: the axis of the observations, another one; it is summed away.
-      weights: how often each counts, not negative, broadcast to the shape of x without its last axis. One of weight 0
-        does not count, even where it is not finite. Only their ratios matter.
+      weights: how often each counts, real numbers or bool, not negative, broadcast to the shape of x without its last
+        axis. An observation of weight 0 does not count, even if it is not finite. Only the ratios matter.
 
     Returns:
       Parameters(loc, scale_tril), at least float32. Where the observations lie in a subspace (fewer than D + 1 of them
-      do) the diagonal of the factor has a 0, up to rounding, and no gradient; without any weight all is NaN. With n
-      observations, the error is at most (16 + log2 n) u of |loc| + scale. That of the factor is (8 + log2 n + 4 D) k u
-      of the largest entry of its row, for D dimensions of one scale: 8 of a deviation and the root of its share, log2 n
-      of the sums, 4 of each reflection of the QR decomposition; k is what its substitution may make of them.
+      do) the diagonal of the factor has a 0, up to rounding, and no gradient that means anything. Without any weight,
+      for a negative or infinite one, or an infinite observation, all is NaN with gradient 0. With n observations, the
+      error is at most (16 + log2 n) u of |loc| + scale. That of the factor is (8 + log2 n + 4 D) k u of the largest
+      entry of its row, for D dimensions of one scale: 8 of a deviation and the root of its share, log2 n of the sums, 4
+      of each reflection of the QR decomposition; k is what its substitution may make of them.
 
     Raises:
       ValueError: x is not floating-point, `axis` is that of the dimensions, out of range or empty, or the weights do
@@ -223,7 +225,7 @@ def fit(x: Float[Array, "*shape D"], *, axis: int = -2, weights: Float[Array, "*
     if not isinstance(axis, int) or x.ndim < 2 or axis in (-1, x.ndim - 1):
         raise ValueError(f"fit: axis must be one of {_checks.describe(x)} before the last, got {axis!r}")
     axis = axis if axis < 0 else axis - x.ndim
-    if hasattr(weights, "dtype"):
+    if weights is not None and hasattr(weights, "dtype"):
         _checks.broadcasts("fit", "weights", weights, x[..., 0], "x without its last axis")
         weights = weights[..., None]
     x, w, ok, front = _weights.weighted("fit", x, axis, weights)

@@ -130,7 +130,10 @@ def test_a_draw_may_be_a_tree_and_a_result_any_shape():
     ("call", "message"),
     [
         (lambda x: expectation.mean(x, x, axis=1), "mean: axis must be an axis of logits float32[3], got 1"),
-        (lambda x: expectation.mean(x.astype(jnp.complex64), x), "mean: values must be an array of real numbers, got complex64[3]"),
+        (
+            lambda x: expectation.mean(x.astype(jnp.complex64), x),
+            "mean: values must be an array of real numbers, got complex64[3]",
+        ),
         (lambda x: expectation.variance(jnp.ones(2), x), "variance: values must broadcast to [3] of logits"),
         (
             lambda x: expectation.monte_carlo(cube, standard, jax.random.key(0), num_samples=1),

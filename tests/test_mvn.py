@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,6 +229,26 @@ def test_a_fault_of_the_data_is_named_and_nan(call, message):
     error, value = jprob.checkify(call)(jnp.eye(3))
     assert message in error.get()
     assert jnp.isnan(value).any()
+
+
+@pytest.mark.parametrize("name", [*masked("mvn"), "mvn.sample", "gaussian.quantile"])
+def test_batches_may_lie_on_explicit_axes(name):
+    case = CASES[name]
+
+    def value_and_gradient(*args):
+        return jax.value_and_grad(lambda *a: jnp.sum(jnp.square(case.function(*a))), case.differentiable or 1)(*args)
+
+    want = value_and_gradient(*case.args)
+    with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
+        args = [a if a.ndim == 0 else jax.device_put(a, jax.P("batch")) for a in case.args]
+        chex.assert_trees_all_close(value_and_gradient(*args), want, rtol=64 * U["float32"], atol=64 * U["float32"])
+
+
+def test_observations_may_lie_on_an_explicit_axis():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
+    with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
+        got = mvn.fit(jax.device_put(x, jax.P("batch")))
+    chex.assert_trees_all_close(got, mvn.fit(x), rtol=64 * U["float32"], atol=64 * U["float32"])
 
 
 @pytest.mark.parametrize("name", masked("mvn"))
