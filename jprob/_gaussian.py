@@ -226,13 +226,14 @@ def _around(a, b):
 def _of_ends(ends, at_a, at_b, tangents):
     """at_high d high - at_low d low - (at_high - at_low) d loc - (b at_high - a at_low) d scale.
 
-    The densities at the ends have the ratio e^e, e = (b^2 - a^2) / 2, and their difference is that of the larger by
-    expm1, which keeps its digits where they are close.
+    The densities at the ends have the ratio e^e, e = (b^2 - a^2) / 2, and where they are close their difference
+    is the larger one times expm1, which keeps its digits.
     """
     (a, b, width, narrow, mirrored), (d_low, d_high, d_loc, d_scale) = ends, tangents
     e = width * ((a + b) / 2)
-    e = jnp.where(jnp.isnan(e), 0, e)
-    drop = jnp.where(e >= 0, -at_a * jnp.expm1(-e), at_b * jnp.expm1(jnp.minimum(e, 0)))
+    close = jnp.abs(e) < 1
+    e = jnp.where(close, e, 0)
+    drop = jnp.where(close, jnp.where(e >= 0, -at_a * jnp.expm1(-e), at_b * jnp.expm1(e)), at_a - at_b)
     a, b, width = _finite(a), _finite(b), _finite(width)
     stretch = jnp.where((a >= 0) | narrow, a * drop - width * at_b, a * at_a - b * at_b)
     at_low, at_high = jnp.where(mirrored, at_b, at_a), jnp.where(mirrored, at_a, at_b)
@@ -279,15 +280,21 @@ def _log_interval_prob_jvp(primals, tangents):
     """As of `interval_prob`, with the densities at the ends divided by the probability between them."""
     (*_, scale), ends, out = primals, _ends(*primals), log_interval_prob(*primals)
     a, b, width, narrow, _ = ends
-    middle, mean = a + width / 2, width * _mean_density(a + width / 2, width)
+    around = ~narrow & (a < 0)
+    # Each form sees ends of its own kind alone: elsewhere it may overflow, and 0 times its derivative is NaN.
+    w, middle = jnp.where(narrow & (width > 0), width, 1), jnp.where(narrow, a + width / 2, 0)
+    mean = w * _mean_density(middle, w)
     # The squares of an end and of the middle differ by width times their mean, over 2.
-    thin = [jnp.exp(s * width * (middle - s * width / 4) / 2) / mean for s in (1, -1)]
-    around = [jnp.exp(-jnp.square(end) / 2 - HALF_LOG_2PI) / _around(a, b) for end in (a, b)]
-    tail = _hazard(-a) / (1 - _beyond(a, b, width))
-    tails = [tail, tail * jnp.exp(-width * ((a + b) / 2))]
+    thin = [jnp.exp(s * w * (middle - s * w / 4) / 2) / mean for s in (1, -1)]
+    inner = [jnp.where(around, end, other) for end, other in ((a, -1), (b, 1))]
+    across = [jnp.exp(-jnp.square(end) / 2 - HALF_LOG_2PI) / _around(*inner) for end in inner]
+    outer = ~narrow & (a >= 0) & jnp.isfinite(a)
+    near, far, apart = jnp.where(outer, a, 0), jnp.where(outer, b, 1), jnp.where(outer, width, 1)
+    tail = _hazard(-near) / (1 - _beyond(near, far, apart))
+    tails = [tail, tail * jnp.exp(-apart * ((near + far) / 2))]
     at_a, at_b = (
-        jnp.where(jnp.isfinite(out), jnp.where(narrow, x, jnp.where(a < 0, y, z)), 0)
-        for x, y, z in zip(thin, around, tails, strict=True)
+        jnp.where(jnp.isfinite(out), jnp.where(narrow, x, jnp.where(around, y, z)), 0)
+        for x, y, z in zip(thin, across, tails, strict=True)
     )
     return out, _of_ends(ends, at_a, at_b, [tangent * (1 / scale) for tangent in tangents])
 
