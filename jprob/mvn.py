@@ -310,6 +310,8 @@ def scale_tril(
     ((name, value),) = given.items()
     value = value.astype(_accurate.compute_dtype(value))
     if diagonal is not None:
+        if value.ndim == 0:
+            raise ValueError(f"scale_tril: diagonal must have an axis of dimensions, got {_checks.describe(value)}")
         _checks.expect(value > 0, value, "scale_tril: standard deviation {value} is not positive")
         return jnp.vectorize(jnp.diag, signature="(d)->(d,d)")(_accurate.nan_unless(value > 0, value))
     _square("scale_tril", name, value)

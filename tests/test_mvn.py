@@ -191,6 +191,10 @@ def test_a_factor_comes_from_a_covariance_or_a_precision(dtype):
     ("call", "message"),
     [
         (lambda x: mvn.scale_tril(), "expected exactly one of covariance, precision and diagonal, got none"),
+        (
+            lambda x: mvn.scale_tril(diagonal=x[0, 0]),
+            "scale_tril: diagonal must have an axis of dimensions, got float32[]",
+        ),
         (lambda x: mvn.scale_tril(covariance=x, diagonal=x), "got covariance, diagonal"),
         (lambda x: mvn.scale_tril(precision=x[:2]), "scale_tril: precision must be square, got float32[2, 3]"),
         (lambda x: mvn.log_prob(x[0, :2], x[0], x), "log_prob: x must have 3 dimensions, got float32[2]"),
