@@ -155,7 +155,7 @@ def gaussian_posterior(
     scale: float | Float[Array, "*#rest"],
     *,
     axis: int = -1,
-    weights: Float[Array, "*#shape"] | None = None,
+    weights: Real[Array, "*#shape"] | Bool[Array, "*#shape"] | None = None,
 ) -> gaussian.Parameters:
     """Posterior of the mean of a Gaussian whose standard deviation is known, from a Gaussian prior of that mean.
 
@@ -213,7 +213,7 @@ def beta_posterior(
     labels: Real[Array, "*shape"] | Bool[Array, "*shape"],
     *,
     axis: int = -1,
-    weights: Float[Array, "*#shape"] | None = None,
+    weights: Real[Array, "*#shape"] | Bool[Array, "*#shape"] | None = None,
 ) -> Beta:
     """Posterior of the probability of "yes", from a beta prior: alpha grows by the number of "yes", beta by the "no".
 

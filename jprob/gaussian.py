@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Key
+from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, _gaussian, _weights
 
@@ -459,7 +459,9 @@ def nll(
 
 
 @_checks.public(static=("axis",))
-def fit(x: Float[Array, "*shape"], *, axis: int = -1, weights: Float[Array, "*#shape"] | None = None) -> Parameters:
+def fit(
+    x: Float[Array, "*shape"], *, axis: int = -1, weights: Real[Array, "*#shape"] | Bool[Array, "*#shape"] | None = None
+) -> Parameters:
     """Maximum-likelihood fit: the weighted mean, and the root of the weighted mean square deviation from it.
 
     The sum of squares is divided by the total weight, not by n - 1: that is where the likelihood is highest.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Key
+from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, _weights, gaussian
 
@@ -190,7 +190,12 @@ def _draw(loc, scale_tril, z):
 
 
 @_checks.public(static=("axis",))
-def fit(x: Float[Array, "*shape D"], *, axis: int = -2, weights: Float[Array, "*#shape"] | None = None) -> Parameters:
+def fit(
+    x: Float[Array, "*shape D"],
+    *,
+    axis: int = -2,
+    weights: Real[Array, "*#shape"] | Bool[Array, "*#shape"] | None = None,
+) -> Parameters:
     """Maximum-likelihood fit: the weighted mean, and a factor of the weighted mean of the products of deviations.
 
     The factor is the triangle of a QR decomposition of the deviations themselves: their products would have the square
