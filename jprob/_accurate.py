@@ -65,16 +65,6 @@ def gap(z: Array, axis: int | Sharded) -> Array:
     return z - finite_maximum(z, axis)
 
 
-def gap_below(top: Array, z: Array) -> Array:
-    """For callers that do not say `z - top` yet."""
-    return z - top
-
-
-def finite_top(z: Array, axis: int) -> Array:
-    """For callers that still drop +inf."""
-    return z
-
-
 def finite_maximum(z: Array, axis: int | Sharded) -> Array:
     """`maximum`, but the lowest number in a row without a possible class, so that no difference is -inf + inf."""
     return jnp.maximum(maximum(z, axis), jnp.finfo(z.dtype).min)

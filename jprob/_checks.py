@@ -210,11 +210,12 @@ def mask(function: str, where: jax.Array, logits: jax.Array) -> None:
     broadcasts(function, "where", where, logits)
 
 
-def broadcasts(function: str, name: str, value: jax.Array, logits: jax.Array) -> None:
-    """`value` broadcasts to the shape of `logits`, without making it larger."""
-    trailing = logits.shape[logits.ndim - value.ndim :] if value.ndim <= logits.ndim else None
+def broadcasts(function: str, name: str, value: jax.Array, array: jax.Array, expected: str = "logits") -> None:
+    """`value` broadcasts to the shape of `array`, the argument called `expected`, without making it larger."""
+    trailing = array.shape[array.ndim - value.ndim :] if value.ndim <= array.ndim else None
     if trailing is None or any(n not in (1, k) for n, k in zip(value.shape, trailing, strict=True)):
-        raise ValueError(f"{function}: {name} must broadcast to {list(logits.shape)} of logits, got {describe(value)}")
+        shape = list(array.shape)
+        raise ValueError(f"{function}: {name} must broadcast to {shape} of {expected}, got {describe(value)}")
 
 
 def expect(ok: jax.Array, value: jax.Array, message: str) -> None:
@@ -295,12 +296,24 @@ def broadcast_together(function: str, dtype: jnp.dtype, **arguments: Any) -> lis
     for name, array in arrays.items():
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise ValueError(f"{function}: {name} must be real, got {describe(array)}")
-    try:
-        shape = jnp.broadcast_shapes(*(array.shape for array in arrays.values()))
-    except ValueError:
-        shapes = ", ".join(f"{name} {describe(array)}" for name, array in arrays.items())
-        raise ValueError(f"{function}: expected shapes that broadcast together, got {shapes}") from None
+    shape = broadcast_shape(function, arrays)
     return [jnp.broadcast_to(array, shape).astype(dtype) for array in arrays.values()]
+
+
+def broadcast_shape(function: str, arrays: dict[str, jax.Array], shapes: Sequence[Sequence[int]] = ()) -> Sequence[int]:
+    """The shape that the arrays broadcast to, or the given parts of their shapes.
+
+    One of them has it already, unless all have equally many axes: [3] with [3, 1] is rarely meant to be [3, 3].
+    """
+    shapes = [tuple(shape) for shape in shapes or [array.shape for array in arrays.values()]]
+    try:
+        shape = jnp.broadcast_shapes(*shapes)
+    except ValueError:
+        shape = None
+    if shape is None or (shape not in shapes and len({len(s) for s in shapes if s}) > 1):
+        got = ", ".join(f"{name} {describe(array)}" for name, array in arrays.items())
+        raise ValueError(f"{function}: expected shapes that broadcast to that of one argument, got {got}")
+    return shape
 
 
 def nats_to(function: str, base: float | None) -> float:
@@ -314,7 +327,7 @@ def nats_to(function: str, base: float | None) -> float:
 
 def sample_shape(function: str, shape: Sequence[int] | None, batch: Sequence[int], name: str) -> tuple[int, ...]:
     """The shape of a sample: `batch`, or a given one that ends in it."""
-    if shape is not None and not isinstance(shape, tuple):
+    if shape is not None and not (isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)):
         raise ValueError(f"{function}: shape must be a tuple of integers, got {shape!r}")
     shape, batch = tuple(batch if shape is None else shape), tuple(batch)
     if len(shape) < len(batch) or shape[len(shape) - len(batch) :] != batch:

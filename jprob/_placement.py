@@ -22,3 +22,8 @@ def automatic(function: Callable[..., Any], *operands: Any, spec: Sequence[Any] 
     shapes = jax.eval_shape(placed(out_sharding=one), *operands) if spec else one
     shardings = jax.tree.map(lambda out: many if getattr(out, "ndim", 0) else one, shapes)
     return placed(out_sharding=shardings)(*operands)
+
+
+def spec(x: Any) -> tuple[Any, ...]:
+    """How each axis of an array is sharded, by nothing on a mesh that is not explicit."""
+    return tuple(jax.typeof(x).sharding.spec)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Real
 
-from . import _accurate, _checks, gaussian
+from . import _accurate, _checks, _weights, gaussian
 
 
 class Beta(NamedTuple):
@@ -45,8 +45,8 @@ def log_posterior(
 
     Returns:
       An array of the shape they broadcast to, in the dtype they promote to, at most 0: -inf where the prior is, or the
-      likelihood; NaN along the row where that leaves none. Relative error at most (16 + R) u and one rounding to the
-      dtype; the most probable hypothesis keeps its digits too.
+      likelihood; NaN along the row, with gradient 0, if that leaves none, or for a logit of +inf. Relative error at
+      most (16 + R) u and one rounding to the dtype; the most probable hypothesis keeps its digits too.
 
     Raises:
       ValueError: an argument is not floating-point, `axis` is out of range, or the shapes do not broadcast.
@@ -58,7 +58,7 @@ def log_posterior(
     16.7 %
     """
     prior, likelihood, axis, dtype = _canonical("log_posterior", log_prior, log_likelihood, axis)
-    return _accurate.log_softmax(_joint(prior, likelihood, axis), axis).astype(dtype)
+    return _normalised(_joint(prior, likelihood, axis), axis).astype(dtype)
 
 
 @_checks.public(static=("axis",))
@@ -77,10 +77,11 @@ def log_evidence(
       axis: the axis of the hypotheses; it is summed away.
 
     Returns:
-      One value per row in nats, at least float32: -inf (with a NaN gradient) where every possible hypothesis excludes
-      the observation, NaN where no hypothesis is possible. For log-likelihoods at most 0, as of discrete observations,
-      the relative error is at most (16 + 2 R) u, also where the evidence is near 1 and its logarithm near 0; else it is
-      that of |log-likelihood| + |result| for the hypothesis that explains the observation best.
+      One value per row in nats, at least float32: -inf where every possible hypothesis excludes the observation, NaN
+      where no hypothesis is possible or a logit is +inf, both with gradient 0. For log-likelihoods at most 0, as of
+      discrete observations, the relative error is at most (16 + 2 R) u, also where the evidence is near 1 and its
+      logarithm near 0; else it is that of |log-likelihood| + |result| for the hypothesis that explains the observation
+      best.
 
     Raises:
       ValueError: an argument is not floating-point, `axis` is out of range, or the shapes do not broadcast.
@@ -92,11 +93,14 @@ def log_evidence(
     0.0594
     """
     prior, likelihood, axis, _ = _canonical("log_evidence", log_prior, log_likelihood, axis)
-    prior = _accurate.finite_top(prior, axis)
     # What the prior excludes must not be seen, however likely it makes the observation.
     likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
-    none = jnp.where(jnp.max(prior, axis=axis) == -jnp.inf, jnp.nan, 0)
-    return jnp.squeeze(_log_evidence(prior, likelihood, axis), axis) + none
+    joint = jnp.where(prior == -jnp.inf, -jnp.inf, prior + likelihood)
+    before, best = (jnp.max(z, axis=axis, keepdims=True) for z in (prior, joint))
+    possible = jnp.isfinite(best)
+    prior, likelihood = (jnp.where(possible, z, 0) for z in (prior, likelihood))
+    value = jnp.where(possible, _log_evidence(prior, likelihood, axis), -jnp.inf)
+    return jnp.squeeze(_accurate.nan_unless(jnp.isfinite(before) & (best < jnp.inf), value), axis)
 
 
 @_checks.public()
@@ -134,13 +138,13 @@ def update(
     if log_likelihoods.ndim < 2:
         expected = "one axis of observations and one of hypotheses"
         raise ValueError(f"update: log_likelihoods must have {expected}, got {_checks.describe(log_likelihoods)}")
-    # A prior of fewer axes must not meet the axis of observations; one of as many would broadcast along it.
-    if log_prior.ndim >= log_likelihoods.ndim:
-        log_likelihoods = jnp.expand_dims(log_likelihoods, range(1, 2 + log_prior.ndim - log_likelihoods.ndim))
+    # The prior and one likelihood get one rank, so that neither meets the axis of observations.
+    rank = max(log_prior.ndim, log_likelihoods.ndim - 1)
+    log_likelihoods = jnp.expand_dims(log_likelihoods, range(1, 2 + rank - log_likelihoods.ndim))
+    log_prior = jnp.expand_dims(log_prior, range(1 + rank - log_prior.ndim))
     prior, likelihoods, axis, dtype = _canonical("update", log_prior, log_likelihoods, -1)
-    prior = _accurate.finite_top(prior, axis)
     total = jnp.cumsum(_gap(jnp.where(prior == -jnp.inf, -jnp.inf, likelihoods), axis), axis=0)
-    return _accurate.log_softmax(_joint(prior, total, axis), axis).astype(dtype)
+    return _normalised(_joint(prior, total, axis), axis).astype(dtype)
 
 
 @_checks.public(static=("axis",))
@@ -151,7 +155,7 @@ def gaussian_posterior(
     scale: float | Float[Array, "*#rest"],
     *,
     axis: int = -1,
-    weights: Float[Array, "*#shape"] | None = None,
+    weights: Real[Array, "*#shape"] | Bool[Array, "*#shape"] | None = None,
 ) -> gaussian.Parameters:
     """Posterior of the mean of a Gaussian whose standard deviation is known, from a Gaussian prior of that mean.
 
@@ -160,16 +164,18 @@ def gaussian_posterior(
 
     Args:
       prior_loc: mean of the prior.
-      prior_scale: its standard deviation, positive.
+      prior_scale: its standard deviation, positive; inf for a flat prior.
       x: observations, floating-point.
-      scale: the known standard deviation of one observation, positive.
+      scale: the known standard deviation of one observation, positive and finite.
       axis: the axis of the observations; it is summed away, and the other arguments broadcast with what remains.
-      weights: how often each observation counts, not negative, broadcast to the shape of x; their sum is n.
+      weights: how often each observation counts, real numbers or bool, not negative, broadcast to the shape of x; their
+        sum is n.
 
     Returns:
-      gaussian.Parameters(loc, scale), at least float32: the prior where there is no weight; NaN for a scale that is not
-      positive, or a negative weight. With n observations, error at most (24 + log2 n) u: of loc relative to |loc| and
-      the distance of prior and observations, of scale relative to itself, for any scales the dtype holds.
+      gaussian.Parameters(loc, scale), at least float32: the prior where there is no weight; NaN, with gradient 0, for a
+      scale that is not positive, a negative or infinite weight, or an infinite observation or prior_loc. With n
+      observations, error at most (24 + log2 n) u: of loc relative to |loc| and the distance of prior and observations,
+      of scale relative to itself, for any scales the dtype holds.
 
     Raises:
       ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.
@@ -180,19 +186,24 @@ def gaussian_posterior(
     >>> print(f"{loc:.4f} +- {scale:.4f}")
     1.5000 +- 0.5000
     """
-    observed = gaussian.fit(x, axis=axis, weights=weights).loc
-    count = _count(x, axis, weights, observed)
-    given = {"prior_loc": prior_loc, "prior_scale": prior_scale, "x": observed, "scale": scale, "weights": count}
-    arrays = _checks.broadcast_together("gaussian_posterior", _accurate.compute_dtype(*given.values()), **given)
-    prior_loc, prior_scale, observed, scale, count = arrays
-    a = _positive("prior_scale", prior_scale)
+    x, w, ok, axis = _weights.weighted("gaussian_posterior", x, axis, weights)
+    observed, count = jnp.squeeze(_weights.deviations(x, w, axis)[1], axis), jnp.sum(w, axis=axis)
+    given = {"prior_loc": prior_loc, "prior_scale": prior_scale, "x": observed, "scale": scale}
+    dtype = _accurate.compute_dtype(*given.values())
+    prior_loc, a, observed, b = _checks.broadcast_together("gaussian_posterior", dtype, **given)
+    count, ok = (jnp.broadcast_to(v, a.shape) for v in (count.astype(dtype), ok))
+    known = _checks.FINITE_POSITIVE.holds(b)
+    _checks.expect(a > 0, a, "gaussian_posterior: prior_scale {value} is not positive")
+    _checks.expect(known, b, "gaussian_posterior: scale {value} is not positive and finite")
+    ok &= (a > 0) & known & jnp.isfinite(prior_loc)
+    prior_loc, a, b = jnp.where(ok, prior_loc, 0), jnp.where(ok, a, 1), jnp.where(ok, b, 1)
     some = count != 0
-    b = _accurate.divide(_positive("scale", scale), jnp.sqrt(jnp.where(some, count, 1)))
-    observed = jnp.where(some, observed, prior_loc)
+    b = _accurate.divide(b, jnp.sqrt(jnp.where(some, count, 1)))
     step = observed - prior_loc
     # From the nearer of the two, so that what is added is the smaller correction.
     loc = jnp.where(_share(a, b) < 0.5, observed - _share(a, b) * step, prior_loc + _share(b, a) * step)
-    return gaussian.Parameters(jnp.where(some, loc, prior_loc), jnp.where(some, _parallel(a, b), a))
+    loc, scale = jnp.where(some, loc, prior_loc), jnp.where(some, _parallel(a, b), a)
+    return gaussian.Parameters(_accurate.nan_unless(ok, loc), _accurate.nan_unless(ok, scale))
 
 
 @_checks.public(static=("axis",))
@@ -202,7 +213,7 @@ def beta_posterior(
     labels: Real[Array, "*shape"] | Bool[Array, "*shape"],
     *,
     axis: int = -1,
-    weights: Float[Array, "*#shape"] | None = None,
+    weights: Real[Array, "*#shape"] | Bool[Array, "*#shape"] | None = None,
 ) -> Beta:
     """Posterior of the probability of "yes", from a beta prior: alpha grows by the number of "yes", beta by the "no".
 
@@ -211,12 +222,13 @@ def beta_posterior(
       prior_beta: beta of the prior, positive.
       labels: what was observed, in [0, 1]: integer or bool, or floating-point (a share of "yes").
       axis: the axis of the observations; it is summed away, and the prior broadcasts with what remains.
-      weights: how often each observation counts, not negative, broadcast to the shape of the labels. One of weight 0
-        does not count, whatever its label.
+      weights: how often each observation counts, real numbers or bool, not negative, broadcast to the shape of the
+        labels. One of weight 0 does not count, whatever its label.
 
     Returns:
-      Beta(alpha, beta), at least float32: the prior where there is no weight; NaN for a prior that is not positive, a
-      negative weight, or a label outside [0, 1]. With n observations, relative error at most (4 + log2 n) u.
+      Beta(alpha, beta), at least float32: the prior where there is no weight; NaN, with gradient 0, for a prior that is
+      not positive, a negative or infinite weight, or a label outside [0, 1]. With n observations, relative error at
+      most (4 + log2 n) u.
 
     Raises:
       ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.
@@ -231,17 +243,18 @@ def beta_posterior(
         raise ValueError(f"beta_posterior: labels must be real numbers or bool, got {_checks.describe(labels)}")
     soft = jnp.issubdtype(labels.dtype, jnp.floating)
     y = labels if soft else labels.astype(jnp.float32)
-    y, w, axis = gaussian._weighted("beta_posterior", y, axis, weights)
-    inside = (y >= 0) & (y <= 1)
-    _checks.expect(inside | (w == 0), y, "beta_posterior: label {value} is outside [0, 1]")
-    y = _accurate.nan_unless(inside, y)
-    yes, no = (jnp.sum(_accurate.weigh(w, share), axis=axis) for share in (y, 1 - y))
+    y, w, ok, axis = _weights.weighted("beta_posterior", y, axis, weights)
+    inside = ((y >= 0) & (y <= 1)) | (w == 0)
+    _checks.expect(inside, y, "beta_posterior: label {value} is outside [0, 1]")
+    y, ok = jnp.where(inside, y, 0), ok & jnp.all(inside, axis=axis)
+    yes, no = (jnp.sum(w * share, axis=axis) for share in (y, 1 - y))
     given = {"prior_alpha": prior_alpha, "prior_beta": prior_beta}
     dtype = _accurate.compute_dtype(yes if soft or weights is not None else 0.0, *given.values())
     alpha, beta, yes, no = _checks.broadcast_together("beta_posterior", dtype, **given, labels=yes, others=no)
     for name, value in (("prior_alpha", alpha), ("prior_beta", beta)):
         _checks.expect(value > 0, value, f"beta_posterior: {name} {{value}} is not positive")
-    return Beta(_accurate.nan_unless(alpha > 0, alpha) + yes, _accurate.nan_unless(beta > 0, beta) + no)
+    ok = jnp.broadcast_to(ok, alpha.shape) & (alpha > 0) & (beta > 0)
+    return Beta(_accurate.nan_unless(ok, alpha + yes), _accurate.nan_unless(ok, beta + no))
 
 
 def _canonical(function, log_prior, log_likelihood, axis):
@@ -254,20 +267,26 @@ def _canonical(function, log_prior, log_likelihood, axis):
         raise ValueError(f"{function}: axis must be an axis of the hypotheses {shape} that is not empty, got {axis!r}")
     axis %= prior.ndim
     _checks.logits_not_probs(function, prior, axis)
-    return prior, likelihood, axis, jnp.promote_types(log_prior.dtype, log_likelihood.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        return prior, likelihood, axis, jnp.promote_types(log_prior.dtype, log_likelihood.dtype)
 
 
 def _gap(z, axis):
     """z - max z. The maximum is held constant under differentiation, where it cancels, but only to rounding."""
-    return _accurate.gap_below(jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True)), z)
+    return z - jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True))
 
 
 def _joint(prior, likelihood, axis):
     """log prior + log likelihood up to a constant; each is taken from its maximum first, which loses no digit."""
-    prior = _accurate.finite_top(prior, axis)
     # -inf + inf is NaN: what the prior excludes stays excluded, however likely it makes the observation.
     likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
     return jnp.where(prior == -jnp.inf, -jnp.inf, _gap(prior, axis) + _gap(likelihood, axis))
+
+
+def _normalised(joint, axis):
+    """log_softmax, and NaN with gradient 0 along a row without a hypothesis."""
+    possible = jnp.isfinite(jnp.max(joint, axis=axis, keepdims=True))
+    return _accurate.nan_unless(possible, _accurate.log_softmax(jnp.where(possible, joint, 0), axis))
 
 
 def _ratios(prior, likelihood, axis):
@@ -281,7 +300,6 @@ def _ratios(prior, likelihood, axis):
     largest = jnp.max(likelihood, axis=axis, keepdims=True)
     best = jnp.take_along_axis(likelihood, jnp.argmax(joint, axis=axis, keepdims=True), axis=axis)
     r = jnp.where(largest <= 0, largest, best)
-    r = jnp.where(jnp.isfinite(r), r, 0)
     t = likelihood - r
     # exp(log p + t), not p exp(t): p may be below the smallest number where the product is not.
     joint = jnp.where(prior == -jnp.inf, -jnp.inf, log_p + t)
@@ -326,18 +344,6 @@ def _learned_jvp(axis, primals, tangents):
     p, q = _accurate.softmax(joint, axis), _accurate.softmax(prior, axis)
     after, before = p * _accurate.centred(p, d_prior + d_likelihood, axis), q * _accurate.centred(q, d_prior, axis)
     return _learned(prior, likelihood, axis), after - before
-
-
-def _positive(name, scale):
-    _checks.expect(scale > 0, scale, f"gaussian_posterior: {name} {{value}} is not positive")
-    return _accurate.nan_unless(scale > 0, scale)
-
-
-def _count(x, axis, weights, observed):
-    """The sum of the weights of each row."""
-    if weights is None:
-        return jnp.full_like(observed, x.shape[axis])
-    return jnp.sum(jnp.broadcast_to(weights, x.shape).astype(observed.dtype), axis=axis)
 
 
 @jax.custom_jvp

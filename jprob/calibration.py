@@ -26,7 +26,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Integer, Real
 
-from . import _accurate, _checks, _placement, _sums
+from . import _accurate, _checks, _placement, _weights
 
 # Of Newton's method. 20 000 random sets with logits from 1e-8 to 1e8 and weights from 1e-25 to 1 need at most 28 in
 # float32 and 20 in float64; usual ones need 6.
@@ -107,7 +107,7 @@ def _reliability(num_bins, logits, labels, weights):
     known = jnp.isfinite(confidence)
     index = jnp.where(known, jnp.ceil(confidence * num_bins) - 1, 0).astype(jnp.int32)
     values = _accurate.weigh(w[:, None], jnp.where(known[:, None], values, 0))
-    sums = _sums.sum_by(jnp.clip(index, 0, num_bins - 1), values, num_bins)
+    sums = _weights.sum_by(jnp.clip(index, 0, num_bins - 1), values, num_bins)
     return Reliability(*jnp.where(jnp.all(known | (w == 0)), sums, jnp.nan).T)
 
 
@@ -135,7 +135,7 @@ def expected_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     """
     table = _checked("expected_calibration_error", table)
     gap = jnp.sum(jnp.abs(table.correct - table.confidence), axis=-1)
-    return _sums.ratio(gap, jnp.sum(table.weight, axis=-1))
+    return _weights.ratio(gap, jnp.sum(table.weight, axis=-1))
 
 
 @_checks.public()
@@ -160,7 +160,7 @@ def maximum_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     0.6000
     """
     table = _checked("maximum_calibration_error", table)
-    return jnp.max(_sums.ratio(jnp.abs(table.correct - table.confidence), table.weight), axis=-1)
+    return jnp.max(_weights.ratio(jnp.abs(table.correct - table.confidence), table.weight), axis=-1)
 
 
 @_checks.public()
@@ -195,12 +195,12 @@ def brier_decomposition(table: Reliability) -> BrierDecomposition:
     table = _checked("brier_decomposition", table)
     weight, confidence, correct, squared_error = table
     total = jnp.sum(weight, axis=-1, keepdims=True)
-    share = _sums.ratio(weight, total)
-    accuracy = _sums.ratio(correct, weight)
-    overall = _sums.ratio(jnp.sum(correct, axis=-1, keepdims=True), total)
-    miss = _sums.ratio(jnp.sum(weight - correct, axis=-1, keepdims=True), total)
-    score = jnp.sum(_sums.ratio(squared_error, total), axis=-1)
-    gap = _sums.ratio(confidence - correct, weight)
+    share = _weights.ratio(weight, total)
+    accuracy = _weights.ratio(correct, weight)
+    overall = _weights.ratio(jnp.sum(correct, axis=-1, keepdims=True), total)
+    miss = _weights.ratio(jnp.sum(weight - correct, axis=-1, keepdims=True), total)
+    score = jnp.sum(_weights.ratio(squared_error, total), axis=-1)
+    gap = _weights.ratio(confidence - correct, weight)
     parts = (
         jnp.sum(share * jnp.square(gap), axis=-1),
         jnp.sum(share * jnp.square(accuracy - overall), axis=-1),

@@ -47,8 +47,9 @@ def mean(
 
     Returns:
       One value per row, in the unit of the values, at least float32: inf where a possible outcome has that value; NaN
-      where +inf and -inf are both possible, or no outcome is. Error at most (16 + R) u of sum_i p_i |v_i - v_top| and
-      2 u of |v_top|, v_top the value of the most probable outcome; a gradient entry likewise.
+      where +inf and -inf are both possible, or no outcome is. All of these have gradient 0. Error at most (16 + R) u of
+      sum_i p_i |v_i - v_top| and 2 u of |v_top|, v_top the value of the most probable outcome; a gradient entry
+      likewise.
 
     Raises:
       ValueError: the logits are not floating-point, `axis` is out of range, or the values are not real or do not
@@ -59,8 +60,8 @@ def mean(
     >>> print(mean(jnp.arange(1, 7), jnp.zeros(6)))
     3.5
     """
-    v, z, axis = _canonical("mean", values, logits, axis)
-    return jnp.squeeze(_mean(v, z, axis), axis)
+    v, z, axis, infinite, possible = _canonical("mean", values, logits, axis)
+    return jnp.squeeze(_accurate.nan_unless(possible, _mean(v, z, axis) + infinite), axis)
 
 
 @_checks.public(static=("axis",))
@@ -81,7 +82,7 @@ def variance(
 
     Returns:
       One value per row, in the square of the values' unit, at least float32, never negative: 0 where all possible
-      outcomes have one value; NaN where a possible outcome has an infinite value, or no outcome is possible. Relative
+      outcomes have one value; NaN, with gradient 0, where a possible outcome is infinite, or none is possible. Relative
       error at most (32 + 2 R) u, also where the values share a large offset or one outcome is nearly certain; of a
       gradient entry, relative to the sum of the magnitudes of its terms.
 
@@ -94,8 +95,8 @@ def variance(
     >>> print(variance(jnp.array([10000.0, 10001.0]), jnp.zeros(2)))
     0.25
     """
-    v, z, axis = _canonical("variance", values, logits, axis)
-    return jnp.squeeze(_variance(v, z, axis), axis)
+    v, z, axis, infinite, possible = _canonical("variance", values, logits, axis)
+    return jnp.squeeze(_accurate.nan_unless(possible & (infinite == 0), _variance(v, z, axis)), axis)
 
 
 @_checks.public(static=("fn", "sample", "num_samples"))
@@ -143,7 +144,11 @@ def monte_carlo(
 
 
 def _canonical(function, values, logits, axis):
-    """Values and logits of one shape in the dtype computed in, and the axis from the front."""
+    """Values and logits of one shape in the dtype computed in, and the axis from the front.
+
+    Also what the infinite values of a row add up to (0 where there are none), and whether an outcome is possible. A row
+    that has no finite mean has values and logits of 0.
+    """
     _checks.floating(function, logits=logits)
     axis = _checks.class_axis(function, logits, axis)
     _checks.logits_not_probs(function, logits, axis)
@@ -155,13 +160,15 @@ def _canonical(function, values, logits, axis):
     z = logits.astype(dtype)
     # What cannot happen must not be seen: 0 * inf is NaN.
     v = jnp.where(z == -jnp.inf, 0, jnp.broadcast_to(values, logits.shape).astype(dtype))
-    return v, z, axis
+    infinite = jax.lax.stop_gradient(_total(jnp.where(jnp.isfinite(v), 0, v), axis))
+    possible = jnp.isfinite(jnp.max(z, axis=axis, keepdims=True))
+    usual = possible & jnp.isfinite(infinite)
+    return jnp.where(usual, v, 0), jnp.where(usual, z, 0), axis, infinite, possible
 
 
 def _centre(v, z, axis):
-    """The value of the most probable outcome, 0 where it is infinite."""
-    top = jnp.take_along_axis(v, jnp.argmax(z, axis=axis, keepdims=True), axis=axis)
-    return jnp.where(jnp.isfinite(top), top, 0)
+    """The value of the most probable outcome."""
+    return jnp.take_along_axis(v, jnp.argmax(z, axis=axis, keepdims=True), axis=axis)
 
 
 def _total(x, axis):

@@ -41,10 +41,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Integer, Key, Real
 
-from . import _accurate, _checks, _sums, categorical
+from . import _accurate, _checks, _placement, _weights, categorical
 
 _BLOCK_BYTES, _BLOCK_TOKENS = 2**26, 512
 _REDUCTIONS = ("mean", "sum", "none")
@@ -624,18 +623,9 @@ def _dtype(*operands):
 
 
 def _placed(function, *operands) -> Any:
-    """`function(*operands)`, with its mesh left to the compiler: its results are sharded as the tokens are.
-
-    Where axes of the mesh are explicit, each product, gather and reshape would have to name the sharding of its result.
-    """
-    hidden, *others = (jax.typeof(x).sharding for x in jax.tree.leaves(operands))
-    mesh = next((x.mesh for x in (hidden, *others) if x.mesh.explicit_axes), None)
-    if mesh is None:
-        return function(*operands)
-    one, tokens = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), hidden.spec[:-1]))
-    automatic = partial(jax.sharding.auto_axes, function, axes=mesh.explicit_axes)
-    shapes = jax.eval_shape(automatic(out_sharding=one), *operands)
-    return automatic(out_sharding=jax.tree.map(lambda out: tokens if out.ndim else one, shapes))(*operands)
+    """`function(*operands)`, whose results are sharded as the tokens of the first operand are."""
+    hidden = jax.tree.leaves(operands)[0]
+    return _placement.automatic(function, *operands, spec=_placement.spec(hidden)[:-1])
 
 
 def _cross_entropy(form: _Form, reduction, hidden, kernel, bias, labels, inside, weights, numbers):
@@ -651,7 +641,7 @@ def _cross_entropy(form: _Form, reduction, hidden, kernel, bias, labels, inside,
         loss = _accurate.nan_unless(known, _accurate.weigh(w, _counted(w, loss)))
     else:
         # Shares of the weight, not a quotient of two sums: so the gradients leave the loop as they are returned.
-        share = jnp.where(inside, _sums.ratio(w, total) if reduction == "mean" else w, 0)
+        share = jnp.where(inside, _weights.ratio(w, total) if reduction == "mean" else w, 0)
         flat = (hidden.reshape(-1, hidden.shape[-1]), kernel, bias, labels.reshape(-1), share.reshape(-1))
         loss, aux = _weighted_sum(form, numbers, *flat)
         loss += _accurate.nan_unless(jnp.all(known), jnp.zeros_like(loss))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer, Real
 
-from . import _accurate, _checks, _placement, _sums
+from . import _accurate, _checks, _placement, _weights
 
 _AVERAGES = (None, "macro", "micro", "weighted")
 
@@ -87,7 +87,7 @@ def accuracy(matrix: Real[Array, "*batch K K"]) -> Float[Array, "*batch"]:
     0.875
     """
     counts, row, _ = _counts("accuracy", matrix)
-    return _sums.ratio(jnp.sum(counts, axis=-1), jnp.sum(row, axis=-1))
+    return _weights.ratio(jnp.sum(counts, axis=-1), jnp.sum(row, axis=-1))
 
 
 @_checks.public()
@@ -111,7 +111,7 @@ def balanced_accuracy(matrix: Real[Array, "*batch K K"]) -> Float[Array, "*batch
     0.5
     """
     counts, row, _ = _counts("balanced_accuracy", matrix)
-    return _sums.ratio(jnp.sum(_sums.ratio(counts, row), axis=-1), jnp.sum(row != 0, axis=-1, dtype=row.dtype))
+    return _weights.ratio(jnp.sum(_weights.ratio(counts, row), axis=-1), jnp.sum(row != 0, axis=-1, dtype=row.dtype))
 
 
 @_checks.public(static=("average",))
@@ -237,7 +237,7 @@ def _confusion_matrix(num_classes, labels, predictions, weights):
         invalid = jnp.asarray(info.min, w.dtype) >> (jnp.arange(num_classes**2, dtype=w.dtype) % (info.bits - 1))
     else:
         invalid = jnp.nan
-    counts = _sums.sum_by((row * num_classes + column).ravel(), jnp.where(valid, w, 0).ravel(), num_classes**2)
+    counts = _weights.sum_by((row * num_classes + column).ravel(), jnp.where(valid, w, 0).ravel(), num_classes**2)
     return jnp.where(jnp.all(valid | ~counted), counts, invalid).reshape(num_classes, num_classes)
 
 
@@ -247,7 +247,7 @@ def _perplexity(nll, weights):
     dtype = _accurate.compute_dtype(nll, w)
     # Shares of the weight, not a quotient of two sums, which may overflow.
     w = w.astype(dtype)
-    share = _sums.ratio(w, jnp.sum(w))
+    share = _weights.ratio(w, jnp.sum(w))
     mean = jnp.sum(_accurate.weigh(share, nll.astype(dtype)))
     constant = jax.lax.stop_gradient(mean)
     return jnp.exp(jnp.where(jnp.exp(constant) < jnp.inf, mean, constant))
@@ -270,10 +270,10 @@ def _averaged(function, hits, total, row, column, average):
     if average not in _AVERAGES:
         raise ValueError(f"{function}: average must be one of {', '.join(map(repr, _AVERAGES))}, got {average!r}")
     if average == "micro":
-        return _sums.ratio(jnp.sum(hits, axis=-1), jnp.sum(row, axis=-1))
-    score = _sums.ratio(hits, total)
+        return _weights.ratio(jnp.sum(hits, axis=-1), jnp.sum(row, axis=-1))
+    score = _weights.ratio(hits, total)
     if average == "macro":
-        return _sums.ratio(jnp.sum(score, axis=-1), jnp.sum(row + column != 0, axis=-1, dtype=row.dtype))
+        return _weights.ratio(jnp.sum(score, axis=-1), jnp.sum(row + column != 0, axis=-1, dtype=row.dtype))
     if average == "weighted":
-        return _sums.ratio(jnp.sum(row * score, axis=-1), jnp.sum(row, axis=-1))
+        return _weights.ratio(jnp.sum(row * score, axis=-1), jnp.sum(row, axis=-1))
     return score

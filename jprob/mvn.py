@@ -5,20 +5,22 @@ the covariance. L is to D dimensions what a standard deviation is to one: its di
 unit of x, and it is never squared, since the covariance of a standard deviation of 1e-30 does not exist in float32.
 `scale_tril` makes it from a covariance, a precision (the inverse of one), or the standard deviations alone.
 
-The last axis of loc holds the dimensions, the last two of scale_tril; what stands before broadcasts. Entries of
-scale_tril above the diagonal are not read. Computed in float32 at least (float64 where an input has it); u is half the
-spacing at 1 of that dtype, and k the condition number of L for the substitution, max_i (|L^-1| |L| 1)_i: 1 for a
-diagonal L, however different its scales.
+The last axis of loc holds the dimensions, the last two of scale_tril. A loc of one number serves all dimensions. Axes
+before these broadcast as in `gaussian`, and a factor that a batch shares is never copied. Entries of scale_tril above
+the diagonal are not read. A factor with a diagonal that is not positive gives NaN, with gradient 0. Computed in float32
+at least (float64 where an input has it); u is half the spacing at 1 of that dtype, and k the condition number of L for
+the substitution, max_i (|L^-1| |L| 1)_i: 1 for a diagonal L, however different its scales.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Key
+from jaxtyping import Bool, Float, Key, Real
 
-from . import _accurate, _checks, gaussian
+from . import _accurate, _checks, _placement, _weights, gaussian
 
 
 class Parameters(NamedTuple):
@@ -30,7 +32,9 @@ class Parameters(NamedTuple):
 
 @_checks.public()
 def log_prob(
-    x: Float[Array, "*#batch D"], loc: Float[Array, "*#batch D"], scale_tril: Float[Array, "*#batch D D"]
+    x: Float[Array, "*#batch D"],
+    loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
+    scale_tril: Float[Array, "*#batch D D"],
 ) -> Float[Array, "*batch"]:
     """Log-density -|r|^2 / 2 - sum_i log L_ii - D log(2 pi) / 2 with r = L^-1 (x - loc).
 
@@ -51,10 +55,18 @@ def log_prob(
     >>> print(f"{log_prob(jnp.zeros(2), jnp.zeros(2), jnp.eye(2)):.4f}")
     -1.8379
     """
-    x, loc, scale_tril = _canonical("log_prob", {"x": x, "loc": loc}, {"scale_tril": scale_tril})
-    r = _solve(scale_tril, (x - loc)[..., None])[..., 0]
+    given = _canonical("log_prob", {"x": x, "loc": loc}, {"scale_tril": scale_tril})
+    return jnp.vectorize(_log_prob, signature="(d),(d),(d,d)->()")(*given)
+
+
+def _log_prob(x, loc, scale_tril):
+    lower, ok = _usable(scale_tril)
+    offset = x - loc
+    near = jnp.all(jnp.isfinite(offset))
+    r = _solve(lower, jnp.where(near, offset, 0)[:, None])[:, 0]
     # A sum of univariate log-densities of standard numbers; the scales enter by their logarithms alone.
-    return jnp.sum(gaussian.log_prob(r) - jnp.log(_diagonal(scale_tril)), axis=-1)
+    value = jnp.sum(gaussian.log_prob(r)) - jnp.sum(jnp.log(jnp.diagonal(lower)))
+    return _accurate.nan_unless(ok, jnp.where(near, value, jax.lax.stop_gradient(-jnp.sum(jnp.abs(offset)))))
 
 
 @_checks.public()
@@ -77,14 +89,19 @@ def entropy(scale_tril: Float[Array, "*batch D D"]) -> Float[Array, "*batch"]:
     2.8379
     """
     (scale_tril,) = _canonical("entropy", {}, {"scale_tril": scale_tril})
-    return jnp.sum(gaussian.entropy(_diagonal(scale_tril)), axis=-1)
+    return jnp.vectorize(_entropy, signature="(d,d)->()")(scale_tril)
+
+
+def _entropy(scale_tril):
+    lower, ok = _usable(scale_tril)
+    return _accurate.nan_unless(ok, jnp.sum(gaussian.entropy(jnp.diagonal(lower))))
 
 
 @_checks.public()
 def kl_divergence(
-    p_loc: Float[Array, "*#batch D"],
+    p_loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
     p_scale_tril: Float[Array, "*#batch D D"],
-    q_loc: Float[Array, "*#batch D"],
+    q_loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
     q_scale_tril: Float[Array, "*#batch D D"],
 ) -> Float[Array, "*batch"]:
     """KL(p || q) = sum_i (M_ii^2 - 1 - 2 log M_ii) / 2 + sum_{i > j} M_ij^2 / 2 + |r|^2 / 2, in nats.
@@ -114,18 +131,25 @@ def kl_divergence(
     """
     locs = {"p_loc": p_loc, "q_loc": q_loc}
     scales = {"p_scale_tril": p_scale_tril, "q_scale_tril": q_scale_tril}
-    p_loc, q_loc, p_scale, q_scale = _canonical("kl_divergence", locs, scales)
-    r = _solve(q_scale, (p_loc - q_loc)[..., None])
-    below = jnp.tril(_solve(q_scale, jnp.tril(p_scale - q_scale)), -1)
-    stretch = gaussian.kl_divergence(0.0, _diagonal(p_scale), 0.0, _diagonal(q_scale))
-    squares = jnp.sum(jnp.square(below), axis=(-2, -1)) + jnp.sum(jnp.square(r), axis=(-2, -1))
-    return jnp.sum(stretch, axis=-1) + squares / 2
+    given = _canonical("kl_divergence", locs, scales)
+    return jnp.vectorize(_kl_divergence, signature="(d),(d),(d,d),(d,d)->()")(*given)
+
+
+def _kl_divergence(p_loc, q_loc, p_scale_tril, q_scale_tril):
+    (p, p_ok), (q, q_ok), offset = _usable(p_scale_tril), _usable(q_scale_tril), p_loc - q_loc
+    near = jnp.all(jnp.isfinite(offset))
+    r = _solve(q, jnp.where(near, offset, 0)[:, None])
+    below = jnp.tril(_solve(q, p - q), -1)
+    stretch = gaussian.kl_divergence(0.0, jnp.diagonal(p), 0.0, jnp.diagonal(q))
+    value = jnp.sum(stretch) + (jnp.sum(jnp.square(below)) + jnp.sum(jnp.square(r))) / 2
+    far = jax.lax.stop_gradient(jnp.sum(jnp.abs(offset)))
+    return _accurate.nan_unless(p_ok & q_ok, jnp.where(near, value, far))
 
 
 @_checks.public(static=("shape",))
 def sample(
     key: Key[Array, ""],
-    loc: Float[Array, "*#batch D"],
+    loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
     scale_tril: Float[Array, "*#batch D D"],
     *,
     shape: tuple[int, ...] | None = None,
@@ -151,13 +175,27 @@ def sample(
     (5, 2)
     """
     loc, scale_tril = _canonical("sample", {"loc": loc}, {"scale_tril": scale_tril})
-    shape = _checks.sample_shape("sample", shape, loc.shape[:-1], "the batch")
-    z = jax.random.normal(key, (*shape, loc.shape[-1]), loc.dtype)
-    return loc + jnp.einsum("...ij,...j->...i", scale_tril, z, precision="highest")
+    batch = jnp.broadcast_shapes(loc.shape[:-1], scale_tril.shape[:-2])
+    shape = _checks.sample_shape("sample", shape, batch, "the batch")
+    loc, scale_tril = (jnp.expand_dims(v, range(len(shape) - len(batch))) for v in (loc, scale_tril))
+    # The sum has the explicit axes of all, as `vectorize` asks of what it maps over.
+    like = jnp.zeros_like(loc + jnp.diagonal(scale_tril, axis1=-2, axis2=-1))
+    z = jax.random.normal(key, (*shape, loc.shape[-1]), loc.dtype) + like
+    return jnp.vectorize(_draw, signature="(d),(d,d),(d)->(d)")(loc, scale_tril, z)
+
+
+def _draw(loc, scale_tril, z):
+    lower, ok = _usable(scale_tril)
+    return _accurate.nan_unless(ok, loc + jnp.matmul(lower, z, precision="highest"))
 
 
 @_checks.public(static=("axis",))
-def fit(x: Float[Array, "*shape D"], *, axis: int = -2, weights: Float[Array, "*#shape"] | None = None) -> Parameters:
+def fit(
+    x: Float[Array, "*shape D"],
+    *,
+    axis: int = -2,
+    weights: Real[Array, "*#shape"] | Bool[Array, "*#shape"] | None = None,
+) -> Parameters:
     """Maximum-likelihood fit: the weighted mean, and a factor of the weighted mean of the products of deviations.
 
     The factor is the triangle of a QR decomposition of the deviations themselves: their products would have the square
@@ -166,15 +204,16 @@ def fit(x: Float[Array, "*shape D"], *, axis: int = -2, weights: Float[Array, "*
     Args:
       x: observations of D numbers, on the last axis.
       axis: the axis of the observations, another one; it is summed away.
-      weights: how often each counts, not negative, broadcast to the shape of x without its last axis. One of weight 0
-        does not count, even where it is not finite. Only their ratios matter.
+      weights: how often each counts, real numbers or bool, not negative, broadcast to the shape of x without its last
+        axis. An observation of weight 0 does not count, even if it is not finite. Only the ratios matter.
 
     Returns:
       Parameters(loc, scale_tril), at least float32. Where the observations lie in a subspace (fewer than D + 1 of them
-      do) the diagonal of the factor has a 0, up to rounding, and no gradient; without any weight all is NaN. With n
-      observations, the error is at most (16 + log2 n) u of |loc| + scale. That of the factor is (8 + log2 n + 4 D) k u
-      of the largest entry of its row, for D dimensions of one scale: 8 of a deviation and the root of its share, log2 n
-      of the sums, 4 of each reflection of the QR decomposition; k is what its substitution may make of them.
+      do) the diagonal of the factor has a 0, up to rounding, and no gradient that means anything. Without any weight,
+      for a negative or infinite one, or an infinite observation, all is NaN with gradient 0. With n observations, the
+      error is at most (16 + log2 n) u of |loc| + scale. That of the factor is (8 + log2 n + 4 D) k u of the largest
+      entry of its row, for D dimensions of one scale: 8 of a deviation and the root of its share, log2 n of the sums, 4
+      of each reflection of the QR decomposition; k is what its substitution may make of them.
 
     Raises:
       ValueError: x is not floating-point, `axis` is that of the dimensions, out of range or empty, or the weights do
@@ -191,18 +230,53 @@ def fit(x: Float[Array, "*shape D"], *, axis: int = -2, weights: Float[Array, "*
     if not isinstance(axis, int) or x.ndim < 2 or axis in (-1, x.ndim - 1):
         raise ValueError(f"fit: axis must be one of {_checks.describe(x)} before the last, got {axis!r}")
     axis = axis if axis < 0 else axis - x.ndim
-    weights = None if weights is None else jnp.asarray(weights)[..., None]
-    x, w, front = gaussian._weighted("fit", x, axis, weights)
-    share, loc, deviation = gaussian._deviations(x, w, front)
-    deviation = jnp.moveaxis(jnp.sqrt(share) * deviation, front, -2)
+    if weights is not None and hasattr(weights, "dtype"):
+        _checks.broadcasts("fit", "weights", weights, x[..., 0], "x without its last axis")
+        weights = weights[..., None]
+    x, w, ok, front = _weights.weighted("fit", x, axis, weights)
+    ok &= jnp.sum(w, axis=front) > 0
+    share, loc, deviation = _weights.deviations(x, w, front)
+    share, deviation = jnp.moveaxis(share[..., 0], front, -1), jnp.moveaxis(deviation, front, -2)
+    factor = _triangle(share, deviation)
+    return Parameters(_accurate.nan_unless(ok, jnp.squeeze(loc, front)), _accurate.nan_unless(ok[..., None], factor))
+
+
+@jax.custom_jvp
+def _triangle(share, deviation):
+    """L with L L^T = sum_i share_i deviation_i deviation_i^T."""
+    rows = jnp.sqrt(share)[..., None] * deviation
+    return _placement.automatic(_from_qr, rows, spec=_placement.spec(rows)[:-2])
+
+
+def _from_qr(rows):
     # At least D rows: fewer would give a factor that is not square.
-    missing = max(0, x.shape[-1] - deviation.shape[-2])
-    deviation = jnp.pad(deviation, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)])
-    upper = jnp.linalg.qr(deviation, mode="r")
-    sign = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1, 1).astype(x.dtype)
-    loc = jnp.squeeze(loc, front)
-    none = jnp.where(jnp.sum(w, axis=front) == 0, jnp.nan, 0)
-    return Parameters(loc + none, jnp.swapaxes(upper * sign[..., None], -2, -1) + none[..., None])
+    missing = max(0, rows.shape[-1] - rows.shape[-2])
+    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)])
+    upper = jnp.linalg.qr(rows, mode="r")
+    sign = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1, 1).astype(rows.dtype)
+    return jnp.swapaxes(upper * sign[..., None], -2, -1)
+
+
+@_triangle.defjvp
+def _triangle_jvp(primals, tangents):
+    """That of L L^T is a sum of d share w w^T + share (dv w^T + w dv^T), w and v the deviations in units of L."""
+    factor = _triangle(*primals)
+    change = jnp.vectorize(_triangle_change, signature="(d,d),(n),(n,d),(n),(n,d)->(d,d)")
+    return factor, change(factor, *primals, *tangents)
+
+
+def _triangle_change(factor, share, deviation, d_share, d_deviation):
+    lower, _ = _usable(factor)
+    whitened = _solve(lower, deviation.T)
+    half = share[None] * _solve(lower, d_deviation.T) + d_share[None] / 2 * whitened
+    moved = jnp.matmul(half, whitened.T, precision="highest")
+    return _change(lower, moved + moved.T)
+
+
+def _change(lower, moved):
+    """The change of L where that of L L^T is L moved L^T: L times the lower triangle, with half the diagonal."""
+    half = jnp.tril(moved, -1) + jnp.diag(jnp.diagonal(moved) / 2)
+    return jnp.matmul(lower, half, precision="highest")
 
 
 @_checks.public()
@@ -242,23 +316,42 @@ def scale_tril(
     ((name, value),) = given.items()
     value = value.astype(_accurate.compute_dtype(value))
     if diagonal is not None:
+        if value.ndim == 0:
+            raise ValueError(f"scale_tril: diagonal must have an axis of dimensions, got {_checks.describe(value)}")
         _checks.expect(value > 0, value, "scale_tril: standard deviation {value} is not positive")
-        return _accurate.nan_unless(value > 0, value)[..., None] * jnp.eye(value.shape[-1], dtype=value.dtype)
+        return jnp.vectorize(jnp.diag, signature="(d)->(d,d)")(_accurate.nan_unless(value > 0, value))
     _square("scale_tril", name, value)
-    if covariance is not None:
-        return _factor(name, value)
     # With both axes reversed a lower factor becomes an upper one: P = U U^T, whose inverse is U^-T U^-1.
-    upper = jnp.flip(_factor(name, jnp.flip(value, (-2, -1))), (-2, -1))
-    eye = jnp.broadcast_to(jnp.eye(value.shape[-1], dtype=value.dtype), value.shape)
-    return _solve(jnp.swapaxes(upper, -2, -1), eye)
-
-
-def _factor(name, matrix):
-    factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=True)
-    definite = jnp.all(jnp.isfinite(factor), axis=(-2, -1)) | ~jnp.all(jnp.isfinite(matrix), axis=(-2, -1))
-    top = jnp.min(jnp.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)
+    factor = _cholesky(value if precision is None else jnp.flip(value, (-2, -1)))
+    definite = jnp.all(jnp.isfinite(factor), axis=(-2, -1))
+    top = jnp.min(jnp.diagonal(value, axis1=-2, axis2=-1), axis=-1)
     _checks.expect(definite, top, f"scale_tril: {name} is not positive definite (smallest diagonal entry {{value}})")
-    return factor
+    if covariance is not None:
+        return _accurate.nan_unless(definite[..., None, None], factor)
+    return jnp.vectorize(_inverse, signature="(d,d)->(d,d)")(factor)
+
+
+def _inverse(factor):
+    lower, ok = _usable(factor)
+    return _accurate.nan_unless(ok, _solve(jnp.flip(lower, (-2, -1)).T, jnp.eye(len(lower), dtype=lower.dtype)))
+
+
+@jax.custom_jvp
+def _cholesky(matrix):
+    factor = partial(jax.lax.linalg.cholesky, symmetrize_input=True)
+    return _placement.automatic(factor, matrix, spec=_placement.spec(matrix)[:-2])
+
+
+@_cholesky.defjvp
+def _cholesky_jvp(primals, tangents):
+    """L phi(L^-1 dA L^-T)."""
+    factor = _cholesky(*primals)
+    return factor, jnp.vectorize(_cholesky_change, signature="(d,d),(d,d)->(d,d)")(factor, *tangents)
+
+
+def _cholesky_change(factor, d_matrix):
+    lower, _ = _usable(factor)
+    return _change(lower, _solve(lower, _solve(lower, (d_matrix + d_matrix.T) / 2).T))
 
 
 def _square(function, name, matrix):
@@ -267,35 +360,48 @@ def _square(function, name, matrix):
 
 
 def _canonical(function, vectors, matrices):
-    """Vectors and lower triangles of one batch shape, in the dtype computed in, with a diagonal that is positive."""
-    given = vectors | matrices
+    """Vectors and matrices with batches of one rank that broadcast, in the dtype computed in."""
+    given = {name: jnp.asarray(v) if isinstance(v, float) else v for name, v in vectors.items()} | matrices
     _checks.floating(function, **given)
     for name, matrix in matrices.items():
         _square(function, name, matrix)
     size = next(iter(matrices.values())).shape[-1]
     dtype = _accurate.compute_dtype(*given.values())
     for name, value in given.items():
-        if value.ndim < 1 or value.shape[-1] != size:
+        # A mean may be one number for all dimensions.
+        if name.endswith("loc") and value.shape[-1:] in ((), (1,)):
+            given[name] = jnp.broadcast_to(value, (*value.shape[:-1], size))
+        elif value.ndim < 1 or value.shape[-1] != size:
             raise ValueError(f"{function}: {name} must have {size} dimensions, got {_checks.describe(value)}")
-    batches = [v.shape[:-1] for v in vectors.values()] + [m.shape[:-2] for m in matrices.values()]
-    try:
-        batch = jnp.broadcast_shapes(*batches)
-    except ValueError:
-        shapes = ", ".join(f"{name} {_checks.describe(value)}" for name, value in given.items())
-        raise ValueError(f"{function}: expected batches that broadcast together, got {shapes}") from None
-    out = [jnp.broadcast_to(v, (*batch, size)).astype(dtype) for v in vectors.values()]
+    batches = [value.shape[: -2 if name in matrices else -1] for name, value in given.items()]
+    rank = len(_checks.broadcast_shape(function, given, batches))
     for name, matrix in matrices.items():
-        lower = jnp.tril(jnp.broadcast_to(matrix, (*batch, size, size)).astype(dtype))
-        diagonal = _diagonal(lower)
+        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
         _checks.expect(diagonal > 0, diagonal, f"{function}: {name} has {{value}} on its diagonal, not positive")
-        out.append(jnp.where(jnp.all(diagonal > 0, axis=-1)[..., None, None], lower, jnp.nan))
-    return out
+    # One rank without a copy: `vectorize` maps over no axis of length 1, so that what is shared is solved with once.
+    return [
+        jnp.expand_dims(value, range(rank - len(batch))).astype(dtype)
+        for value, batch in zip(given.values(), batches, strict=True)
+    ]
 
 
-def _diagonal(matrix):
-    return jnp.diagonal(matrix, axis1=-2, axis2=-1)
+def _usable(matrix):
+    """The lower triangle, or the unit matrix where it is none of a Cholesky factor, and whether it is one."""
+    lower = jnp.tril(matrix)
+    ok = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.diagonal(lower) > 0)
+    return jnp.where(ok, lower, jnp.eye(len(lower), dtype=lower.dtype)), ok
 
 
+@jax.custom_jvp
 def _solve(lower, right):
     """L^-1 right by forward substitution."""
     return jax.lax.linalg.triangular_solve(lower, right, left_side=True, lower=True)
+
+
+@_solve.defjvp
+def _solve_jvp(primals, tangents):
+    """L^-1 (d right - dL solution); a solution that overflows must not meet a tangent of 0."""
+    (lower, _), (d_lower, d_right) = primals, tangents
+    solution = _solve(*primals)
+    seen = jnp.where(jnp.isfinite(solution), solution, 0)
+    return solution, _solve(lower, d_right - jnp.matmul(d_lower, seen, precision="highest"))

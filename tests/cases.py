@@ -153,13 +153,18 @@ CASES = {
     "gaussian.cdf": Case(gaussian.cdf, (X, LOC, SCALE), (0, 1, 2)),
     "gaussian.log_cdf": Case(gaussian.log_cdf, (X, LOC, SCALE), (0, 1, 2)),
     "gaussian.quantile": Case(gaussian.quantile, (YES, LOC, SCALE), (0, 1, 2)),
+    "gaussian.log_interval_prob": Case(gaussian.log_interval_prob, (X, HIGH, LOC, SCALE2), (0, 1, 2, 3)),
     "gaussian.interval_prob": Case(gaussian.interval_prob, (X, HIGH, LOC, SCALE2), (0, 1, 2, 3)),
     "gaussian.entropy": Case(gaussian.entropy, (SCALE,), (0,)),
     "gaussian.kl_divergence": Case(gaussian.kl_divergence, (X, SCALE, LOC, SCALE2), (0, 1, 2, 3)),
+    "gaussian.kl_divergence, log_scale": Case(
+        lambda p, log_p, q, log_q: gaussian.kl_divergence(p, q_loc=q, p_log_scale=log_p, q_log_scale=log_q),
+        (X, Z[:, 0], LOC, Z2[:, 0]), (0, 1, 2, 3)),
     "gaussian.cross_entropy": Case(gaussian.cross_entropy, (X, SCALE, LOC, SCALE2), (0, 1, 2, 3)),
     "gaussian.nll": Case(gaussian.nll, (X, LOC, SCALE), (0, 1, 2)),
     "gaussian.nll, log_scale": Case(
         lambda x, loc, log_scale: gaussian.nll(x, loc, log_scale=log_scale), (X, LOC, Z[:, 0]), (0, 1, 2)),
+    "gaussian.nll, beta": Case(lambda *args: gaussian.nll(*args, beta=0.5), (X, LOC, SCALE), (0, 1)),
     "gaussian.fit": Case(stacked(weighted(gaussian.fit), "(n),(n)->(f)"), (SET_Z[..., 0], SET_WEIGHT), (0, 1)),
     "gaussian.sample": Case(gaussian.sample, (KEY, LOC, SCALE), per_example=False),
     "expectation.mean": Case(expectation.mean, (Z2, Z), (0, 1)),
@@ -194,7 +199,7 @@ CASES = {
     "mvn.fit": Case(jnp.vectorize(fit_mvn, signature="(n,d),(n)->(e,d)"), (SET_Z, SET_WEIGHT), (0, 1)),
     "mvn.scale_tril, covariance": Case(lambda matrix: mvn.scale_tril(covariance=matrix), (COVARIANCE,), (0,)),
     "mvn.scale_tril, precision": Case(lambda matrix: mvn.scale_tril(precision=matrix), (COVARIANCE,), (0,)),
-    "mvn.scale_tril, diagonal": Case(lambda log: mvn.scale_tril(diagonal=jnp.exp(log)), (VECTOR,), (0,)),
+    "mvn.scale_tril, diagonal": Case(lambda scale: mvn.scale_tril(diagonal=scale), (jnp.exp(VECTOR),), (0,)),
     "metrics.confusion_matrix": Case(confusion, (SET_CLASS[0], SET_CLASS[1], SET_WEIGHT[0]), (2,), per_example=False),
     "metrics.confusion_matrix, sets": Case(jnp.vectorize(confusion, signature="(n),(n),(n)->(k,k)"),
                                            (SET_CLASS, SET_CLASS[::-1], SET_WEIGHT), (2,)),
@@ -269,3 +274,35 @@ def public_functions() -> dict[str, Callable]:
         and inspect.unwrap(value).__module__ == module.__name__
         and f"{name}.{attribute}" not in PLANS
     }
+
+
+def masked(module: str) -> list[str]:
+    """The cases of a module that have a value per example to mask."""
+    return [name for name, case in CASES.items()
+            if name.startswith(f"{module}.") and case.per_example and case.differentiable]  # fmt: skip
+
+
+BAD = (np.inf, -np.inf, np.nan, -1.0, 0.0, 2.0)
+
+
+def check_that_a_masked_example_poisons_nothing(case: Case) -> None:
+    """With a cotangent of 0 for one example, its arguments change no gradient, its own nor one that others share."""
+
+    @partial(jax.jit, static_argnames="own")
+    def gradients(args, own):
+        """Of the sum over all examples but the first, with the other arguments as they are, and shared by all."""
+
+        def loss(shared, *values):
+            rows = [jnp.broadcast_to(v[1:2], v.shape) if shared and i != own else v for i, v in enumerate(values)]
+            out = case.function(*rows)
+            return jnp.sum(jnp.where((jnp.arange(BATCH) > 0).reshape(-1, *[1] * (out.ndim - 1)), out, 0))
+
+        return [jax.grad(partial(loss, shared), case.differentiable)(*args) for shared in (False, True)]
+
+    for i in case.differentiable:
+        for bad in BAD:
+            for place in ((0,), (0,) * case.args[i].ndim):
+                args = list(case.args)
+                args[i] = args[i].at[place].set(bad)
+                got, want = gradients(args, own=i), gradients(list(case.args), own=i)
+                jax.tree.map(partial(np.testing.assert_array_equal, err_msg=f"argument {i} is {bad}"), got, want)

@@ -71,6 +71,14 @@ def gaussian_interval_prob(low: mpf, high: mpf, loc: mpf, scale: mpf) -> mpf:
     return gaussian_cdf(high, loc, scale) - gaussian_cdf(low, loc, scale)
 
 
+def gaussian_log_interval_prob(a: mpf, b: mpf) -> mpf:
+    """Of a standard Gaussian, in the tail where both ends are small: no precision would do in the other."""
+    if a + b < 0:
+        a, b = -b, -a
+    upper = mpmath.mpf(0) if mpmath.isinf(b) else mpmath.erfc(b / mpmath.sqrt(2))
+    return mpmath.log((mpmath.erfc(a / mpmath.sqrt(2)) - upper) / 2)
+
+
 def gaussian_cross_entropy(p_loc: mpf, p_scale: mpf, q_loc: mpf, q_scale: mpf) -> mpf:
     mean_square = p_scale**2 + (p_loc - q_loc) ** 2
     return mean_square / (2 * q_scale**2) + mpmath.log(q_scale) + mpmath.log(2 * mpmath.pi) / 2

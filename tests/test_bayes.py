@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import CASES, check_that_a_masked_example_poisons_nothing, masked
 
 import jprob
 from jprob import bayes, categorical, gaussian
@@ -78,10 +79,11 @@ def test_what_is_excluded_stays_so():
     assert bayes.log_evidence(prior, likelihood) == pytest.approx(-1 - math.log(2))
     slopes = jax.grad(bayes.log_evidence, (0, 1))(prior, likelihood)
     assert jnp.stack(slopes) == pytest.approx(np.array([[0.5, 0, -0.5], [1, 0, 0]]))
-    certain = bayes.log_posterior(jnp.array([INF, 0.0]), jnp.array([-50.0, 0.0]))
-    assert certain.tolist() == [0, -math.inf]
-    assert bayes.log_evidence(jnp.array([INF, 0.0]), jnp.array([-50.0, 0.0])) == -50
-    assert jnp.isnan(bayes.log_evidence(jnp.full(2, -INF), jnp.zeros(2)))
+    for prior in (jnp.full(2, -INF), jnp.array([INF, 0.0])):
+        assert jnp.isnan(bayes.log_posterior(prior, jnp.zeros(2))).all()
+        assert jnp.isnan(bayes.log_evidence(prior, jnp.zeros(2)))
+    impossible = jax.grad(bayes.log_evidence, (0, 1))(jnp.zeros(2), jnp.full(2, -INF))
+    assert jnp.stack(impossible).tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("steps", [1, 7, 300])
@@ -158,12 +160,17 @@ def test_without_weight_the_prior_stays():
     slopes = jax.grad(total, (0, 1, 2, 3))(0.5, 2.0, x, 1.0)
     assert [jnp.asarray(s).tolist() for s in slopes] == [1, 1, [0, 0], 0]
     assert bayes.beta_posterior(0.5, 2.0, x, weights=w) == (0.5, 2)
+    for seen in (jnp.array([True, False]), jnp.array([1, 0])):
+        assert bayes.gaussian_posterior(0.5, 2.0, x, 1.0, weights=seen) == bayes.gaussian_posterior(
+            0.5, 2.0, x[:1], 1.0
+        )
+        assert bayes.beta_posterior(0.5, 2.0, x, weights=seen) == (1.5, 2)
 
 
 def test_the_posterior_of_a_grid_is_that_of_the_conjugate_pair():
     grid = jnp.linspace(-6, 6, 4001)
     x = jnp.array([0.4, 1.7])
-    likelihoods = gaussian.log_prob(x[:, None], grid, 0.8)
+    likelihoods = gaussian.log_prob(x[:, None], grid[None], 0.8)
     p = categorical.softmax(bayes.update(gaussian.log_prob(grid, -0.5, 1.5), likelihoods)[-1])
     loc, scale = bayes.gaussian_posterior(-0.5, 1.5, x, 0.8)
     assert jnp.sum(p * grid) == pytest.approx(float(loc), abs=1e-5)
@@ -176,7 +183,7 @@ def test_the_posterior_of_a_grid_is_that_of_the_conjugate_pair():
     [
         (
             lambda: bayes.log_posterior(jnp.zeros(2), jnp.zeros(3)),
-            "expected shapes that broadcast together, got log_prior",
+            "log_posterior: expected shapes that broadcast to that of one argument, got log_prior",
         ),
         (
             lambda: bayes.log_evidence(jnp.zeros(2), jnp.zeros(2), axis=1),
@@ -191,6 +198,14 @@ def test_the_posterior_of_a_grid_is_that_of_the_conjugate_pair():
             "update: log_likelihoods must have one axis of observations",
         ),
         (lambda: bayes.beta_posterior(1.0, 1.0, [1]), "beta_posterior: labels must be real numbers or bool, got list"),
+        (
+            lambda: bayes.gaussian_posterior(0.0, 1.0, jnp.ones(2), 1.0, weights=jnp.ones(3)),
+            "gaussian_posterior: weights must broadcast to [2] of x, got float32[3]",
+        ),
+        (
+            lambda: bayes.gaussian_posterior(0.0, 1.0, jnp.ones(2), 1.0, axis=1),
+            "gaussian_posterior: axis must be an axis of x float32[2] that is not empty, got 1",
+        ),
     ],
 )
 def test_a_static_fault_says_what_was_expected(call, message):
@@ -208,6 +223,10 @@ def test_a_static_fault_says_what_was_expected(call, message):
             lambda: bayes.gaussian_posterior(0.0, 1.0, jnp.ones(1), -1.0),
             "gaussian_posterior: scale -1.0 is not positive",
         ),
+        (
+            lambda: bayes.gaussian_posterior(0.0, 1.0, jnp.ones(1), 1.0, weights=jnp.array([-1])),
+            "gaussian_posterior: weight -1.0 is negative",
+        ),
         (lambda: bayes.beta_posterior(1.0, 1.0, jnp.array([2])), "beta_posterior: label 2.0 is outside [0, 1]"),
         (lambda: bayes.beta_posterior(0.0, 1.0, jnp.array([1])), "beta_posterior: prior_alpha 0.0 is not positive"),
     ],
@@ -216,3 +235,8 @@ def test_a_fault_of_the_data_is_named(call, message):
     error, value = jprob.checkify(call)()
     assert message in error.get()
     assert "log_posterior" in message or jnp.isnan(jax.tree.leaves(value)[0])
+
+
+@pytest.mark.parametrize("name", masked("bayes"))
+def test_a_masked_example_poisons_nothing(name):
+    check_that_a_masked_example_poisons_nothing(CASES[name])

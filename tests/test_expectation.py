@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import CASES, check_that_a_masked_example_poisons_nothing, masked
 
 import jprob
 from jprob import expectation, gaussian
@@ -129,7 +130,10 @@ def test_a_draw_may_be_a_tree_and_a_result_any_shape():
     ("call", "message"),
     [
         (lambda x: expectation.mean(x, x, axis=1), "mean: axis must be an axis of logits float32[3], got 1"),
-        (lambda x: expectation.mean(x * 1j, x), "mean: values must be an array of real numbers, got complex64[3]"),
+        (
+            lambda x: expectation.mean(x.astype(jnp.complex64), x),
+            "mean: values must be an array of real numbers, got complex64[3]",
+        ),
         (lambda x: expectation.variance(jnp.ones(2), x), "variance: values must broadcast to [3] of logits"),
         (
             lambda x: expectation.monte_carlo(cube, standard, jax.random.key(0), num_samples=1),
@@ -150,3 +154,8 @@ def test_a_static_fault_says_what_was_expected(call, message):
 def test_probabilities_where_logits_belong_are_named():
     error, _ = jprob.checkify(expectation.mean)(jnp.arange(2.0), jnp.array([[0.25, 0.75], [0.5, 0.5]]))
     assert "mean: logits are probabilities" in error.get()
+
+
+@pytest.mark.parametrize("name", masked("expectation"))
+def test_a_masked_example_poisons_nothing(name):
+    check_that_a_masked_example_poisons_nothing(CASES[name])

@@ -2,11 +2,13 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import CASES, check_that_a_masked_example_poisons_nothing, masked
 
 import jprob
 from jprob import gaussian, mvn
@@ -87,6 +89,44 @@ def test_kl_is_never_negative_and_keeps_its_digits_near_equality(dtype, gap):
     assert abs(oracles.mpf(float(got)) - want) <= (32 + 8 * 4 * condition(q)) * U[dtype] * size
 
 
+def test_a_factor_that_a_batch_shares_is_never_copied():
+    """One triangular solve with a right-hand side per point: temporaries are of the size of the points."""
+    n, size = 500, 64
+    lower = jnp.asarray(factor(size, np.random.default_rng(0)), jnp.float32)
+    x = jnp.ones((n, size))
+    key = jax.random.key(0)
+    calls = {
+        "log_prob": lambda x, lower: mvn.log_prob(x, 0.0, lower),
+        "log_prob, of two factors": lambda x, lower: mvn.log_prob(
+            x.reshape(2, -1, size), 0.0, jnp.stack([lower] * 2)[:, None]
+        ),
+        "kl_divergence": lambda x, lower: mvn.kl_divergence(x, lower, 0.0, 2 * lower),
+        "sample": lambda x, lower: mvn.sample(key, x, lower),
+    }
+    for name, call in calls.items():
+        for f in (call, jax.grad(lambda *args, call=call: jnp.sum(call(*args)), (0, 1))):
+            memory = jax.jit(f).lower(x, lower).compile().memory_analysis()
+            assert memory.temp_size_in_bytes <= 16 * x.nbytes < n * lower.nbytes / 2, name
+
+
+def test_a_mean_of_one_number_serves_all_dimensions():
+    lower, x = jnp.asarray(factor(3, np.random.default_rng(0)), jnp.float32), jnp.ones((4, 3))
+    want = mvn.log_prob(x, jnp.full(3, 0.5), lower)
+    for loc in (0.5, jnp.array(0.5), jnp.array([0.5]), jnp.full((4, 1), 0.5)):
+        np.testing.assert_array_equal(mvn.log_prob(x, loc, lower), want)
+    kl = mvn.kl_divergence(0.5, lower, jnp.zeros((4, 1)), lower)
+    np.testing.assert_array_equal(kl, mvn.kl_divergence(jnp.full((4, 3), 0.5), lower, jnp.zeros(3), lower))
+
+
+def test_a_masked_point_leaves_the_shared_factor_alone():
+    lower, x = jnp.asarray(factor(3, np.random.default_rng(0)), jnp.float32), jnp.ones((4, 3))
+    total = lambda x, loc, lower: jnp.sum(jnp.where(jnp.arange(4) > 0, mvn.log_prob(x, loc, lower), 0))  # noqa: E731
+    slope = jax.grad(total, (0, 1, 2))
+    want = slope(x, jnp.zeros(3), lower)
+    for bad in (jnp.inf, jnp.nan, 3e38):
+        jax.tree.map(np.testing.assert_array_equal, slope(x.at[0, 1].set(bad), jnp.zeros(3), lower), want)
+
+
 def test_samples_have_the_mean_and_covariance_asked_for():
     rng = np.random.default_rng(4)
     lower, loc = jnp.asarray(factor(3, rng), jnp.float32), jnp.arange(3.0)
@@ -127,6 +167,8 @@ def test_fit_of_few_or_no_observations():
     none = mvn.fit(jnp.ones((4, 2)), weights=jnp.zeros(4))
     assert jnp.isnan(none.loc).all()
     assert jnp.isnan(none.scale_tril).all()
+    some = mvn.fit(jnp.array([[1.0, 2.0], [3.0, 0.0], [jnp.nan, 5.0]]), weights=jnp.array([True, True, False]))
+    assert some.loc.tolist() == [2, 1]
     first = mvn.fit(jnp.ones((4, 2, 3)).at[0].set(2), axis=0)
     assert first.loc.shape == (2, 3)
     assert first.scale_tril.shape == (2, 3, 3)
@@ -149,10 +191,26 @@ def test_a_factor_comes_from_a_covariance_or_a_precision(dtype):
     ("call", "message"),
     [
         (lambda x: mvn.scale_tril(), "expected exactly one of covariance, precision and diagonal, got none"),
+        (
+            lambda x: mvn.scale_tril(diagonal=x[0, 0]),
+            "scale_tril: diagonal must have an axis of dimensions, got float32[]",
+        ),
         (lambda x: mvn.scale_tril(covariance=x, diagonal=x), "got covariance, diagonal"),
         (lambda x: mvn.scale_tril(precision=x[:2]), "scale_tril: precision must be square, got float32[2, 3]"),
         (lambda x: mvn.log_prob(x[0, :2], x[0], x), "log_prob: x must have 3 dimensions, got float32[2]"),
-        (lambda x: mvn.log_prob(x, jnp.ones((2, 3)), x), "log_prob: expected batches that broadcast together, got x"),
+        (
+            lambda x: mvn.log_prob(x, jnp.ones((2, 3)), x),
+            "log_prob: expected shapes that broadcast to that of one argument, got x",
+        ),
+        (
+            lambda x: mvn.log_prob(jnp.ones((2, 3)), jnp.ones((2, 1, 3)), x),
+            "expected shapes that broadcast to that of one argument, got x float32[2, 3], loc float32[2, 1, 3]",
+        ),
+        (
+            lambda x: mvn.fit(x, weights=jnp.ones(2)),
+            "fit: weights must broadcast to [3] of x without its last axis, got float32[2]",
+        ),
+        (lambda x: mvn.sample(jax.random.key(0), x[0], x, shape=3), "sample: shape must be a tuple of integers, got 3"),
         (lambda x: mvn.fit(x, axis=-1), "fit: axis must be one of float32[3, 3] before the last, got -1"),
     ],
 )
@@ -175,3 +233,28 @@ def test_a_fault_of_the_data_is_named_and_nan(call, message):
     error, value = jprob.checkify(call)(jnp.eye(3))
     assert message in error.get()
     assert jnp.isnan(value).any()
+
+
+@pytest.mark.parametrize("name", [*masked("mvn"), "mvn.sample", "gaussian.quantile"])
+def test_batches_may_lie_on_explicit_axes(name):
+    case = CASES[name]
+
+    def value_and_gradient(*args):
+        return jax.value_and_grad(lambda *a: jnp.sum(jnp.square(case.function(*a))), case.differentiable or 1)(*args)
+
+    want = value_and_gradient(*case.args)
+    with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
+        args = [a if a.ndim == 0 else jax.device_put(a, jax.P("batch")) for a in case.args]
+        chex.assert_trees_all_close(value_and_gradient(*args), want, rtol=64 * U["float32"], atol=64 * U["float32"])
+
+
+def test_observations_may_lie_on_an_explicit_axis():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
+    with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
+        got = mvn.fit(jax.device_put(x, jax.P("batch")))
+    chex.assert_trees_all_close(got, mvn.fit(x), rtol=64 * U["float32"], atol=64 * U["float32"])
+
+
+@pytest.mark.parametrize("name", masked("mvn"))
+def test_a_masked_example_poisons_nothing(name):
+    check_that_a_masked_example_poisons_nothing(CASES[name])
