@@ -263,9 +263,10 @@ def _temperature(z, w, y):
     counted = (w != 0)[:, None]
     gap = jnp.where(counted, _accurate.gap(z, 1), 0)
     valid = (y >= 0) & (y < z.shape[1])
-    unknown = counted & (jnp.any(jnp.isnan(gap), axis=1, keepdims=True) | ~valid[:, None] | jnp.isnan(w)[:, None])
-    label = jnp.where(valid, y, 0)[:, None]
     possible = gap > -jnp.inf
+    no_row = jnp.any(jnp.isnan(gap), axis=1) | ~jnp.any(possible, axis=1)
+    unknown = counted & (no_row | ~valid | jnp.isnan(w))[:, None]
+    label = jnp.where(valid, y, 0)[:, None]
     surprised = ~jnp.take_along_axis(possible, label, axis=1)
     gap = jnp.where(possible, gap, 0)
     scale = jnp.max(-gap)

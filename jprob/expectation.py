@@ -123,7 +123,7 @@ def monte_carlo(
       chance; the standard error keeps its digits where |mean| is far larger. It is 0 where fn is constant.
 
     Raises:
-      ValueError: num_samples is less than 2, or fn's result is not an array of real numbers.
+      ValueError: num_samples is less than 2, fn or sample is no function, or fn's result is not an array of real numbers.
 
     Source: Owen (2013), Monte Carlo theory, methods and examples, 2.
 
@@ -132,8 +132,11 @@ def monte_carlo(
     >>> print(f"{within:.2f} +- {error:.4f}")
     0.68 +- 0.0015
     """
-    if not isinstance(num_samples, int) or num_samples < 2:
-        raise ValueError(f"monte_carlo: num_samples must be an integer of at least 2, got {num_samples!r}")
+    for name, value in (("fn", fn), ("sample", sample)):
+        if not callable(value):
+            raise ValueError(f"monte_carlo: {name} must be a function, got {_checks.describe(value)}")
+    if not isinstance(num_samples, int) or not 2 <= num_samples < 2**31:
+        raise ValueError(f"monte_carlo: num_samples must be an integer in [2, 2^31), got {num_samples!r}")
     values = jax.vmap(lambda one: fn(sample(one)))(jax.random.split(key, num_samples))
     if not hasattr(values, "dtype") or jnp.issubdtype(values.dtype, jnp.complexfloating):
         raise ValueError(f"monte_carlo: fn must return an array of real numbers, got {_checks.describe(values)}")

@@ -328,7 +328,8 @@ def scale_tril(
     _checks.expect(definite, top, f"scale_tril: {name} is not positive definite (smallest diagonal entry {{value}})")
     if covariance is not None:
         return _accurate.nan_unless(definite[..., None, None], factor)
-    return jnp.vectorize(_inverse, signature="(d,d)->(d,d)")(factor)
+    inverse = jnp.vectorize(_inverse, signature="(d,d)->(d,d)")
+    return _placement.automatic(inverse, factor, spec=_placement.spec(factor)[:-2])
 
 
 def _inverse(factor):

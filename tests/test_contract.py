@@ -24,9 +24,10 @@ RULES = [
     "categorical.cross_entropy, smoothed", "categorical.brier_score", "categorical.entropy",
     "categorical.js_divergence", "bernoulli.entropy", "gaussian.log_prob", "gaussian.log_prob, log_scale",
     "gaussian.prob", "gaussian.prob, log_scale", "gaussian.cdf", "gaussian.log_cdf", "gaussian.quantile",
-    "gaussian.interval_prob", "gaussian.kl_divergence", "gaussian.cross_entropy", "gaussian.nll",
-    "gaussian.nll, log_scale", "expectation.mean", "expectation.variance", "bayes.log_evidence",
-    "bayes.gaussian_posterior", "linear_categorical.cross_entropy", "calibration.fit_temperature",
+    "gaussian.interval_prob", "gaussian.log_interval_prob", "gaussian.fit", "gaussian.kl_divergence",
+    "gaussian.cross_entropy", "gaussian.nll", "gaussian.nll, log_scale", "expectation.mean", "expectation.variance",
+    "bayes.log_evidence", "bayes.gaussian_posterior", "mvn.log_prob", "mvn.fit", "mvn.scale_tril, covariance",
+    "linear_categorical.cross_entropy", "calibration.fit_temperature",
 ]  # fmt: skip
 # One of each module, for laws that are laws of its code and not of each function.
 MODULES = [

@@ -137,7 +137,7 @@ def test_a_draw_may_be_a_tree_and_a_result_any_shape():
         (lambda x: expectation.variance(jnp.ones(2), x), "variance: values must broadcast to [3] of logits"),
         (
             lambda x: expectation.monte_carlo(cube, standard, jax.random.key(0), num_samples=1),
-            "monte_carlo: num_samples must be an integer of at least 2, got 1",
+            "monte_carlo: num_samples must be an integer in [2, 2^31), got 1",
         ),
         (
             lambda x: expectation.monte_carlo(lambda x: (x, x), standard, jax.random.key(0), num_samples=2),
