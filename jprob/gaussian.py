@@ -205,8 +205,7 @@ def quantile(
     1.9600
     """
     _checks.floating("quantile", q=q)
-    dtype = _accurate.compute_dtype(q, loc, scale)
-    q, loc, scale = _checks.broadcast_together("quantile", dtype, q=q, loc=loc, scale=scale)
+    q, loc, scale = _checks.broadcast_together("quantile", q=q, loc=loc, scale=scale)
     scale, _, ok = _valid("quantile", "scale", scale)
     possible, inside = (q >= 0) & (q <= 1), (q > 0) & (q < 1)
     _checks.expect(possible, q, "quantile: q {value} is outside [0, 1]")
@@ -305,8 +304,7 @@ def entropy(scale: float | Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     >>> print(f"{entropy(1.0):.4f}")
     1.4189
     """
-    (scale,) = _checks.broadcast_together("entropy", _accurate.compute_dtype(scale), scale=scale)
-    _, log_scale, ok = _valid("entropy", "scale", scale)
+    _, log_scale, ok = _valid("entropy", "scale", *_checks.broadcast_together("entropy", scale=scale))
     return _accurate.nan_unless(ok, log_scale + (0.5 + _gaussian.HALF_LOG_2PI))
 
 
@@ -352,8 +350,7 @@ def kl_divergence(
     p_name, p_value = _either("kl_divergence", "p_", p_scale, p_log_scale)
     q_name, q_value = _either("kl_divergence", "q_", q_scale, q_log_scale)
     given = {"p_loc": p_loc, p_name: p_value, "q_loc": q_loc, q_name: q_value}
-    dtype = _accurate.compute_dtype(*given.values())
-    p_loc, p, q_loc, q = _checks.broadcast_together("kl_divergence", dtype, **given)
+    p_loc, p, q_loc, q = _checks.broadcast_together("kl_divergence", **given)
     p, p_log, p_ok = _valid("kl_divergence", p_name, p)
     q, q_log, q_ok = _valid("kl_divergence", q_name, q)
     _, scale, p_loc, q_loc = _gaussian.in_units(q, p_loc, q_loc)
@@ -398,13 +395,13 @@ def cross_entropy(
     1.4189 1.4189
     """
     given = {"p_loc": p_loc, "p_scale": p_scale, "q_loc": q_loc, "q_scale": q_scale}
-    dtype = _accurate.compute_dtype(*given.values())
-    p_loc, p_scale, q_loc, q_scale = _checks.broadcast_together("cross_entropy", dtype, **given)
+    p_loc, p_scale, q_loc, q_scale = _checks.broadcast_together("cross_entropy", **given)
     p_ok = _checks.FINITE_NOT_NEGATIVE.holds(p_scale)
     _checks.expect(p_ok, p_scale, "cross_entropy: p_scale {value} is not finite and at least 0")
     q_scale, q_log_scale, q_ok = _valid("cross_entropy", "q_scale", q_scale)
     _, q_scale, p_loc, p_scale, q_loc = _gaussian.in_units(q_scale, p_loc, jnp.where(p_ok, p_scale, 0), q_loc)
-    value = _gaussian.cross_entropy(p_loc - q_loc, p_scale, q_scale, q_log_scale)
+    distance = _gaussian.half_square(p_loc - q_loc, q_scale, q_log_scale)
+    value = _gaussian.scale_cost(p_scale, q_scale, q_log_scale) + distance + _gaussian.HALF_LOG_2PI
     return _accurate.nan_unless(p_ok & q_ok, value)
 
 
@@ -522,8 +519,7 @@ def sample(
     (2, 3)
     """
     name, value = _either("sample", "", scale, log_scale)
-    given = {"loc": loc, name: value}
-    loc, scale = _checks.broadcast_together("sample", _accurate.compute_dtype(*given.values()), **given)
+    loc, scale = _checks.broadcast_together("sample", **{"loc": loc, name: value})
     shape = _checks.sample_shape("sample", shape, loc.shape, "loc and scale")
     if log_scale is None:
         ok = scale >= 0
@@ -561,8 +557,7 @@ def _given(function, scale, log_scale, loc, **points):
     """Points, loc and scale in one unit, the logarithm of the scale, whether it is valid, and the unit."""
     _checks.floating(function, **points)
     name, value = _either(function, "", scale, log_scale)
-    given = points | {"loc": loc, name: value}
-    *points, scale = _checks.broadcast_together(function, _accurate.compute_dtype(*given.values()), **given)
+    *points, scale = _checks.broadcast_together(function, **points, **{"loc": loc, name: value})
     scale, log_scale, ok = _valid(function, name, scale)
     unit, scale, *points = _gaussian.in_units(scale, *points)
     return *points, scale, log_scale, ok, unit
