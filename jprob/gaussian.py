@@ -27,6 +27,9 @@ from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, _gaussian, _weights
 
+_Points = Float[Array, "*#shape"]  # broadcast as the module says
+_Numbers = float | Float[Array, "*#shape"]  # one for all points, or an array
+
 
 class Parameters(NamedTuple):
     """What a Gaussian is given by."""
@@ -37,11 +40,7 @@ class Parameters(NamedTuple):
 
 @_checks.public()
 def log_prob(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] | None = None,
-    *,
-    log_scale: float | Float[Array, "*#shape"] | None = None,
+    x: _Points, loc: _Numbers = 0.0, scale: _Numbers | None = None, *, log_scale: _Numbers | None = None
 ) -> Float[Array, "*shape"]:
     """Log-density -r^2 / 2 - log scale - log(2 pi) / 2 with r = (x - loc) / scale.
 
@@ -77,11 +76,7 @@ def log_prob(
 
 @_checks.public()
 def prob(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] | None = None,
-    *,
-    log_scale: float | Float[Array, "*#shape"] | None = None,
+    x: _Points, loc: _Numbers = 0.0, scale: _Numbers | None = None, *, log_scale: _Numbers | None = None
 ) -> Float[Array, "*shape"]:
     """Density exp(-r^2 / 2) / (scale sqrt(2 pi)) with r = (x - loc) / scale.
 
@@ -111,11 +106,7 @@ def prob(
 
 
 @_checks.public()
-def cdf(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
-) -> Float[Array, "*shape"]:
+def cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
     """Probability Phi(r) = erfc(-r / sqrt 2) / 2 of a value at most x, with r = (x - loc) / scale.
 
     The probability of a value above x is `cdf(loc - x, 0, scale)`, with all its digits.
@@ -143,11 +134,7 @@ def cdf(
 
 
 @_checks.public()
-def log_cdf(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
-) -> Float[Array, "*shape"]:
+def log_cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
     """Log-probability log Phi(r) of a value at most x, with r = (x - loc) / scale.
 
     Far below the mean it is -r^2 / 2 - log(-r sqrt(2 pi)) and a little less; far above it is minus the probability of
@@ -176,11 +163,7 @@ def log_cdf(
 
 
 @_checks.public()
-def quantile(
-    q: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
-) -> Float[Array, "*shape"]:
+def quantile(q: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
     """The value that is not exceeded with probability q: the inverse of `cdf`.
 
     The gradient in q is 1 / density. For an upper tail probability p below u use the mirror image,
@@ -214,12 +197,7 @@ def quantile(
 
 
 @_checks.public()
-def interval_prob(
-    low: Float[Array, "*#shape"],
-    high: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
-) -> Float[Array, "*shape"]:
+def interval_prob(low: _Points, high: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
     """Probability of a value between low and high: 68 %, 95 %, 99.7 % within 1, 2, 3 standard deviations of the mean.
 
     `cdf(high) - cdf(low)` would lose every digit above the mean and for a narrow interval. Here a narrow interval is
@@ -251,10 +229,7 @@ def interval_prob(
 
 @_checks.public()
 def log_interval_prob(
-    low: Float[Array, "*#shape"],
-    high: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
+    low: _Points, high: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0
 ) -> Float[Array, "*shape"]:
     """Log-probability of a value between low and high: exact in both tails, however far, narrow or wide.
 
@@ -310,13 +285,13 @@ def entropy(scale: float | Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 @_checks.public()
 def kl_divergence(
-    p_loc: float | Float[Array, "*#shape"],
-    p_scale: float | Float[Array, "*#shape"] | None = None,
-    q_loc: float | Float[Array, "*#shape"] = 0.0,
-    q_scale: float | Float[Array, "*#shape"] | None = None,
+    p_loc: _Numbers,
+    p_scale: _Numbers | None = None,
+    q_loc: _Numbers = 0.0,
+    q_scale: _Numbers | None = None,
     *,
-    p_log_scale: float | Float[Array, "*#shape"] | None = None,
-    q_log_scale: float | Float[Array, "*#shape"] | None = None,
+    p_log_scale: _Numbers | None = None,
+    q_log_scale: _Numbers | None = None,
 ) -> Float[Array, "*shape"]:
     """KL(p || q) = (e^(2 d) - 1 - 2 d) / 2 + ((p_loc - q_loc) / q_scale)^2 / 2, d = log(p_scale / q_scale), in nats.
 
@@ -365,12 +340,7 @@ def kl_divergence(
 
 
 @_checks.public()
-def cross_entropy(
-    p_loc: float | Float[Array, "*#shape"],
-    p_scale: float | Float[Array, "*#shape"],
-    q_loc: float | Float[Array, "*#shape"],
-    q_scale: float | Float[Array, "*#shape"],
-) -> Float[Array, "*shape"]:
+def cross_entropy(p_loc: _Numbers, p_scale: _Numbers, q_loc: _Numbers, q_scale: _Numbers) -> Float[Array, "*shape"]:
     """Mean of -log q(x) under p, the entropy of p + KL(p || q): what q costs per draw from p, in nats.
 
     It is log q_scale + log(2 pi) / 2 + ((p_scale / q_scale)^2 + ((p_loc - q_loc) / q_scale)^2) / 2.
@@ -407,11 +377,11 @@ def cross_entropy(
 
 @_checks.public(beta=_checks.UNIT_INTERVAL)
 def nll(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] | None = None,
+    x: _Points,
+    loc: _Numbers = 0.0,
+    scale: _Numbers | None = None,
     *,
-    log_scale: float | Float[Array, "*#shape"] | None = None,
+    log_scale: _Numbers | None = None,
     beta: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "*shape"]:
     """Negative log-likelihood -log_prob times scale^(2 beta), the weight held constant under differentiation.
@@ -492,10 +462,10 @@ def fit(
 @_checks.public(static=("shape",))
 def sample(
     key: Key[Array, ""],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] | None = None,
+    loc: _Numbers = 0.0,
+    scale: _Numbers | None = None,
     *,
-    log_scale: float | Float[Array, "*#shape"] | None = None,
+    log_scale: _Numbers | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> Float[Array, "*shape"]:
     """Draws loc + scale * standard normal noise: differentiable in loc (1) and scale (the noise).

@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, _placement, _weights, gaussian
 
+_Loc = float | Float[Array, "*#batch #D"] | Float[Array, ""]  # one number may serve all dimensions
+
 
 class Parameters(NamedTuple):
     """What a multivariate normal is given by."""
@@ -32,9 +34,7 @@ class Parameters(NamedTuple):
 
 @_checks.public()
 def log_prob(
-    x: Float[Array, "*#batch D"],
-    loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
-    scale_tril: Float[Array, "*#batch D D"],
+    x: Float[Array, "*#batch D"], loc: _Loc, scale_tril: Float[Array, "*#batch D D"]
 ) -> Float[Array, "*batch"]:
     """Log-density -|r|^2 / 2 - sum_i log L_ii - D log(2 pi) / 2 with r = L^-1 (x - loc).
 
@@ -96,10 +96,7 @@ def _entropy(scale_tril):
 
 @_checks.public()
 def kl_divergence(
-    p_loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
-    p_scale_tril: Float[Array, "*#batch D D"],
-    q_loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
-    q_scale_tril: Float[Array, "*#batch D D"],
+    p_loc: _Loc, p_scale_tril: Float[Array, "*#batch D D"], q_loc: _Loc, q_scale_tril: Float[Array, "*#batch D D"]
 ) -> Float[Array, "*batch"]:
     """KL(p || q) = sum_i (M_ii^2 - 1 - 2 log M_ii) / 2 + sum_{i > j} M_ij^2 / 2 + |r|^2 / 2, in nats.
 
@@ -142,11 +139,7 @@ def _kl_divergence(p_loc, q_loc, p_scale_tril, q_scale_tril):
 
 @_checks.public(static=("shape",))
 def sample(
-    key: Key[Array, ""],
-    loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
-    scale_tril: Float[Array, "*#batch D D"],
-    *,
-    shape: tuple[int, ...] | None = None,
+    key: Key[Array, ""], loc: _Loc, scale_tril: Float[Array, "*#batch D D"], *, shape: tuple[int, ...] | None = None
 ) -> Float[Array, "*sample D"]:
     """Draws loc + L z with standard normal z: differentiable in loc and L.
 
