@@ -155,7 +155,7 @@ _REAL = (jnp.bool_, jnp.integer, jnp.floating)
 
 def holds(value: Any, *kinds: Any) -> bool:
     """Whether it is an array of one of these kinds of numbers. Floating-point numbers have 16 bits or more."""
-    dtype = getattr(value, "dtype", object)
+    dtype: Any = getattr(value, "dtype", object)
     small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2
     return any(jnp.issubdtype(dtype, kind) for kind in kinds) and not small
 
@@ -174,13 +174,21 @@ def real(function: str, **arguments: Any) -> None:
             raise ValueError(f"{function}: {name} must be an array of real numbers, got {describe(value)}")
 
 
-def axis_of(function: str, array: jax.Array, axis: int, name: str = "logits", entry: str = "class") -> int:
+def axis_of(function: str, name: str, array: jax.Array, axis: int, entry: str) -> int:
     """`axis` counted from the front. It holds at least one entry of the array, the argument called `name`."""
     if not isinstance(axis, int) or isinstance(axis, bool) or not -array.ndim <= axis < array.ndim:
         raise ValueError(f"{function}: axis must be an axis of {name} {describe(array)}, got {axis!r}")
     if array.shape[axis] == 0:
         raise ValueError(f"{function}: expected at least one {entry} on axis {axis} of {name}, got {describe(array)}")
     return axis % array.ndim
+
+
+def class_axis(function: str, logits: jax.Array, axis: int) -> int:
+    """`axis` counted from the front, of logits that are floating-point and, under checkify, no probabilities."""
+    floating(function, logits=logits)
+    axis = axis_of(function, "logits", logits, axis, "class")
+    logits_not_probs(function, logits, axis)
+    return axis
 
 
 def size(function: str, name: str, value: Any, largest: int) -> None:

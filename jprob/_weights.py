@@ -18,7 +18,7 @@ def weighted(function: str, x: Array, axis: int, weights: Any, name: str = "x") 
     of these are 0 here: 0 * inf is NaN.
     """
     _checks.floating(function, **{name: x})
-    axis = _checks.axis_of(function, x, axis, name, "observation")
+    axis = _checks.axis_of(function, name, x, axis, "observation")
     weights = jnp.ones((), bool) if weights is None else weights
     _checks.real(function, weights=weights)
     _checks.broadcasts(function, "weights", weights, x, name)

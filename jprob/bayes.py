@@ -255,7 +255,7 @@ def _canonical(function, log_prior, log_likelihood, axis):
     """Both in one shape and in the dtype computed in, the axis from the front, and the dtype they promote to."""
     _checks.floating(function, log_prior=log_prior, log_likelihood=log_likelihood)
     prior, likelihood = _checks.broadcast_together(function, log_prior=log_prior, log_likelihood=log_likelihood)
-    axis = _checks.axis_of(function, prior, axis, "the hypotheses", "hypothesis")
+    axis = _checks.axis_of(function, "the hypotheses", prior, axis, "hypothesis")
     _checks.logits_not_probs(function, prior, axis)
     with jax.numpy_dtype_promotion("standard"):
         return prior, likelihood, axis, jnp.promote_types(log_prior.dtype, log_likelihood.dtype)

@@ -343,9 +343,7 @@ def _temperature_jvp(primals, tangents):
 
 def _examples(function, logits, labels, weights):
     """Logits [n, K], labels [n] and weights [n] to compute with, checked."""
-    _checks.floating(function, logits=logits)
-    _checks.axis_of(function, logits, -1)
-    _checks.logits_not_probs(function, logits, -1)
+    _checks.class_axis(function, logits, -1)
     shape, classes = logits.shape[:-1], logits.shape[-1]
     labels = _checks.classes(function, "labels", labels, "logits without the last axis", shape)
     w = _checks.weights(function, "logits without the last axis", shape, weights)

@@ -468,9 +468,7 @@ def _canonical(function, logits, axis, where, *computed_with):
 
     A row that `where` leaves without a class gets logits of 0: it is computed as any other, and then left out.
     """
-    _checks.floating(function, logits=logits)
-    axis = _checks.axis_of(function, logits, axis)
-    _checks.logits_not_probs(function, logits, axis)
+    axis = _checks.class_axis(function, logits, axis)
     z = logits.astype(_accurate.compute_dtype(logits, *computed_with))
     if where is None:
         return z, axis, None

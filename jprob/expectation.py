@@ -140,9 +140,7 @@ def _canonical(function, values, logits, axis):
     Also what the infinite values of a row add up to (0 where there are none), and whether an outcome is possible. A row
     that has no finite mean has values and logits of 0.
     """
-    _checks.floating(function, logits=logits)
-    axis = _checks.axis_of(function, logits, axis)
-    _checks.logits_not_probs(function, logits, axis)
+    axis = _checks.class_axis(function, logits, axis)
     _checks.real(function, values=values)
     _checks.broadcasts(function, "values", values, logits)
     dtype = _accurate.compute_dtype(logits, values)

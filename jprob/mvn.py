@@ -123,9 +123,8 @@ def kl_divergence(
     >>> print(f"{kl_divergence(jnp.ones(2), jnp.eye(2), jnp.zeros(2), jnp.eye(2)):.4f}")
     1.0000
     """
-    locs = {"p_loc": p_loc, "q_loc": q_loc}
-    scales = {"p_scale_tril": p_scale_tril, "q_scale_tril": q_scale_tril}
-    given = _canonical("kl_divergence", locs, scales)
+    factors = {"p_scale_tril": p_scale_tril, "q_scale_tril": q_scale_tril}
+    given = _canonical("kl_divergence", {"p_loc": p_loc, "q_loc": q_loc}, factors)
     return jnp.vectorize(_kl_divergence, signature="(d),(d),(d,d),(d,d)->()")(*given)
 
 
@@ -216,7 +215,7 @@ def fit(
     _checks.floating("fit", x=x)
     if not isinstance(axis, int) or x.ndim < 2 or axis in (-1, x.ndim - 1):
         raise ValueError(f"fit: axis must be one of {_checks.describe(x)} before the last, got {axis!r}")
-    if hasattr(weights, "dtype"):
+    if weights is not None and hasattr(weights, "dtype"):
         _checks.broadcasts("fit", "weights", weights, x[..., 0], "x without its last axis")
         weights = weights[..., None]
     x, w, ok, front = _weights.weighted("fit", x, axis, weights)
