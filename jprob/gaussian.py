@@ -27,8 +27,8 @@ from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, _gaussian, _weights
 
-_Points = Float[Array, "*#shape"]  # broadcast as the module says
-_Numbers = float | Float[Array, "*#shape"]  # one for all points, or an array
+_Points = Float[Array, "*#shape"]  # one per example
+_Numbers = float | Float[Array, "*#shape"]  # one per example, or one for all of them
 
 
 class Parameters(NamedTuple):
