@@ -91,15 +91,18 @@ def public(*, static: Sequence[str] = (), **numbers: Range) -> Callable[[Callabl
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            for number in numbers:
-                if isinstance(kwargs.get(number), int | float):
-                    _python_number(name, number, numbers[number], signature.parameters[number].default, kwargs)
+            for number, range in numbers.items():
+                value = kwargs.get(number)
+                if isinstance(value, int | float):
+                    if not range.holds(value):
+                        raise ValueError(f"{name}: {number} must be {range.words}, got {value!r}")
+                    if value == signature.parameters[number].default:
+                        del kwargs[number]
             try:
                 return compiled(*args, **kwargs)
             except (TypeError, ValueError, OverflowError) as error:
-                if str(error).startswith(f"{name}: "):
-                    raise
-                fault = _fault(name, signature, static, args, kwargs)
+                known = str(error).startswith(f"{name}: ")
+                fault = None if known else _fault(name, signature, static, args, kwargs)
                 if fault is None:
                     raise
                 raise ValueError(fault) from None
@@ -110,14 +113,6 @@ def public(*, static: Sequence[str] = (), **numbers: Range) -> Callable[[Callabl
     return decorate
 
 
-def _python_number(function, name, range, default, kwargs):
-    value = kwargs[name]
-    if not range.holds(value):
-        raise ValueError(f"{function}: {name} must be {range.words}, got {value!r}")
-    if value == default:
-        del kwargs[name]
-
-
 def _fault(function, signature, static, args, kwargs):
     """What is wrong with the arguments that `jit` refused, or None if they are not to blame."""
     try:
@@ -126,46 +121,26 @@ def _fault(function, signature, static, args, kwargs):
         return f"{function}: {error}"
     for name, value in given.items():
         if name in static:
-            if not _hashable(value):
+            try:
+                hash(value)
+            except TypeError:
                 got = describe(value) if hasattr(value, "dtype") or "\n" in repr(value) else repr(value)
                 return f"{function}: {name} is static and must be a hashable Python value, got {got}"
-            continue
-        none = value is None and signature.parameters[name].default is not None
-        if none or (isinstance(value, list | tuple | dict) and not hasattr(value, "_fields")):
-            return f"{function}: {name} must be an array, got {describe(value)}"
-        if name == "key" and not _is_key(value):
-            return f"{function}: key must be one key, as jax.random.key makes it, got {describe(value)}"
-        for leaf in jax.tree.leaves(value):
-            if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
-                return f"{function}: {name} must be an array, got {describe(value)}"
-            if isinstance(leaf, int) and not -(2**31) <= leaf < 2**31:
-                return f"{function}: {name} must be a number that fits its dtype, got the integer {leaf}"
-            if (dtype := getattr(leaf, "dtype", None)) is not None and not _numeric(dtype):
-                return f"{function}: {name} must be an array of numbers, got {describe(leaf)}"
+        elif name == "key":
+            if not _is_key(value):
+                return f"{function}: key must be one key, as jax.random.key makes it, got {describe(value)}"
+        elif value is not signature.parameters[name].default:
+            for leaf in value if hasattr(value, "_fields") else [value]:
+                if isinstance(leaf, int) and not -(2**31) <= leaf < 2**31:
+                    return f"{function}: {name} must be a number that fits its dtype, got the integer {leaf}"
+                if not (isinstance(leaf, int | float) or holds(leaf, *_REAL)):
+                    return f"{function}: {name} must be an array of real numbers, got {describe(leaf)}"
     return None
-
-
-def _hashable(value):
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 def _is_key(value):
     dtype, shape = getattr(value, "dtype", jnp.dtype(bool)), getattr(value, "shape", None)
     return shape == () if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype == jnp.uint32
-
-
-def _numeric(dtype):
-    return _real(dtype) or any(jnp.issubdtype(dtype, kind) for kind in (jnp.complexfloating, jax.dtypes.prng_key))
-
-
-def _real(dtype):
-    """Bool, an integer, or a floating-point number of 16 bits or more."""
-    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
-    return real and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2)
 
 
 def describe(value: Any) -> str:
@@ -175,20 +150,45 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+_REAL = (jnp.bool_, jnp.integer, jnp.floating)
+
+
+def holds(value: Any, *kinds: Any) -> bool:
+    """Whether it is an array of one of these kinds of numbers. Floating-point numbers have 16 bits or more."""
+    dtype: Any = getattr(value, "dtype", object)
+    small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds) and not small
+
+
 def floating(function: str, **arguments: Any) -> None:
     """Each argument is an array of real floating-point numbers of 16 bits or more."""
     for name, value in arguments.items():
-        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype.itemsize < 2:
+        if not holds(value, jnp.floating):
             raise ValueError(f"{function}: {name} must be a floating-point array, got {describe(value)}")
 
 
+def real(function: str, **arguments: Any) -> None:
+    """Each argument is an array of bool, integers, or floating-point numbers of 16 bits or more."""
+    for name, value in arguments.items():
+        if not holds(value, *_REAL):
+            raise ValueError(f"{function}: {name} must be an array of real numbers, got {describe(value)}")
+
+
+def axis_of(function: str, name: str, array: jax.Array, axis: int, entry: str) -> int:
+    """`axis` counted from the front. It holds at least one entry of the array, the argument called `name`."""
+    if not isinstance(axis, int) or isinstance(axis, bool) or not -array.ndim <= axis < array.ndim:
+        raise ValueError(f"{function}: axis must be an axis of {name} {describe(array)}, got {axis!r}")
+    if array.shape[axis] == 0:
+        raise ValueError(f"{function}: expected at least one {entry} on axis {axis} of {name}, got {describe(array)}")
+    return axis % array.ndim
+
+
 def class_axis(function: str, logits: jax.Array, axis: int) -> int:
-    """`axis` counted from the front."""
-    if not isinstance(axis, int) or isinstance(axis, bool) or not -logits.ndim <= axis < logits.ndim:
-        raise ValueError(f"{function}: axis must be an axis of logits {describe(logits)}, got {axis!r}")
-    if logits.shape[axis] == 0:
-        raise ValueError(f"{function}: expected at least one class on axis {axis} of logits, got {describe(logits)}")
-    return axis % logits.ndim
+    """`axis` counted from the front, of logits that are floating-point and, under checkify, no probabilities."""
+    floating(function, logits=logits)
+    axis = axis_of(function, "logits", logits, axis, "class")
+    logits_not_probs(function, logits, axis)
+    return axis
 
 
 def size(function: str, name: str, value: Any, largest: int) -> None:
@@ -205,15 +205,15 @@ def same_shape(function: str, expected: str, got: str, shape: Sequence[int], val
 
 def mask(function: str, where: jax.Array, logits: jax.Array) -> None:
     """`where` is boolean and broadcasts to the shape of `logits`."""
-    if not hasattr(where, "dtype") or where.dtype != jnp.bool_:
+    if not holds(where, jnp.bool_):
         raise ValueError(f"{function}: where must be a boolean array, got {describe(where)}")
     broadcasts(function, "where", where, logits)
 
 
 def broadcasts(function: str, name: str, value: jax.Array, array: jax.Array, expected: str = "logits") -> None:
     """`value` broadcasts to the shape of `array`, the argument called `expected`, without making it larger."""
-    trailing = array.shape[array.ndim - value.ndim :] if value.ndim <= array.ndim else None
-    if trailing is None or any(n not in (1, k) for n, k in zip(value.shape, trailing, strict=True)):
+    pairs = zip(value.shape[::-1], array.shape[::-1], strict=False)
+    if value.ndim > array.ndim or any(n not in (1, k) for n, k in pairs):
         shape = list(array.shape)
         raise ValueError(f"{function}: {name} must broadcast to {shape} of {expected}, got {describe(value)}")
 
@@ -245,7 +245,7 @@ def classes(function: str, name: str, value: jax.Array, expected: str, shape: Se
 
     A label of a smaller dtype could not be compared with the number of classes: 256 is 0 in uint8.
     """
-    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
+    if not holds(value, jnp.integer):
         raise ValueError(f"{function}: {name} must be integer classes, got {describe(value)}")
     same_shape(function, expected, name, shape, value)
     value = jnp.asarray(value)
@@ -267,13 +267,13 @@ def targets_are_probs(function: str, targets: jax.Array, axis: int) -> None:
     expect(jnp.abs(total - 1) <= 2**-8, total, f"{function}: a row of targets sums to {{value}}, not 1")
 
 
-def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array) -> jax.Array:
+def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array | None) -> jax.Array:
     """Weights (real numbers or bool, one for each example of the argument called `expected`), in float32 at least.
 
-    A negative one is NaN.
+    A negative one is NaN. None is 1 for each example.
     """
-    if not hasattr(value, "dtype") or not _real(value.dtype):
-        raise ValueError(f"{function}: weights must be an array of real numbers, got {describe(value)}")
+    value = jnp.ones(shape, jnp.float32) if value is None else value
+    real(function, weights=value)
     same_shape(function, expected, "weights", shape, value)
     value = jnp.asarray(value).astype(_accurate.compute_dtype(value))
     expect(value >= 0, value, f"{function}: weight {{value}} is negative")
@@ -283,19 +283,18 @@ def weights(function: str, expected: str, shape: Sequence[int], value: jax.Array
 def number(function: str, name: str, value: Any, range: Range, dtype: jnp.dtype) -> jax.Array:
     """One number, traced or not, in `dtype`: NaN outside of its range."""
     value = jnp.asarray(value)
-    if value.ndim or not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+    if value.ndim or not holds(value, jnp.floating, jnp.integer):
         raise ValueError(f"{function}: {name} must be one real number, got {describe(value)}")
     value = value.astype(dtype)
     expect(range.holds(value), value, f"{function}: {name} {{value}} is not {range.words}")
     return _accurate.nan_unless(range.holds(value), value)
 
 
-def broadcast_together(function: str, dtype: jnp.dtype, **arguments: Any) -> list[jax.Array]:
-    """Real arguments (arrays or numbers), broadcast to one shape and cast to `dtype`."""
+def broadcast_together(function: str, **arguments: Any) -> list[jax.Array]:
+    """Real arguments (arrays or numbers), broadcast to one shape and cast to the dtype computed in."""
+    dtype = _accurate.compute_dtype(*arguments.values())
     arrays = {name: jnp.asarray(value) for name, value in arguments.items()}
-    for name, array in arrays.items():
-        if jnp.issubdtype(array.dtype, jnp.complexfloating):
-            raise ValueError(f"{function}: {name} must be real, got {describe(array)}")
+    real(function, **arrays)
     shape = broadcast_shape(function, arrays)
     return [jnp.broadcast_to(array, shape).astype(dtype) for array in arrays.values()]
 
@@ -327,9 +326,9 @@ def nats_to(function: str, base: float | None) -> float:
 
 def sample_shape(function: str, shape: Sequence[int] | None, batch: Sequence[int], name: str) -> tuple[int, ...]:
     """The shape of a sample: `batch`, or a given one that ends in it."""
-    if shape is not None and not (isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)):
+    shape, batch = tuple(batch) if shape is None else shape, tuple(batch)
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"{function}: shape must be a tuple of integers, got {shape!r}")
-    shape, batch = tuple(batch if shape is None else shape), tuple(batch)
-    if len(shape) < len(batch) or shape[len(shape) - len(batch) :] != batch:
+    if shape[len(shape) - len(batch) :] != batch:
         raise ValueError(f"{function}: shape must end in {list(batch)}, the shape of {name}, got {list(shape)}")
     return shape

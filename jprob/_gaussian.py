@@ -292,10 +292,8 @@ def _log_interval_prob_jvp(primals, tangents):
     near, far, apart = jnp.where(outer, a, 0), jnp.where(outer, b, 1), jnp.where(outer, width, 1)
     tail = _hazard(-near) / (1 - _beyond(near, far, apart))
     tails = [tail, tail * jnp.exp(-apart * ((near + far) / 2))]
-    at_a, at_b = (
-        jnp.where(jnp.isfinite(out), jnp.where(narrow, x, jnp.where(around, y, z)), 0)
-        for x, y, z in zip(thin, across, tails, strict=True)
-    )
+    kinds, possible = zip(thin, across, tails, strict=True), jnp.isfinite(out)
+    at_a, at_b = (jnp.where(possible, jnp.where(narrow, x, jnp.where(around, y, z)), 0) for x, y, z in kinds)
     return out, _of_ends(ends, at_a, at_b, [tangent * (1 / scale) for tangent in tangents])
 
 
@@ -346,20 +344,17 @@ def _scale_divergence_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def cross_entropy(offset: Array, p_scale: Array, q_scale: Array, q_log_scale: Array) -> Array:
-    """((p_scale / q_scale)^2 + (offset / q_scale)^2) / 2 + q_log_scale + log(2 pi) / 2."""
-    squares = jnp.square(p_scale / q_scale) + jnp.square(offset / q_scale)
-    return squares / 2 + q_log_scale + HALF_LOG_2PI
+def scale_cost(p: Array, q: Array, q_log: Array) -> Array:
+    """(p / q)^2 / 2 + q_log for scales p and q."""
+    return jnp.square(p / q) / 2 + q_log
 
 
-@cross_entropy.defjvp
-def _cross_entropy_jvp(primals, tangents):
-    """(offset d offset + p d p) / q^2 - ((p / q)^2 - 1 + (offset / q)^2) d log q."""
-    (offset, p, q, _), (d_offset, dp, _, d_log) = primals, tangents
+@scale_cost.defjvp
+def _scale_cost_jvp(primals, tangents):
+    """(p / q^2) dp - ((p / q)^2 - 1) d log q, 0 in q exactly where p = q."""
+    (p, q, _), (dp, _, d_log) = primals, tangents
     inverse, (below, above) = 1 / q, distances(p, 0, q)
-    r, ratio = _finite(offset * inverse), _finite(p * inverse)
-    slope = d_offset * inverse * r + dp * inverse * ratio - _finite(below * above + r * r) * d_log
-    return cross_entropy(*primals), slope
+    return scale_cost(*primals), dp * inverse * _finite(p * inverse) - _finite(below * above) * d_log
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

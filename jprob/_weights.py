@@ -11,27 +11,22 @@ from . import _accurate, _checks
 _LARGEST = 2**24  # partial sums: 64 MiB of float32
 
 
-def weighted(function: str, x: Array, axis: int, weights: Any) -> tuple[Array, Array, Array, int]:
+def weighted(function: str, x: Array, axis: int, weights: Any, name: str = "x") -> tuple[Array, Array, Array, int]:
     """Observations, weights of their shape, whether each row is valid, and the axis from the front.
 
     A row is not valid with a weight that is negative or infinite, or an observation that counts and is not finite. All
     of these are 0 here: 0 * inf is NaN.
     """
-    _checks.floating(function, x=x)
-    if not isinstance(axis, int) or isinstance(axis, bool) or not -x.ndim <= axis < x.ndim or x.shape[axis] == 0:
-        raise ValueError(f"{function}: axis must be an axis of x {_checks.describe(x)} that is not empty, got {axis!r}")
-    axis %= x.ndim
-    if weights is None:
-        weights = jnp.ones((), x.dtype)
-    if not hasattr(weights, "dtype") or jnp.issubdtype(weights.dtype, jnp.complexfloating):
-        raise ValueError(f"{function}: weights must be an array of real numbers, got {_checks.describe(weights)}")
-    _checks.broadcasts(function, "weights", weights, x, "x")
-    dtype = _accurate.compute_dtype(x, weights)
-    w = jnp.broadcast_to(weights, x.shape).astype(dtype)
+    _checks.floating(function, **{name: x})
+    axis = _checks.axis_of(function, name, x, axis, "observation")
+    weights = jnp.ones((), bool) if weights is None else weights
+    _checks.real(function, weights=weights)
+    _checks.broadcasts(function, "weights", weights, x, name)
+    x, w = (jnp.broadcast_to(v, x.shape).astype(_accurate.compute_dtype(x, weights)) for v in (x, weights))
     _checks.expect(w >= 0, w, f"{function}: weight {{value}} is negative")
-    x, right = x.astype(dtype), (w >= 0) & (w < jnp.inf)
-    valid = right & (jnp.isfinite(x) | (w == 0))
-    return jnp.where(jnp.isfinite(x), x, 0), jnp.where(right, w, 0), jnp.all(valid, axis=axis), axis
+    finite, right = jnp.isfinite(x), (w >= 0) & (w < jnp.inf)
+    valid = jnp.all(right & (finite | (w == 0)), axis=axis)
+    return jnp.where(finite, x, 0), jnp.where(right, w, 0), valid, axis
 
 
 def deviations(x: Array, w: Array, axis: int) -> tuple[Array, Array, Array]:
@@ -51,8 +46,7 @@ def sum_by(index: Array, values: Array, size: int) -> Array:
     lose 9 % of their sum: so b = sqrt(n) blocks are added apart, and then their sums, with an error of 2 sqrt(n) u
     (more where `size` leaves room for fewer blocks).
     """
-    n = index.shape[0]
-    blocks = 1
+    n, blocks = index.shape[0], 1
     if jnp.issubdtype(values.dtype, jnp.floating):
         blocks = max(1, min(math.isqrt(n), _LARGEST // max(1, size * math.prod(values.shape[1:]))))
     place = index + size * (jnp.arange(n, dtype=index.dtype) % blocks)

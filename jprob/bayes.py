@@ -93,10 +93,8 @@ def log_evidence(
     0.0594
     """
     prior, likelihood, axis, _ = _canonical("log_evidence", log_prior, log_likelihood, axis)
-    # What the prior excludes must not be seen, however likely it makes the observation.
-    likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
-    joint = jnp.where(prior == -jnp.inf, -jnp.inf, prior + likelihood)
-    before, best = (jnp.max(z, axis=axis, keepdims=True) for z in (prior, joint))
+    likelihood = _allowed(prior, likelihood)
+    before, best = (_accurate.maximum(z, axis) for z in (prior, prior + likelihood))
     possible = jnp.isfinite(best)
     prior, likelihood = (jnp.where(possible, z, 0) for z in (prior, likelihood))
     value = jnp.where(possible, _log_evidence(prior, likelihood, axis), -jnp.inf)
@@ -143,7 +141,7 @@ def update(
     log_likelihoods = jnp.expand_dims(log_likelihoods, range(1, 2 + rank - log_likelihoods.ndim))
     log_prior = jnp.expand_dims(log_prior, range(1 + rank - log_prior.ndim))
     prior, likelihoods, axis, dtype = _canonical("update", log_prior, log_likelihoods, -1)
-    total = jnp.cumsum(_gap(jnp.where(prior == -jnp.inf, -jnp.inf, likelihoods), axis), axis=0)
+    total = jnp.cumsum(_gap(_allowed(prior, likelihoods), axis), axis=0)
     return _normalised(_joint(prior, total, axis), axis).astype(dtype)
 
 
@@ -189,9 +187,8 @@ def gaussian_posterior(
     x, w, ok, axis = _weights.weighted("gaussian_posterior", x, axis, weights)
     observed, count = jnp.squeeze(_weights.deviations(x, w, axis)[1], axis), jnp.sum(w, axis=axis)
     given = {"prior_loc": prior_loc, "prior_scale": prior_scale, "x": observed, "scale": scale}
-    dtype = _accurate.compute_dtype(*given.values())
-    prior_loc, a, observed, b = _checks.broadcast_together("gaussian_posterior", dtype, **given)
-    count, ok = (jnp.broadcast_to(v, a.shape) for v in (count.astype(dtype), ok))
+    prior_loc, a, observed, b = _checks.broadcast_together("gaussian_posterior", **given)
+    count, ok = (jnp.broadcast_to(v, a.shape) for v in (count.astype(a.dtype), ok))
     known = _checks.FINITE_POSITIVE.holds(b)
     _checks.expect(a > 0, a, "gaussian_posterior: prior_scale {value} is not positive")
     _checks.expect(known, b, "gaussian_posterior: scale {value} is not positive and finite")
@@ -239,18 +236,15 @@ def beta_posterior(
     >>> print(posterior.alpha, posterior.beta)
     3.0 2.0
     """
-    if not hasattr(labels, "dtype") or jnp.issubdtype(labels.dtype, jnp.complexfloating):
-        raise ValueError(f"beta_posterior: labels must be real numbers or bool, got {_checks.describe(labels)}")
-    soft = jnp.issubdtype(labels.dtype, jnp.floating)
-    y = labels if soft else labels.astype(jnp.float32)
-    y, w, ok, axis = _weights.weighted("beta_posterior", y, axis, weights)
+    _checks.real("beta_posterior", labels=labels)
+    y = labels.astype(_accurate.compute_dtype(labels))
+    y, w, ok, axis = _weights.weighted("beta_posterior", y, axis, weights, "labels")
     inside = ((y >= 0) & (y <= 1)) | (w == 0)
     _checks.expect(inside, y, "beta_posterior: label {value} is outside [0, 1]")
     y, ok = jnp.where(inside, y, 0), ok & jnp.all(inside, axis=axis)
     yes, no = (jnp.sum(w * share, axis=axis) for share in (y, 1 - y))
-    given = {"prior_alpha": prior_alpha, "prior_beta": prior_beta}
-    dtype = _accurate.compute_dtype(yes if soft or weights is not None else 0.0, *given.values())
-    alpha, beta, yes, no = _checks.broadcast_together("beta_posterior", dtype, **given, labels=yes, others=no)
+    given = {"prior_alpha": prior_alpha, "prior_beta": prior_beta, "labels": yes, "others": no}
+    alpha, beta, yes, no = _checks.broadcast_together("beta_posterior", **given)
     for name, value in (("prior_alpha", alpha), ("prior_beta", beta)):
         _checks.expect(value > 0, value, f"beta_posterior: {name} {{value}} is not positive")
     ok = jnp.broadcast_to(ok, alpha.shape) & (alpha > 0) & (beta > 0)
@@ -260,12 +254,8 @@ def beta_posterior(
 def _canonical(function, log_prior, log_likelihood, axis):
     """Both in one shape and in the dtype computed in, the axis from the front, and the dtype they promote to."""
     _checks.floating(function, log_prior=log_prior, log_likelihood=log_likelihood)
-    given = {"log_prior": log_prior, "log_likelihood": log_likelihood}
-    prior, likelihood = _checks.broadcast_together(function, _accurate.compute_dtype(*given.values()), **given)
-    if not isinstance(axis, int) or not -prior.ndim <= axis < prior.ndim or prior.shape[axis] == 0:
-        shape = list(prior.shape)
-        raise ValueError(f"{function}: axis must be an axis of the hypotheses {shape} that is not empty, got {axis!r}")
-    axis %= prior.ndim
+    prior, likelihood = _checks.broadcast_together(function, log_prior=log_prior, log_likelihood=log_likelihood)
+    axis = _checks.axis_of(function, "the hypotheses", prior, axis, "hypothesis")
     _checks.logits_not_probs(function, prior, axis)
     with jax.numpy_dtype_promotion("standard"):
         return prior, likelihood, axis, jnp.promote_types(log_prior.dtype, log_likelihood.dtype)
@@ -273,41 +263,41 @@ def _canonical(function, log_prior, log_likelihood, axis):
 
 def _gap(z, axis):
     """z - max z. The maximum is held constant under differentiation, where it cancels, but only to rounding."""
-    return z - jax.lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True))
+    return z - jax.lax.stop_gradient(_accurate.maximum(z, axis))
 
 
 def _joint(prior, likelihood, axis):
     """log prior + log likelihood up to a constant; each is taken from its maximum first, which loses no digit."""
-    # -inf + inf is NaN: what the prior excludes stays excluded, however likely it makes the observation.
-    likelihood = jnp.where(prior == -jnp.inf, -jnp.inf, likelihood)
-    return jnp.where(prior == -jnp.inf, -jnp.inf, _gap(prior, axis) + _gap(likelihood, axis))
+    return _allowed(prior, _gap(prior, axis) + _gap(_allowed(prior, likelihood), axis))
+
+
+def _allowed(prior, z):
+    """z, and -inf for what the prior excludes, however likely it makes the observation: -inf + inf is NaN."""
+    return jnp.where(prior == -jnp.inf, -jnp.inf, z)
 
 
 def _normalised(joint, axis):
     """log_softmax, and NaN with gradient 0 along a row without a hypothesis."""
-    possible = jnp.isfinite(jnp.max(joint, axis=axis, keepdims=True))
+    possible = jnp.isfinite(_accurate.maximum(joint, axis))
     return _accurate.nan_unless(possible, _accurate.log_softmax(jnp.where(possible, joint, 0), axis))
 
 
 def _ratios(prior, likelihood, axis):
-    """r and c with log evidence = r + c, r the log-likelihood of one hypothesis.
+    """r and c with log evidence = r + c, r the log-likelihood of one hypothesis, for likelihoods that are `_allowed`.
 
     evidence = e^r (1 + sum_k p_k (e^(l_k - r) - 1)). For log-likelihoods at most 0, r is the largest, so that r and c
     have one sign. Else r is that of the best explanation, of which the evidence is at least the prior's share.
     """
     p, log_p = _accurate.softmax(prior, axis), _accurate.log_softmax(prior, axis)
-    joint = jnp.where(prior == -jnp.inf, -jnp.inf, log_p + likelihood)
-    largest = jnp.max(likelihood, axis=axis, keepdims=True)
-    best = jnp.take_along_axis(likelihood, jnp.argmax(joint, axis=axis, keepdims=True), axis=axis)
-    r = jnp.where(largest <= 0, largest, best)
+    largest = _accurate.maximum(likelihood, axis)
+    best = jnp.argmax(log_p + likelihood, axis=axis, keepdims=True)
+    r = jnp.where(largest <= 0, largest, jnp.take_along_axis(likelihood, best, axis=axis))
     t = likelihood - r
     # exp(log p + t), not p exp(t): p may be below the smallest number where the product is not.
-    joint = jnp.where(prior == -jnp.inf, -jnp.inf, log_p + t)
-    change = jnp.where(t < 1, _accurate.weigh(p, jnp.expm1(jnp.minimum(t, 1))), jnp.exp(joint) - p)
-    change = jnp.sum(change, axis=axis, keepdims=True)
-    total = jnp.sum(jnp.exp(joint), axis=axis, keepdims=True)
+    joint = jnp.exp(log_p + t)
+    change = _accurate.total(jnp.where(t < 1, p * jnp.expm1(jnp.minimum(t, 1)), joint - p), axis)
     # Below -0.25 the sum has cancelled, and between -0.42 and -0.36 XLA's float64 log1p errs by 240 u.
-    return r, jnp.where(change > -0.25, jnp.log1p(jnp.maximum(change, -0.25)), jnp.log(total))
+    return r, jnp.where(change > -0.25, jnp.log1p(jnp.maximum(change, -0.25)), jnp.log(_accurate.total(joint, axis)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -322,7 +312,7 @@ def _log_evidence_jvp(axis, primals, tangents):
     (prior, likelihood), (d_prior, d_likelihood) = primals, tangents
     posterior = _accurate.softmax(_joint(prior, likelihood, axis), axis)
     slope = posterior * d_likelihood + _learned(prior, likelihood, axis) * d_prior
-    return _log_evidence(prior, likelihood, axis), jnp.sum(slope, axis=axis, keepdims=True)
+    return _log_evidence(prior, likelihood, axis), _accurate.total(slope, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -331,9 +321,8 @@ def _learned(prior, likelihood, axis):
     r, c = _ratios(prior, likelihood, axis)
     t = (likelihood - r) - c
     p = _accurate.softmax(prior, axis)
-    near = p * jnp.expm1(jnp.minimum(t, 1))
     far = _accurate.softmax(_joint(prior, likelihood, axis), axis) - p
-    return jnp.where(prior == -jnp.inf, 0, jnp.where(t < 1, near, far))
+    return jnp.where(t < 1, p * jnp.expm1(jnp.minimum(t, 1)), far)
 
 
 @_learned.defjvp

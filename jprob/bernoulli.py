@@ -193,11 +193,9 @@ def _cross_entropy(function, logits, labels):
 def _canonical(function, logits, labels):
     """Logits and labels in the dtype computed in, and whether each label is in [0, 1]; one that is not is 0 instead."""
     _checks.floating(function, logits=logits)
-    if not hasattr(labels, "dtype") or jnp.issubdtype(labels.dtype, jnp.complexfloating):
-        raise ValueError(f"{function}: labels must be real numbers or bool, got {_checks.describe(labels)}")
+    _checks.real(function, labels=labels)
     _checks.same_shape(function, "logits", "labels", logits.shape, labels)
-    soft = jnp.issubdtype(labels.dtype, jnp.floating)
-    dtype = _accurate.compute_dtype(logits, labels) if soft else _accurate.compute_dtype(logits)
+    dtype = _accurate.compute_dtype(logits, labels)
     y = labels.astype(dtype)
     inside = (y >= 0) & (y <= 1)
     _checks.expect(inside, y, f"{function}: label {{value}} is outside [0, 1]")

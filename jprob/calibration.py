@@ -344,14 +344,10 @@ def _temperature_jvp(primals, tangents):
 
 def _examples(function, logits, labels, weights):
     """Logits [n, K], labels [n] and weights [n] to compute with, checked."""
-    _checks.floating(function, logits=logits)
     _checks.class_axis(function, logits, -1)
-    _checks.logits_not_probs(function, logits, -1)
     shape, classes = logits.shape[:-1], logits.shape[-1]
     labels = _checks.classes(function, "labels", labels, "logits without the last axis", shape)
-    w = jnp.ones(shape, logits.dtype)
-    if weights is not None:
-        w = _checks.weights(function, "logits without the last axis", shape, weights)
+    w = _checks.weights(function, "logits without the last axis", shape, weights)
     dtype = _accurate.compute_dtype(logits, w)
     _checks.in_range(function, "label", labels, classes, w != 0)
     return logits.astype(dtype).reshape(-1, classes), labels.ravel(), w.ravel().astype(dtype)

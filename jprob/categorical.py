@@ -390,7 +390,7 @@ def log_prob(
     >>> print(log_prob(jnp.array(1), jnp.log(jnp.array([0.75, 0.25]))))
     -1.3862944
     """
-    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
+    if not _checks.holds(labels, jnp.integer):
         raise ValueError(f"log_prob: labels must be integer classes, got {_checks.describe(labels)}")
     z, labels, valid, axis, where = _labelled("log_prob", logits, labels, axis, where)
     there = None if where is None else jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
@@ -468,9 +468,7 @@ def _canonical(function, logits, axis, where, *computed_with):
 
     A row that `where` leaves without a class gets logits of 0: it is computed as any other, and then left out.
     """
-    _checks.floating(function, logits=logits)
     axis = _checks.class_axis(function, logits, axis)
-    _checks.logits_not_probs(function, logits, axis)
     z = logits.astype(_accurate.compute_dtype(logits, *computed_with))
     if where is None:
         return z, axis, None
@@ -537,15 +535,12 @@ def _labelled(function, logits, labels, axis, where):
     Integer labels get a class axis of length 1; one that is not valid is 0 instead. Target distributions have the dtype
     computed in, no mass on a class that does not exist, and None for `valid`.
     """
-    if not hasattr(labels, "dtype"):
-        raise ValueError(f"{function}: labels must be an array, got {_checks.describe(labels)}")
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        _checks.floating(function, labels=labels)
+    if _checks.holds(labels, jnp.floating):
         z, axis, where = _canonical(function, logits, axis, where, labels)
         _checks.same_shape(function, "logits", "floating-point labels", logits.shape, labels)
         _checks.targets_are_probs(function, labels, axis)
         return z, _existing(labels.astype(z.dtype), where, 0), None, axis, where
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    if not _checks.holds(labels, jnp.integer):
         raise ValueError(f"{function}: labels must be integer or floating-point, got {_checks.describe(labels)}")
     z, axis, where = _canonical(function, logits, axis, where)
     expected = logits.shape[:axis] + logits.shape[axis + 1 :]

@@ -31,10 +31,7 @@ class Estimate(NamedTuple):
 
 @_checks.public(static=("axis",))
 def mean(
-    values: Real[Array, "*#shape"] | Bool[Array, "*#shape"],
-    logits: Float[Array, "*shape"],
-    *,
-    axis: int = -1,
+    values: Real[Array, "*#shape"] | Bool[Array, "*#shape"], logits: Float[Array, "*shape"], *, axis: int = -1
 ) -> Float[Array, "*rest"]:
     """Expected value sum_i p_i v_i under p = softmax(logits).
 
@@ -66,10 +63,7 @@ def mean(
 
 @_checks.public(static=("axis",))
 def variance(
-    values: Real[Array, "*#shape"] | Bool[Array, "*#shape"],
-    logits: Float[Array, "*shape"],
-    *,
-    axis: int = -1,
+    values: Real[Array, "*#shape"] | Bool[Array, "*#shape"], logits: Float[Array, "*shape"], *, axis: int = -1
 ) -> Float[Array, "*rest"]:
     """Variance sum_i p_i (v_i - mean)^2 under p = softmax(logits).
 
@@ -138,11 +132,8 @@ def monte_carlo(
     if not isinstance(num_samples, int) or not 2 <= num_samples < 2**31:
         raise ValueError(f"monte_carlo: num_samples must be an integer in [2, 2^31), got {num_samples!r}")
     values = jax.vmap(lambda one: fn(sample(one)))(jax.random.split(key, num_samples))
-    if not hasattr(values, "dtype") or jnp.issubdtype(values.dtype, jnp.complexfloating):
-        raise ValueError(f"monte_carlo: fn must return an array of real numbers, got {_checks.describe(values)}")
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        values = values.astype(jnp.float32)
-    loc, scale = gaussian.fit(values, axis=0)
+    _checks.real("monte_carlo", **{"what fn returns": values})
+    loc, scale = gaussian.fit(values.astype(_accurate.compute_dtype(values)), axis=0)
     return Estimate(loc, scale / (num_samples - 1) ** 0.5)
 
 
@@ -152,18 +143,13 @@ def _canonical(function, values, logits, axis):
     Also what the infinite values of a row add up to (0 where there are none), and whether an outcome is possible. A row
     that has no finite mean has values and logits of 0.
     """
-    _checks.floating(function, logits=logits)
     axis = _checks.class_axis(function, logits, axis)
-    _checks.logits_not_probs(function, logits, axis)
-    if not hasattr(values, "dtype") or jnp.issubdtype(values.dtype, jnp.complexfloating):
-        raise ValueError(f"{function}: values must be an array of real numbers, got {_checks.describe(values)}")
+    _checks.real(function, values=values)
     _checks.broadcasts(function, "values", values, logits)
-    real = jnp.issubdtype(values.dtype, jnp.floating)
-    dtype = _accurate.compute_dtype(logits, values) if real else _accurate.compute_dtype(logits)
-    z = logits.astype(dtype)
-    # What cannot happen must not be seen: 0 * inf is NaN.
-    v = jnp.where(z == -jnp.inf, 0, jnp.broadcast_to(values, logits.shape).astype(dtype))
-    infinite = jax.lax.stop_gradient(_total(jnp.where(jnp.isfinite(v), 0, v), axis))
+    dtype = _accurate.compute_dtype(logits, values)
+    z, v = (jnp.broadcast_to(x, logits.shape).astype(dtype) for x in (logits, values))
+    v = jnp.where(z == -jnp.inf, 0, v)  # what cannot happen must not be seen: 0 * inf is NaN
+    infinite = jax.lax.stop_gradient(_accurate.total(jnp.where(jnp.isfinite(v), 0, v), axis))
     possible = jnp.isfinite(jnp.max(z, axis=axis, keepdims=True))
     usual = possible & jnp.isfinite(infinite)
     return jnp.where(usual, v, 0), jnp.where(usual, z, 0), axis, infinite, possible
@@ -174,20 +160,10 @@ def _centre(v, z, axis):
     return jnp.take_along_axis(v, jnp.argmax(z, axis=axis, keepdims=True), axis=axis)
 
 
-def _total(x, axis):
-    return jnp.sum(x, axis=axis, keepdims=True)
-
-
-def _deviations(v, z, axis):
-    """v_i - mean, from distances to the most probable value: for that one minus a sum over the others alone."""
-    distance = v - _centre(v, z, axis)
-    return distance - _total(_accurate.weigh(_accurate.softmax(z, axis), distance), axis)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _mean(v, z, axis):
     centre = _centre(v, z, axis)
-    return centre + _total(_accurate.weigh(_accurate.softmax(z, axis), v - centre), axis)
+    return centre + _accurate.total(_accurate.weigh(_accurate.softmax(z, axis), v - centre), axis)
 
 
 @_mean.defjvp
@@ -195,12 +171,14 @@ def _mean_jvp(axis, primals, tangents):
     """sum_i p_i (dv_i + (v_i - mean) dz_i)."""
     (v, z), (dv, dz) = primals, tangents
     p = _accurate.softmax(z, axis)
-    return _mean(v, z, axis), _total(p * dv + _accurate.weigh(p, _spread(v, z, axis)) * dz, axis)
+    return _mean(v, z, axis), _accurate.total(p * dv + _accurate.weigh(p, _spread(v, z, axis)) * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _spread(v, z, axis):
-    return _deviations(v, z, axis)
+    """v_i - mean, from distances to the most probable value: for that one minus a sum over the others alone."""
+    distance = v - _centre(v, z, axis)
+    return distance - _accurate.total(_accurate.weigh(_accurate.softmax(z, axis), distance), axis)
 
 
 @_spread.defjvp
@@ -208,12 +186,12 @@ def _spread_jvp(axis, primals, tangents):
     """d (v_i - mean) = dv_i - sum_j p_j dv_j - sum_j p_j (v_j - mean) dz_j."""
     (v, z), (dv, dz) = primals, tangents
     p, spread = _accurate.softmax(z, axis), _spread(v, z, axis)
-    return spread, _accurate.centred(p, dv, axis) - _total(_accurate.weigh(p, spread) * dz, axis)
+    return spread, _accurate.centred(p, dv, axis) - _accurate.total(_accurate.weigh(p, spread) * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _variance(v, z, axis):
-    return _total(_accurate.weigh(_accurate.softmax(z, axis), jnp.square(_spread(v, z, axis))), axis)
+    return _accurate.total(_accurate.weigh(_accurate.softmax(z, axis), jnp.square(_spread(v, z, axis))), axis)
 
 
 @_variance.defjvp
@@ -222,4 +200,4 @@ def _variance_jvp(axis, primals, tangents):
     (v, z), (dv, dz) = primals, tangents
     p, spread, out = _accurate.softmax(z, axis), _spread(v, z, axis), _variance(v, z, axis)
     slope = _accurate.weigh(p, jnp.square(spread) - out)
-    return out, _total(2 * _accurate.weigh(p, spread) * dv + slope * dz, axis)
+    return out, _accurate.total(2 * _accurate.weigh(p, spread) * dv + slope * dz, axis)

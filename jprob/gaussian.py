@@ -27,6 +27,9 @@ from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, _gaussian, _weights
 
+_Points = Float[Array, "*#shape"]  # one per example
+_Numbers = float | Float[Array, "*#shape"]  # one per example, or one for all of them
+
 
 class Parameters(NamedTuple):
     """What a Gaussian is given by."""
@@ -37,11 +40,7 @@ class Parameters(NamedTuple):
 
 @_checks.public()
 def log_prob(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] | None = None,
-    *,
-    log_scale: float | Float[Array, "*#shape"] | None = None,
+    x: _Points, loc: _Numbers = 0.0, scale: _Numbers | None = None, *, log_scale: _Numbers | None = None
 ) -> Float[Array, "*shape"]:
     """Log-density -r^2 / 2 - log scale - log(2 pi) / 2 with r = (x - loc) / scale.
 
@@ -77,11 +76,7 @@ def log_prob(
 
 @_checks.public()
 def prob(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] | None = None,
-    *,
-    log_scale: float | Float[Array, "*#shape"] | None = None,
+    x: _Points, loc: _Numbers = 0.0, scale: _Numbers | None = None, *, log_scale: _Numbers | None = None
 ) -> Float[Array, "*shape"]:
     """Density exp(-r^2 / 2) / (scale sqrt(2 pi)) with r = (x - loc) / scale.
 
@@ -111,11 +106,7 @@ def prob(
 
 
 @_checks.public()
-def cdf(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
-) -> Float[Array, "*shape"]:
+def cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
     """Probability Phi(r) = erfc(-r / sqrt 2) / 2 of a value at most x, with r = (x - loc) / scale.
 
     The probability of a value above x is `cdf(loc - x, 0, scale)`, with all its digits.
@@ -143,11 +134,7 @@ def cdf(
 
 
 @_checks.public()
-def log_cdf(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
-) -> Float[Array, "*shape"]:
+def log_cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
     """Log-probability log Phi(r) of a value at most x, with r = (x - loc) / scale.
 
     Far below the mean it is -r^2 / 2 - log(-r sqrt(2 pi)) and a little less; far above it is minus the probability of
@@ -176,11 +163,7 @@ def log_cdf(
 
 
 @_checks.public()
-def quantile(
-    q: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
-) -> Float[Array, "*shape"]:
+def quantile(q: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
     """The value that is not exceeded with probability q: the inverse of `cdf`.
 
     The gradient in q is 1 / density. For an upper tail probability p below u use the mirror image,
@@ -205,8 +188,7 @@ def quantile(
     1.9600
     """
     _checks.floating("quantile", q=q)
-    dtype = _accurate.compute_dtype(q, loc, scale)
-    q, loc, scale = _checks.broadcast_together("quantile", dtype, q=q, loc=loc, scale=scale)
+    q, loc, scale = _checks.broadcast_together("quantile", q=q, loc=loc, scale=scale)
     scale, _, ok = _valid("quantile", "scale", scale)
     possible, inside = (q >= 0) & (q <= 1), (q > 0) & (q < 1)
     _checks.expect(possible, q, "quantile: q {value} is outside [0, 1]")
@@ -215,12 +197,7 @@ def quantile(
 
 
 @_checks.public()
-def interval_prob(
-    low: Float[Array, "*#shape"],
-    high: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
-) -> Float[Array, "*shape"]:
+def interval_prob(low: _Points, high: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
     """Probability of a value between low and high: 68 %, 95 %, 99.7 % within 1, 2, 3 standard deviations of the mean.
 
     `cdf(high) - cdf(low)` would lose every digit above the mean and for a narrow interval. Here a narrow interval is
@@ -252,10 +229,7 @@ def interval_prob(
 
 @_checks.public()
 def log_interval_prob(
-    low: Float[Array, "*#shape"],
-    high: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] = 1.0,
+    low: _Points, high: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0
 ) -> Float[Array, "*shape"]:
     """Log-probability of a value between low and high: exact in both tails, however far, narrow or wide.
 
@@ -305,20 +279,19 @@ def entropy(scale: float | Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     >>> print(f"{entropy(1.0):.4f}")
     1.4189
     """
-    (scale,) = _checks.broadcast_together("entropy", _accurate.compute_dtype(scale), scale=scale)
-    _, log_scale, ok = _valid("entropy", "scale", scale)
+    _, log_scale, ok = _valid("entropy", "scale", *_checks.broadcast_together("entropy", scale=scale))
     return _accurate.nan_unless(ok, log_scale + (0.5 + _gaussian.HALF_LOG_2PI))
 
 
 @_checks.public()
 def kl_divergence(
-    p_loc: float | Float[Array, "*#shape"],
-    p_scale: float | Float[Array, "*#shape"] | None = None,
-    q_loc: float | Float[Array, "*#shape"] = 0.0,
-    q_scale: float | Float[Array, "*#shape"] | None = None,
+    p_loc: _Numbers,
+    p_scale: _Numbers | None = None,
+    q_loc: _Numbers = 0.0,
+    q_scale: _Numbers | None = None,
     *,
-    p_log_scale: float | Float[Array, "*#shape"] | None = None,
-    q_log_scale: float | Float[Array, "*#shape"] | None = None,
+    p_log_scale: _Numbers | None = None,
+    q_log_scale: _Numbers | None = None,
 ) -> Float[Array, "*shape"]:
     """KL(p || q) = (e^(2 d) - 1 - 2 d) / 2 + ((p_loc - q_loc) / q_scale)^2 / 2, d = log(p_scale / q_scale), in nats.
 
@@ -352,8 +325,7 @@ def kl_divergence(
     p_name, p_value = _either("kl_divergence", "p_", p_scale, p_log_scale)
     q_name, q_value = _either("kl_divergence", "q_", q_scale, q_log_scale)
     given = {"p_loc": p_loc, p_name: p_value, "q_loc": q_loc, q_name: q_value}
-    dtype = _accurate.compute_dtype(*given.values())
-    p_loc, p, q_loc, q = _checks.broadcast_together("kl_divergence", dtype, **given)
+    p_loc, p, q_loc, q = _checks.broadcast_together("kl_divergence", **given)
     p, p_log, p_ok = _valid("kl_divergence", p_name, p)
     q, q_log, q_ok = _valid("kl_divergence", q_name, q)
     _, scale, p_loc, q_loc = _gaussian.in_units(q, p_loc, q_loc)
@@ -368,12 +340,7 @@ def kl_divergence(
 
 
 @_checks.public()
-def cross_entropy(
-    p_loc: float | Float[Array, "*#shape"],
-    p_scale: float | Float[Array, "*#shape"],
-    q_loc: float | Float[Array, "*#shape"],
-    q_scale: float | Float[Array, "*#shape"],
-) -> Float[Array, "*shape"]:
+def cross_entropy(p_loc: _Numbers, p_scale: _Numbers, q_loc: _Numbers, q_scale: _Numbers) -> Float[Array, "*shape"]:
     """Mean of -log q(x) under p, the entropy of p + KL(p || q): what q costs per draw from p, in nats.
 
     It is log q_scale + log(2 pi) / 2 + ((p_scale / q_scale)^2 + ((p_loc - q_loc) / q_scale)^2) / 2.
@@ -398,23 +365,23 @@ def cross_entropy(
     1.4189 1.4189
     """
     given = {"p_loc": p_loc, "p_scale": p_scale, "q_loc": q_loc, "q_scale": q_scale}
-    dtype = _accurate.compute_dtype(*given.values())
-    p_loc, p_scale, q_loc, q_scale = _checks.broadcast_together("cross_entropy", dtype, **given)
+    p_loc, p_scale, q_loc, q_scale = _checks.broadcast_together("cross_entropy", **given)
     p_ok = _checks.FINITE_NOT_NEGATIVE.holds(p_scale)
     _checks.expect(p_ok, p_scale, "cross_entropy: p_scale {value} is not finite and at least 0")
     q_scale, q_log_scale, q_ok = _valid("cross_entropy", "q_scale", q_scale)
     _, q_scale, p_loc, p_scale, q_loc = _gaussian.in_units(q_scale, p_loc, jnp.where(p_ok, p_scale, 0), q_loc)
-    value = _gaussian.cross_entropy(p_loc - q_loc, p_scale, q_scale, q_log_scale)
+    distance = _gaussian.half_square(p_loc - q_loc, q_scale, q_log_scale)
+    value = _gaussian.scale_cost(p_scale, q_scale, q_log_scale) + distance + _gaussian.HALF_LOG_2PI
     return _accurate.nan_unless(p_ok & q_ok, value)
 
 
 @_checks.public(beta=_checks.UNIT_INTERVAL)
 def nll(
-    x: Float[Array, "*#shape"],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] | None = None,
+    x: _Points,
+    loc: _Numbers = 0.0,
+    scale: _Numbers | None = None,
     *,
-    log_scale: float | Float[Array, "*#shape"] | None = None,
+    log_scale: _Numbers | None = None,
     beta: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "*shape"]:
     """Negative log-likelihood -log_prob times scale^(2 beta), the weight held constant under differentiation.
@@ -495,10 +462,10 @@ def fit(
 @_checks.public(static=("shape",))
 def sample(
     key: Key[Array, ""],
-    loc: float | Float[Array, "*#shape"] = 0.0,
-    scale: float | Float[Array, "*#shape"] | None = None,
+    loc: _Numbers = 0.0,
+    scale: _Numbers | None = None,
     *,
-    log_scale: float | Float[Array, "*#shape"] | None = None,
+    log_scale: _Numbers | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> Float[Array, "*shape"]:
     """Draws loc + scale * standard normal noise: differentiable in loc (1) and scale (the noise).
@@ -522,8 +489,7 @@ def sample(
     (2, 3)
     """
     name, value = _either("sample", "", scale, log_scale)
-    given = {"loc": loc, name: value}
-    loc, scale = _checks.broadcast_together("sample", _accurate.compute_dtype(*given.values()), **given)
+    loc, scale = _checks.broadcast_together("sample", **{"loc": loc, name: value})
     shape = _checks.sample_shape("sample", shape, loc.shape, "loc and scale")
     if log_scale is None:
         ok = scale >= 0
@@ -561,8 +527,7 @@ def _given(function, scale, log_scale, loc, **points):
     """Points, loc and scale in one unit, the logarithm of the scale, whether it is valid, and the unit."""
     _checks.floating(function, **points)
     name, value = _either(function, "", scale, log_scale)
-    given = points | {"loc": loc, name: value}
-    *points, scale = _checks.broadcast_together(function, _accurate.compute_dtype(*given.values()), **given)
+    *points, scale = _checks.broadcast_together(function, **points, **{"loc": loc, name: value})
     scale, log_scale, ok = _valid(function, name, scale)
     unit, scale, *points = _gaussian.in_units(scale, *points)
     return *points, scale, log_scale, ok, unit

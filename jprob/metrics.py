@@ -225,7 +225,7 @@ def _confusion_matrix(num_classes, labels, predictions, weights):
     name = "confusion_matrix"
     labels = _checks.classes(name, "labels", labels, "labels", getattr(labels, "shape", ()))
     predictions = _checks.classes(name, "predictions", predictions, "labels", labels.shape)
-    w = jnp.ones(labels.shape) if weights is None else _checks.weights(name, "labels", labels.shape, weights)
+    w = _checks.weights(name, "labels", labels.shape, weights)
     counted = w != 0
     valid = _checks.in_range(name, "label", labels, num_classes, counted)
     valid &= _checks.in_range(name, "prediction", predictions, num_classes, counted)
@@ -243,7 +243,7 @@ def _confusion_matrix(num_classes, labels, predictions, weights):
 
 def _perplexity(nll, weights):
     _checks.floating("perplexity", nll=nll)
-    w = jnp.ones(nll.shape, nll.dtype) if weights is None else _checks.weights("perplexity", "nll", nll.shape, weights)
+    w = _checks.weights("perplexity", "nll", nll.shape, weights)
     dtype = _accurate.compute_dtype(nll, w)
     # Shares of the weight, not a quotient of two sums, which may overflow.
     w = w.astype(dtype)

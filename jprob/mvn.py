@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, _placement, _weights, gaussian
 
+_Loc = float | Float[Array, "*#batch #D"] | Float[Array, ""]  # one number may serve all dimensions
+
 
 class Parameters(NamedTuple):
     """What a multivariate normal is given by."""
@@ -32,9 +34,7 @@ class Parameters(NamedTuple):
 
 @_checks.public()
 def log_prob(
-    x: Float[Array, "*#batch D"],
-    loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
-    scale_tril: Float[Array, "*#batch D D"],
+    x: Float[Array, "*#batch D"], loc: _Loc, scale_tril: Float[Array, "*#batch D D"]
 ) -> Float[Array, "*batch"]:
     """Log-density -|r|^2 / 2 - sum_i log L_ii - D log(2 pi) / 2 with r = L^-1 (x - loc).
 
@@ -61,12 +61,9 @@ def log_prob(
 
 def _log_prob(x, loc, scale_tril):
     lower, ok = _usable(scale_tril)
-    offset = x - loc
-    near = jnp.all(jnp.isfinite(offset))
-    r = _solve(lower, jnp.where(near, offset, 0)[:, None])[:, 0]
+    r, far = _standardised(lower, x - loc)
     # A sum of univariate log-densities of standard numbers; the scales enter by their logarithms alone.
-    value = jnp.sum(gaussian.log_prob(r)) - jnp.sum(jnp.log(jnp.diagonal(lower)))
-    return _accurate.nan_unless(ok, jnp.where(near, value, jax.lax.stop_gradient(-jnp.sum(jnp.abs(offset)))))
+    return _accurate.nan_unless(ok, jnp.sum(gaussian.log_prob(r) - jnp.log(jnp.diagonal(lower))) - far)
 
 
 @_checks.public()
@@ -99,10 +96,7 @@ def _entropy(scale_tril):
 
 @_checks.public()
 def kl_divergence(
-    p_loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
-    p_scale_tril: Float[Array, "*#batch D D"],
-    q_loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
-    q_scale_tril: Float[Array, "*#batch D D"],
+    p_loc: _Loc, p_scale_tril: Float[Array, "*#batch D D"], q_loc: _Loc, q_scale_tril: Float[Array, "*#batch D D"]
 ) -> Float[Array, "*batch"]:
     """KL(p || q) = sum_i (M_ii^2 - 1 - 2 log M_ii) / 2 + sum_{i > j} M_ij^2 / 2 + |r|^2 / 2, in nats.
 
@@ -129,30 +123,22 @@ def kl_divergence(
     >>> print(f"{kl_divergence(jnp.ones(2), jnp.eye(2), jnp.zeros(2), jnp.eye(2)):.4f}")
     1.0000
     """
-    locs = {"p_loc": p_loc, "q_loc": q_loc}
-    scales = {"p_scale_tril": p_scale_tril, "q_scale_tril": q_scale_tril}
-    given = _canonical("kl_divergence", locs, scales)
+    factors = {"p_scale_tril": p_scale_tril, "q_scale_tril": q_scale_tril}
+    given = _canonical("kl_divergence", {"p_loc": p_loc, "q_loc": q_loc}, factors)
     return jnp.vectorize(_kl_divergence, signature="(d),(d),(d,d),(d,d)->()")(*given)
 
 
 def _kl_divergence(p_loc, q_loc, p_scale_tril, q_scale_tril):
-    (p, p_ok), (q, q_ok), offset = _usable(p_scale_tril), _usable(q_scale_tril), p_loc - q_loc
-    near = jnp.all(jnp.isfinite(offset))
-    r = _solve(q, jnp.where(near, offset, 0)[:, None])
-    below = jnp.tril(_solve(q, p - q), -1)
+    (p, p_ok), (q, q_ok) = _usable(p_scale_tril), _usable(q_scale_tril)
+    (r, far), below = _standardised(q, p_loc - q_loc), jnp.tril(_solve(q, p - q), -1)
     stretch = gaussian.kl_divergence(0.0, jnp.diagonal(p), 0.0, jnp.diagonal(q))
-    value = jnp.sum(stretch) + (jnp.sum(jnp.square(below)) + jnp.sum(jnp.square(r))) / 2
-    far = jax.lax.stop_gradient(jnp.sum(jnp.abs(offset)))
-    return _accurate.nan_unless(p_ok & q_ok, jnp.where(near, value, far))
+    squares = jnp.sum(jnp.square(below)) + jnp.sum(jnp.square(r))
+    return _accurate.nan_unless(p_ok & q_ok, jnp.sum(stretch) + squares / 2 + far)
 
 
 @_checks.public(static=("shape",))
 def sample(
-    key: Key[Array, ""],
-    loc: float | Float[Array, "*#batch #D"] | Float[Array, ""],
-    scale_tril: Float[Array, "*#batch D D"],
-    *,
-    shape: tuple[int, ...] | None = None,
+    key: Key[Array, ""], loc: _Loc, scale_tril: Float[Array, "*#batch D D"], *, shape: tuple[int, ...] | None = None
 ) -> Float[Array, "*sample D"]:
     """Draws loc + L z with standard normal z: differentiable in loc and L.
 
@@ -229,7 +215,6 @@ def fit(
     _checks.floating("fit", x=x)
     if not isinstance(axis, int) or x.ndim < 2 or axis in (-1, x.ndim - 1):
         raise ValueError(f"fit: axis must be one of {_checks.describe(x)} before the last, got {axis!r}")
-    axis = axis if axis < 0 else axis - x.ndim
     if weights is not None and hasattr(weights, "dtype"):
         _checks.broadcasts("fit", "weights", weights, x[..., 0], "x without its last axis")
         weights = weights[..., None]
@@ -366,19 +351,18 @@ def _canonical(function, vectors, matrices):
     _checks.floating(function, **given)
     for name, matrix in matrices.items():
         _square(function, name, matrix)
+        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+        _checks.expect(diagonal > 0, diagonal, f"{function}: {name} has {{value}} on its diagonal, not positive")
     size = next(iter(matrices.values())).shape[-1]
     dtype = _accurate.compute_dtype(*given.values())
     for name, value in given.items():
         # A mean may be one number for all dimensions.
         if name.endswith("loc") and value.shape[-1:] in ((), (1,)):
             given[name] = jnp.broadcast_to(value, (*value.shape[:-1], size))
-        elif value.ndim < 1 or value.shape[-1] != size:
+        elif value.shape[-1:] != (size,):
             raise ValueError(f"{function}: {name} must have {size} dimensions, got {_checks.describe(value)}")
     batches = [value.shape[: -2 if name in matrices else -1] for name, value in given.items()]
     rank = len(_checks.broadcast_shape(function, given, batches))
-    for name, matrix in matrices.items():
-        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
-        _checks.expect(diagonal > 0, diagonal, f"{function}: {name} has {{value}} on its diagonal, not positive")
     # One rank without a copy: `vectorize` maps over no axis of length 1, so that what is shared is solved with once.
     return [
         jnp.expand_dims(value, range(rank - len(batch))).astype(dtype)
@@ -391,6 +375,13 @@ def _usable(matrix):
     lower = jnp.tril(matrix)
     ok = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.diagonal(lower) > 0)
     return jnp.where(ok, lower, jnp.eye(len(lower), dtype=lower.dtype)), ok
+
+
+def _standardised(lower, offset):
+    """L^-1 offset and the constant 0. An offset that is not finite gives 0 and a constant that is inf or NaN."""
+    near = jnp.all(jnp.isfinite(offset))
+    r = _solve(lower, jnp.where(near, offset, 0)[:, None])[:, 0]
+    return r, jax.lax.stop_gradient(jnp.where(near, 0, jnp.sum(jnp.abs(offset))))
 
 
 @jax.custom_jvp

@@ -142,7 +142,7 @@ def test_a_label_outside_0_and_1_is_nan_and_named(label):
     [
         ((jnp.arange(2), jnp.zeros(2)), "cross_entropy: logits must be a floating-point array, got int32[2]"),
         ((jnp.zeros(2), jnp.zeros(3)), "cross_entropy: labels must have the shape [2] of logits, got float32[3]"),
-        ((jnp.zeros(2), jnp.zeros(2, complex)), "labels must be real numbers or bool, got complex64[2]"),
+        ((jnp.zeros(2), jnp.zeros(2, complex)), "labels must be an array of real numbers, got complex64[2]"),
     ],
 )
 def test_a_static_fault_says_what_was_expected(args, message):

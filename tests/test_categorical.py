@@ -776,7 +776,7 @@ FAULTS = {
         "softmax: temperature must be a floating-point array, got complex64[]"),
     "float8": (lambda: categorical.cross_entropy(Z.astype("float8_e4m3fn"), jnp.array([0, 1])),
         "cross_entropy: logits must be a floating-point array, got float8_e4m3fn[2, 3]"),
-    "string": (lambda: categorical.entropy("a"), "entropy: logits must be an array, got str"),
+    "string": (lambda: categorical.entropy("a"), "entropy: logits must be an array of real numbers, got str"),
     "None": (lambda: categorical.entropy(None), "entropy: logits must be a floating-point array, got NoneType"),
     "axes": (lambda: categorical.entropy(Z, axis=[1]), "entropy: axis is static and must be a hashable Python value"),
     "named base": (lambda: categorical.entropy(Z, base="a"), "entropy: base must be a number above 1"),

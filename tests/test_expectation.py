@@ -141,7 +141,7 @@ def test_a_draw_may_be_a_tree_and_a_result_any_shape():
         ),
         (
             lambda x: expectation.monte_carlo(lambda x: (x, x), standard, jax.random.key(0), num_samples=2),
-            "monte_carlo: fn must return an array of real numbers, got tuple",
+            "monte_carlo: what fn returns must be an array of real numbers, got tuple",
         ),
     ],
 )
