@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import chex
 import jax
@@ -738,90 +737,8 @@ def test_units_are_nats_or_bits():
     assert categorical.kl_divergence(q, z, base=2) == pytest.approx(0.25, rel=1e-6)
 
 
-Z = jnp.zeros((2, 3))
-FAULTS = {
-    "integer logits": (lambda: categorical.softmax(jnp.arange(3)),
-        "softmax: logits must be a floating-point array, got"),
-    "no array": (lambda: categorical.entropy([0.0, 1.0]), "entropy: logits must be a floating-point array, got list"),
-    "axis": (lambda: categorical.softmax(Z, axis=2), "softmax: axis must be an axis of logits float32[2, 3], got 2"),
-    "no class": (lambda: categorical.softmax(jnp.zeros((2, 0))), "expected at least one class on axis -1"),
-    "labels' shape": (lambda: categorical.cross_entropy(Z, jnp.array([0])),
-        "cross_entropy: labels must have the shape [2] of logits without the class axis, got int32[1]"),
-    "targets' shape": (lambda: categorical.brier_score(Z, jnp.zeros(3)),
-        "brier_score: floating-point labels must have the shape [2, 3] of logits, got float32[3]"),
-    "boolean labels": (lambda: categorical.cross_entropy(Z, jnp.array([True, False])),
-        "cross_entropy: labels must be integer or floating-point, got bool[2]"),
-    "mask's dtype": (lambda: categorical.softmax(Z, where=jnp.ones(3)),
-        "softmax: where must be a boolean array, got float32[3]"),
-    "mask's shape": (lambda: categorical.softmax(Z, where=jnp.ones((4, 2, 3), bool)),
-        "softmax: where must broadcast to [2, 3] of logits, got bool[4, 2, 3]"),
-    "temperature by class": (lambda: categorical.softmax(Z, temperature=jnp.ones((2, 3))),
-        "softmax: temperature must have length 1 on the class axis 1 of logits, got float32[2, 3]"),
-    "temperature's shape": (lambda: categorical.softmax(Z, temperature=jnp.ones(2)),
-        "softmax: temperature must broadcast to [2, 3] of logits, got float32[2]"),
-    "smoothing": (lambda: categorical.cross_entropy(Z, jnp.array([0, 1]), label_smoothing=1.5),
-        "cross_entropy: label_smoothing must be in [0, 1], got 1.5"),
-    "base": (lambda: categorical.entropy(Z, base=1), "entropy: base must be a number above 1"),
-    "integer labels only": (lambda: categorical.log_prob(jnp.zeros(2), Z),
-        "log_prob: labels must be integer classes, got float32[2]"),
-    "sample's shape": (lambda: categorical.sample(jax.random.key(0), Z, shape=(3,)),
-        "sample: shape must end in [2], the shape of logits without the class axis, got [3]"),
-    "one temperature": (lambda: categorical.distillation_loss(Z, Z, temperature=jnp.ones(2)),
-        "distillation_loss: temperature must be one real number, got float32[2]"),
-    "a list of temperatures": (lambda: categorical.distillation_loss(Z, Z, temperature=[0.5, 0.5]),
-        "distillation_loss: temperature must be one real number, got float32[2]"),
-    "negative temperature": (lambda: categorical.sample(jax.random.key(0), Z, temperature=-1),
-        "sample: temperature must be at least 0, got -1"),
-    "complex temperature": (lambda: categorical.softmax(Z, temperature=1j),
-        "softmax: temperature must be a floating-point array, got complex64[]"),
-    "float8": (lambda: categorical.cross_entropy(Z.astype("float8_e4m3fn"), jnp.array([0, 1])),
-        "cross_entropy: logits must be a floating-point array, got float8_e4m3fn[2, 3]"),
-    "string": (lambda: categorical.entropy("a"), "entropy: logits must be an array, got str"),
-    "None": (lambda: categorical.entropy(None), "entropy: logits must be a floating-point array, got NoneType"),
-    "axes": (lambda: categorical.entropy(Z, axis=[1]), "entropy: axis is static and must be a hashable Python value"),
-    "named base": (lambda: categorical.entropy(Z, base="a"), "entropy: base must be a number above 1"),
-    "log_prob's own name": (lambda: categorical.log_prob(jnp.array([0]), Z),
-        "log_prob: labels must have the shape [2] of logits without the class axis, got int32[1]"),
-    "one draw": (lambda: categorical.sample(jax.random.key(0), Z, shape=3),
-        "sample: shape must be a tuple of integers, got 3"),
-    "a list of draws": (lambda: categorical.sample(jax.random.key(0), Z, shape=[3]),
-        "sample: shape is static and must be a hashable Python value, got [3]"),
-    "two shapes": (lambda: categorical.kl_divergence(Z, jnp.zeros(3)),
-        "kl_divergence: q_logits must have the shape [2, 3] of p_logits, got float32[3]"),
-}  # fmt: skip
-
-
-@pytest.mark.wrong_types
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_static_fault_says_function_expected_and_got(name):
-    call, message = FAULTS[name]
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-
-
-DATA_FAULTS = {
-    "label": (lambda: categorical.cross_entropy(Z, jnp.array([1, 7])), "cross_entropy: label 7 is outside [0, 3)"),
-    "negative": (lambda: categorical.brier_score(Z, jnp.array([-1, 0])), "brier_score: label -1 is outside [0, 3)"),
-    "targets": (lambda: categorical.cross_entropy(Z, Z + 0.5), "cross_entropy: a row of targets sums to 1.5, not 1"),
-    "negative target": (lambda: categorical.cross_entropy(Z[0], jnp.array([1.5, -0.5, 0.0])),
-        "cross_entropy: target -0.5 is negative"),
-    "double softmax": (lambda: categorical.cross_entropy(jax.nn.softmax(jnp.eye(3)), jnp.arange(3)),
-        "cross_entropy: logits are probabilities"),
-    "temperature": (lambda: categorical.sample(jax.random.key(0), Z, temperature=jnp.array(-1.0)),
-        "sample: temperature -1.0 is negative"),
-    "removed class": (lambda: categorical.cross_entropy(Z, jnp.array([0, 1]), where=jnp.array([True, False, True])),
-        "cross_entropy: label 1 is a class that where removes"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DATA_FAULTS)
-def test_a_fault_of_the_data_speaks_under_checkify(name):
-    call, message = DATA_FAULTS[name]
-    assert message in str(jprob.checkify(call)()[0].get())
-
-
 def test_a_fault_of_the_data_speaks_through_transformations():
+    logits = jnp.zeros((2, 3))
     loss = lambda z, y: categorical.cross_entropy(z, y)  # noqa: E731
     labels = jnp.array([1, 7])
     for f in (
@@ -829,6 +746,6 @@ def test_a_fault_of_the_data_speaks_through_transformations():
         jax.grad(lambda z, y: loss(z, y).sum()),
         lambda z, y: jax.lax.scan(lambda c, zy: (c, loss(*zy)), 0, (z, y)),
     ):
-        error, _ = jprob.checkify(f)(Z, labels)
+        error, _ = jprob.checkify(f)(logits, labels)
         assert "cross_entropy: label 7 is outside [0, 3)" in error.get()
-    assert jprob.checkify(loss)(Z, jnp.array([1, 2]))[0].get() is None
+    assert jprob.checkify(loss)(logits, jnp.array([1, 2]))[0].get() is None

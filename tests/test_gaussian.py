@@ -1,14 +1,12 @@
 """Exactness of the Gaussian functions, value and gradient, in units of u."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import CASES, check_that_a_masked_example_poisons_nothing, masked
 
 import jprob
 from jprob import gaussian
@@ -201,37 +199,6 @@ def test_scale_and_log_scale_exclude_each_other_in_every_mode(name):
             call(0.0, scale)
 
 
-@pytest.mark.wrong_types
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda x: gaussian.log_prob(x, 0.0, x, log_scale=x), "log_prob: expected scale or log_scale, got both"),
-        (lambda x: gaussian.log_prob(jnp.arange(3)), "log_prob: x must be a floating-point array, got int32[3]"),
-        (
-            lambda x: gaussian.log_prob(x, jnp.zeros(2)),
-            "log_prob: expected shapes that broadcast to that of one argument, got x float32[3], loc float32[2]",
-        ),
-        (
-            lambda x: gaussian.nll(x, x[:, None]),
-            "nll: expected shapes that broadcast to that of one argument, got x float32[3], loc float32[3, 1], scale",
-        ),
-        (lambda x: gaussian.sample(jax.random.key(0), shape=3), "sample: shape must be a tuple of integers, got 3"),
-        (lambda x: gaussian.sample(jax.random.key(0), shape=[3]), "sample: shape is static and must be a hashable"),
-        (
-            lambda x: gaussian.kl_divergence(x, x, q_scale=x, q_log_scale=x),
-            "kl_divergence: expected q_scale or q_log_scale, got both",
-        ),
-        (lambda x: gaussian.fit(x, weights="3"), "fit: weights must be an array, got str"),
-        (lambda x: gaussian.nll(x, beta=x), "nll: beta must be one real number, got float32[3]"),
-        (lambda x: gaussian.log_prob(x, 1j), "log_prob: loc must be real, got complex64[]"),
-    ],
-)
-def test_a_static_fault_says_what_was_expected(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        call(jnp.ones(3))
-    assert "\n" not in str(caught.value)
-
-
 def test_limits_at_infinity_have_gradient_0():
     ends = jnp.array([-jnp.inf, jnp.inf])
     assert gaussian.prob(ends).tolist() == [0, 0]
@@ -345,9 +312,6 @@ def test_interval_prob_has_its_corner_cases():
         low, high, jnp.zeros(7), jnp.ones(7)
     )
     assert jnp.isfinite(jnp.stack(slopes)).all()
-    error, value = jprob.checkify(gaussian.interval_prob)(jnp.ones(1), jnp.zeros(1))
-    assert "interval_prob: low 1.0 is above high" in error.get()
-    assert jnp.isnan(value).all()
     inside = gaussian.interval_prob(-jnp.arange(1.0, 4.0), jnp.arange(1.0, 4.0))
     assert inside == pytest.approx([0.682689492, 0.954499736, 0.997300204], rel=16 * 2.0**-24)
 
@@ -472,9 +436,6 @@ def test_fit_without_spread_or_weight_has_gradient_0():
     assert unseen == (2, 1)
     for weights in (jnp.array([True, True, False, False]), jnp.array([1, 1, 0, 0], jnp.int8)):
         assert gaussian.fit(jnp.array([1.0, 3.0, jnp.nan, jnp.inf]), weights=weights) == (2, 1)
-    error, value = jprob.checkify(lambda w: gaussian.fit(jnp.ones(2), weights=w))(jnp.array([1.0, -1.0]))
-    assert "fit: weight -1.0 is negative" in error.get()
-    assert jnp.isnan(value.loc)
 
 
 def test_samples_have_the_shape_asked_for_and_the_distribution_given():
@@ -489,34 +450,3 @@ def test_samples_have_the_shape_asked_for_and_the_distribution_given():
     noise = gaussian.sample(key)
     slopes = jax.grad(lambda *a: gaussian.sample(key, *a), (0, 1))(3.0, 0.5)
     assert slopes == (1, noise)
-    with pytest.raises(ValueError, match=re.escape("sample: shape must end in [2], the shape of loc and scale")):
-        gaussian.sample(key, loc, shape=(3,))
-
-
-@pytest.mark.wrong_types
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda x: gaussian.nll(x, beta=2.0), "nll: beta must be in [0, 1], got 2.0"),
-        (lambda x: gaussian.fit(x, axis=1), "fit: axis must be an axis of x float32[3] that is not empty, got 1"),
-        (lambda x: gaussian.fit(x[:0]), "fit: axis must be an axis of x float32[0] that is not empty, got -1"),
-        (
-            lambda x: gaussian.fit(x, weights=jnp.ones((2, 3))),
-            "fit: weights must broadcast to [3] of x, got float32[2, 3]",
-        ),
-        (lambda x: gaussian.entropy(1j), "entropy: scale must be real, got complex64[]"),
-        (
-            lambda x: gaussian.interval_prob(x, jnp.arange(3)),
-            "interval_prob: high must be a floating-point array, got int32[3]",
-        ),
-    ],
-)
-def test_a_static_fault_of_the_others_says_what_was_expected(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        call(jnp.ones(3))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", masked("gaussian"))
-def test_a_masked_example_poisons_nothing(name):
-    check_that_a_masked_example_poisons_nothing(CASES[name])
