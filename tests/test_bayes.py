@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
-from jprob import bayes, categorical, gaussian
+from jprob import bayes, gaussian
 
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
 INF = jnp.inf
@@ -162,13 +162,3 @@ def test_without_weight_the_prior_stays():
             0.5, 2.0, x[:1], 1.0
         )
         assert bayes.beta_posterior(0.5, 2.0, x, weights=seen) == (1.5, 2)
-
-
-def test_the_posterior_of_a_grid_is_that_of_the_conjugate_pair():
-    grid = jnp.linspace(-6, 6, 4001)
-    x = jnp.array([0.4, 1.7])
-    likelihoods = gaussian.log_prob(x[:, None], grid[None], 0.8)
-    p = categorical.softmax(bayes.update(gaussian.log_prob(grid, -0.5, 1.5), likelihoods)[-1])
-    loc, scale = bayes.gaussian_posterior(-0.5, 1.5, x, 0.8)
-    assert jnp.sum(p * grid) == pytest.approx(float(loc), abs=1e-5)
-    assert jnp.sum(p * (grid - loc) ** 2) ** 0.5 == pytest.approx(float(scale), rel=1e-5)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from scipy.optimize import brentq
 
 import jprob
-from jprob import calibration, categorical
+from jprob import calibration
 
 U = 2.0**-24
 
@@ -66,21 +66,6 @@ def test_all_follows_its_definition(num_bins, weighted):
     within = mean(c * c) - confidence**2 - 2 * (mean(c * o) - confidence * accuracy)
     close(parts.within_bin, np.sum(share * within))
     close(parts.reliability - parts.resolution + parts.uncertainty + parts.within_bin, parts.score)
-
-
-def test_equal_confidences_leave_nothing_within_the_bins():
-    """Murphy's three parts are the whole score."""
-    z = jnp.log(jnp.array([[0.9, 0.1]] * 5 + [[0.625, 0.375]] * 6))
-    table = calibration.reliability(z, jnp.array([0, 0, 0, 0, 1, 0, 1, 0, 1, 1, 0]), num_bins=4)
-    parts = calibration.brier_decomposition(table)
-    assert abs(float(parts.within_bin)) <= 64 * U
-    assert parts.score == pytest.approx((4 * 0.01 + 0.81 + 3 * 0.375**2 + 3 * 0.625**2) / 11, abs=64 * U)
-
-
-def test_for_two_classes_the_score_is_half_the_brier_score():
-    z, labels, _ = examples(k=2)
-    parts = calibration.brier_decomposition(calibration.reliability(z, labels))
-    assert parts.score == pytest.approx(float(categorical.brier_score(z, labels).mean()) / 2, rel=100 * U)
 
 
 def test_a_confident_model_keeps_the_digits_of_its_error():
@@ -300,12 +285,3 @@ def test_the_gradient_is_that_of_the_minimum():
         shift[place] = step
         want = (fitted(z, labels, w + shift) - fitted(z, labels, w - shift)) / (2 * step)
         assert slopes[1][place] == pytest.approx(want, rel=1e-4, abs=1e-6)
-
-
-def test_a_fit_makes_the_loss_least_and_leaves_its_own_fit_at_1():
-    z, labels, _ = examples()
-    t = calibration.fit_temperature(z, labels)
-    loss = lambda t: float(categorical.cross_entropy(z / t, labels).mean())  # noqa: E731
-    assert loss(t) < min(loss(t * 0.98), loss(t * 1.02))
-    assert calibration.fit_temperature(z / t, labels) == pytest.approx(1, rel=1e-5)
-    assert calibration.fit_temperature(z + 100, labels) == pytest.approx(float(t), rel=1e-5)
