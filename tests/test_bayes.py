@@ -14,18 +14,6 @@ U = {"float32": 2.0**-24, "float64": 2.0**-53}
 INF = jnp.inf
 
 
-@pytest.fixture(params=U)
-def dtype(request):
-    with jax.enable_x64(request.param == "float64"):
-        yield request.param
-
-
-def test_a_base_rate_of_1_percent_leaves_a_positive_test_at_16_7_percent():
-    prior, positive = jnp.log(jnp.array([0.01, 0.99])), jnp.log(jnp.array([0.99, 0.05]))
-    assert jnp.exp(bayes.log_posterior(prior, positive))[0] == pytest.approx(0.0099 / 0.0594, rel=1e-6)
-    assert jnp.exp(bayes.log_evidence(prior, positive)) == pytest.approx(0.0594, rel=1e-6)
-
-
 def span(x):
     return float(jnp.max(x) - jnp.min(x))
 

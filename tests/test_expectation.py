@@ -13,12 +13,6 @@ from jprob import expectation, gaussian
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
 
 
-@pytest.fixture(params=U)
-def dtype(request):
-    with jax.enable_x64(request.param == "float64"):
-        yield request.param
-
-
 def test_the_die_has_mean_3_5_and_variance_35_12():
     faces = jnp.arange(1, 7)
     assert expectation.mean(faces, jnp.zeros(6)) == 3.5

@@ -12,12 +12,6 @@ from jprob import gaussian, mvn
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
 
 
-@pytest.fixture(params=U)
-def dtype(request):
-    with jax.enable_x64(request.param == "float64"):
-        yield request.param
-
-
 def factor(size, rng, scale=1.0):
     return scale * (np.tril(0.5 * rng.normal(size=(size, size)), -1) + np.diag(rng.uniform(0.5, 2, size)))
 
