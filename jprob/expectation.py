@@ -117,7 +117,7 @@ def monte_carlo(
       chance; the standard error keeps its digits where |mean| is far larger. It is 0 where fn is constant.
 
     Raises:
-      ValueError: num_samples is less than 2, fn or sample is no function, or fn's result is not an array of real numbers.
+      ValueError: num_samples is less than 2, fn or sample is no function, or fn's result is no array of real numbers.
 
     Source: Owen (2013), Monte Carlo theory, methods and examples, 2.
 

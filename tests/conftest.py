@@ -31,6 +31,13 @@ gc.set_threshold(100_000, 50, 100)
 # pytest's stderr, where that is replaced at the time. Here nothing is.
 
 
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    """With x64 where it is asked for. A module that tries other dtypes has its own fixture."""
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """The programs of a module serve no other; kept, they fill gigabytes."""

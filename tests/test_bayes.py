@@ -1,32 +1,17 @@
 """Bayes' rule against its definition, in units of u."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import CASES, check_that_a_masked_example_poisons_nothing, masked
 
-import jprob
-from jprob import bayes, categorical, gaussian
+from jprob import bayes, gaussian
 
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
 INF = jnp.inf
-
-
-@pytest.fixture(params=U)
-def dtype(request):
-    with jax.enable_x64(request.param == "float64"):
-        yield request.param
-
-
-def test_a_base_rate_of_1_percent_leaves_a_positive_test_at_16_7_percent():
-    prior, positive = jnp.log(jnp.array([0.01, 0.99])), jnp.log(jnp.array([0.99, 0.05]))
-    assert jnp.exp(bayes.log_posterior(prior, positive))[0] == pytest.approx(0.0099 / 0.0594, rel=1e-6)
-    assert jnp.exp(bayes.log_evidence(prior, positive)) == pytest.approx(0.0594, rel=1e-6)
 
 
 def span(x):
@@ -165,81 +150,3 @@ def test_without_weight_the_prior_stays():
             0.5, 2.0, x[:1], 1.0
         )
         assert bayes.beta_posterior(0.5, 2.0, x, weights=seen) == (1.5, 2)
-
-
-def test_the_posterior_of_a_grid_is_that_of_the_conjugate_pair():
-    grid = jnp.linspace(-6, 6, 4001)
-    x = jnp.array([0.4, 1.7])
-    likelihoods = gaussian.log_prob(x[:, None], grid[None], 0.8)
-    p = categorical.softmax(bayes.update(gaussian.log_prob(grid, -0.5, 1.5), likelihoods)[-1])
-    loc, scale = bayes.gaussian_posterior(-0.5, 1.5, x, 0.8)
-    assert jnp.sum(p * grid) == pytest.approx(float(loc), abs=1e-5)
-    assert jnp.sum(p * (grid - loc) ** 2) ** 0.5 == pytest.approx(float(scale), rel=1e-5)
-
-
-@pytest.mark.wrong_types
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: bayes.log_posterior(jnp.zeros(2), jnp.zeros(3)),
-            "log_posterior: expected shapes that broadcast to that of one argument, got log_prior",
-        ),
-        (
-            lambda: bayes.log_evidence(jnp.zeros(2), jnp.zeros(2), axis=1),
-            "log_evidence: axis must be an axis of the hyp",
-        ),
-        (
-            lambda: bayes.log_posterior(jnp.arange(2), jnp.zeros(2)),
-            "log_prior must be a floating-point array, got int32[2]",
-        ),
-        (
-            lambda: bayes.update(jnp.zeros(2), jnp.zeros(2)),
-            "update: log_likelihoods must have one axis of observations",
-        ),
-        (
-            lambda: bayes.beta_posterior(1.0, 1.0, [1]),
-            "beta_posterior: labels must be an array of real numbers, got list",
-        ),
-        (
-            lambda: bayes.gaussian_posterior(0.0, 1.0, jnp.ones(2), 1.0, weights=jnp.ones(3)),
-            "gaussian_posterior: weights must broadcast to [2] of x, got float32[3]",
-        ),
-        (
-            lambda: bayes.gaussian_posterior(0.0, 1.0, jnp.ones(2), 1.0, axis=1),
-            "gaussian_posterior: axis must be an axis of x float32[2], got 1",
-        ),
-    ],
-)
-def test_a_static_fault_says_what_was_expected(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: bayes.log_posterior(jnp.full((2, 2), 0.5), jnp.zeros(2)), "log_posterior: logits are probabilities"),
-        (lambda: bayes.gaussian_posterior(0.0, 0.0, jnp.ones(1), 1.0), "prior_scale 0.0 is not positive"),
-        (
-            lambda: bayes.gaussian_posterior(0.0, 1.0, jnp.ones(1), -1.0),
-            "gaussian_posterior: scale -1.0 is not positive",
-        ),
-        (
-            lambda: bayes.gaussian_posterior(0.0, 1.0, jnp.ones(1), 1.0, weights=jnp.array([-1])),
-            "gaussian_posterior: weight -1.0 is negative",
-        ),
-        (lambda: bayes.beta_posterior(1.0, 1.0, jnp.array([2])), "beta_posterior: label 2.0 is outside [0, 1]"),
-        (lambda: bayes.beta_posterior(0.0, 1.0, jnp.array([1])), "beta_posterior: prior_alpha 0.0 is not positive"),
-    ],
-)
-def test_a_fault_of_the_data_is_named(call, message):
-    error, value = jprob.checkify(call)()
-    assert message in error.get()
-    assert "log_posterior" in message or jnp.isnan(jax.tree.leaves(value)[0])
-
-
-@pytest.mark.parametrize("name", masked("bayes"))
-def test_a_masked_example_poisons_nothing(name):
-    check_that_a_masked_example_poisons_nothing(CASES[name])

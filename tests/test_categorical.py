@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import chex
 import jax
@@ -185,15 +184,6 @@ def test_label_smoothing_equals_the_smoothed_target_over_possible_classes(dtype)
                 assert oracles.error(got, oracles.cross_entropy(z, target), tiny(computed_in(dtype))) <= bound, (z, e)
 
 
-def test_smoothing_gives_no_mass_to_a_class_that_does_not_exist():
-    logits, where = jnp.array([1.0, 0.0, 7.0]), jnp.array([True, True, False])
-    for labels in (jnp.array(0), jnp.array([1.0, 0.0, 0.0])):
-        want = categorical.cross_entropy(logits[:2], labels if labels.ndim == 0 else labels[:2], label_smoothing=0.1)
-        for z, mask in ((logits, where), (jnp.where(where, logits, -jnp.inf), None)):
-            got = categorical.cross_entropy(z, labels, where=mask, label_smoothing=0.1)
-            assert oracles.error(got, oracles.exactly(want)) <= 4 * U["float32"]
-
-
 def test_entropy_is_exact(dtype):
     batch = together(rows().values(), dtype)
     for logits, value, gradient in zip(
@@ -364,22 +354,6 @@ def test_a_negative_temperature_draws_no_class():
     assert jnp.isnan(categorical.cross_entropy(z, draws[0])).tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("k", [100, 1000])
-def test_many_classes_keep_the_bound(k):
-    rng = np.random.default_rng(k)
-    logits = as_dtype(rng.normal(0, 3, k), "float32")
-    z = oracles.exactly(logits)
-    p = oracles.softmax(z)
-    bound = tolerance("float32", "float32", logits)
-    for label in (0, int(jnp.argmax(logits))):
-        y = one_hot(k, label)
-        value, gradient = jax.value_and_grad(categorical.cross_entropy)(logits, jnp.array(label))
-        assert oracles.error(value, oracles.cross_entropy(z, y)) <= bound
-        assert oracles.error(gradient, [a - b for a, b in zip(p, y, strict=True)]) <= bound
-    assert oracles.error(categorical.softmax(logits), p) <= bound
-    assert oracles.error(categorical.entropy(logits), oracles.entropy(z)) <= bound
-
-
 MANY = 100_000
 # Logits of p, what those of q differ by, and the logits of single classes. Class 0 is the label.
 CROWDS = {
@@ -492,25 +466,28 @@ def test_many_classes_add_the_logarithm_of_their_number(case, name, batch):
         assert error <= tolerance("float32", "float32", *(r_slope * z for z in logits)) + more
 
 
-MASKED = {
+# Every function of rows of logits, with the other argument fixed.
+OF_ROWS = {
     "softmax": lambda z, y, **k: categorical.softmax(z, **k),
     "log_softmax": lambda z, y, **k: categorical.log_softmax(z, **k),
-    "cross_entropy": lambda z, y, **k: categorical.cross_entropy(z, y, **k),
-    "brier_score": lambda z, y, **k: categorical.brier_score(z, y, **k),
     "entropy": lambda z, y, **k: categorical.entropy(z, **k),
-    "js_divergence": lambda z, y, **k: categorical.js_divergence(
-        z, z[::-1] if not k else z[jnp.array([2, 1, 0, 3])], **k
-    ),
-    "kl_divergence": lambda z, y, **k: categorical.kl_divergence(
-        z, z[::-1] if not k else z[jnp.array([2, 1, 0, 3])], **k
-    ),
+    "cross_entropy": lambda z, y, **k: categorical.cross_entropy(z, y, **k),
+    "soft cross_entropy": lambda z, y, **k: categorical.cross_entropy(z, jax.nn.one_hot(y, z.shape[-1]), **k),
+    "no target": lambda z, y, **k: categorical.cross_entropy(z, jnp.zeros_like(z), **k),
+    "smoothed": lambda z, y, **k: categorical.cross_entropy(z, y, label_smoothing=0.1, **k),
+    "smoothed fully": lambda z, y, **k: categorical.cross_entropy(z, y, label_smoothing=1.0, **k),
+    "brier_score": lambda z, y, **k: categorical.brier_score(z, y, **k),
+    "kl of p": lambda z, y, **k: categorical.kl_divergence(z, jnp.zeros_like(z), **k),
+    "kl of q": lambda z, y, **k: categorical.kl_divergence(jnp.zeros_like(z), z, **k),
+    "js": lambda z, y, **k: categorical.js_divergence(z, jnp.zeros_like(z), **k),
+    "distillation": lambda z, y, **k: categorical.distillation_loss(z, jnp.zeros_like(z), temperature=2.0, **k),
 }
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", OF_ROWS)
 @pytest.mark.parametrize("hidden", [5.0, 100.0, math.inf, math.nan])
 def test_a_masked_class_is_a_class_that_was_never_there(name, hidden):
-    f, where, y = MASKED[name], jnp.array([True, True, True, False]), jnp.array(1)
+    f, where, y = OF_ROWS[name], jnp.array([True, True, True, False]), jnp.array(1)
     short, full = jnp.array([1.0, 20.0, 0.5]), jnp.array([1.0, 20.0, 0.5, hidden])
     want, got = f(short, y), f(full, y, where=where)
     np.testing.assert_allclose(got[:3] if got.ndim else got, want, rtol=4 * U["float32"])
@@ -535,38 +512,18 @@ def test_target_mass_on_a_class_that_does_not_exist_is_removed():
     assert slope.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name", [*MASKED, "soft cross_entropy", "smoothed", "distillation_loss"])
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_a_row_without_any_class_is_an_empty_sum(name):
-    functions = MASKED | {
-        "soft cross_entropy": lambda z, y, **k: categorical.cross_entropy(z, jax.nn.one_hot(y, 4), **k),
-        "smoothed": lambda z, y, **k: categorical.cross_entropy(z, y, label_smoothing=0.1, **k),
-        "distillation_loss": lambda z, y, **k: categorical.distillation_loss(z, z[::-1], temperature=2.0, **k),
-    }
-    f = functools.partial(functions[name], y=jnp.array(1), where=jnp.zeros(4, bool))
+    f = functools.partial(OF_ROWS[name], y=jnp.array(1), where=jnp.zeros(4, bool))
     for z in (jnp.arange(4.0), jnp.full(4, -jnp.inf), jnp.full(4, jnp.nan)):
         assert (f(z) == (-jnp.inf if name == "log_softmax" else 0)).all()
         assert (jax.grad(lambda z: f(z).sum())(z) == 0).all()
 
 
-OF_ONE = {
-    "softmax": categorical.softmax,
-    "log_softmax": categorical.log_softmax,
-    "entropy": categorical.entropy,
-    "cross_entropy": lambda z: categorical.cross_entropy(z, jnp.array([0, 0])),
-    "soft cross_entropy": lambda z: categorical.cross_entropy(z, jnp.zeros((2, 2))),
-    "smoothed": lambda z: categorical.cross_entropy(z, jnp.array([0, 0]), label_smoothing=1.0),
-    "brier_score": lambda z: categorical.brier_score(z, jnp.array([0, 0])),
-    "kl of p": lambda z: categorical.kl_divergence(z, jnp.zeros((2, 2))),
-    "kl of q": lambda z: categorical.kl_divergence(jnp.zeros((2, 2)), z),
-    "js": lambda z: categorical.js_divergence(z, jnp.zeros((2, 2))),
-    "distillation": lambda z: categorical.distillation_loss(z, jnp.zeros((2, 2)), temperature=2.0),
-}
-
-
-@pytest.mark.parametrize("f", OF_ONE.values(), ids=OF_ONE)
-@pytest.mark.parametrize("row", [[-math.inf, -math.inf], [math.nan, 0.0], [0.0, math.nan]], ids=str)
-def test_no_possible_class_is_nan_and_only_in_its_row(f, row):
-    out = f(jnp.array([row, [1.0, 0.0]]))
+@pytest.mark.parametrize("f", OF_ROWS.values(), ids=OF_ROWS)
+@pytest.mark.parametrize("row", [[-math.inf, -math.inf], [math.nan, 0.0], [0.0, math.nan], [math.inf, 0.0]], ids=str)
+def test_no_distribution_is_nan_and_only_in_its_row(f, row):
+    out = f(jnp.array([row, [1.0, 0.0]]), jnp.array([0, 0]))
     assert jnp.isnan(out[0]).all()
     assert jnp.isfinite(out[1]).all()
 
@@ -600,26 +557,6 @@ def test_kl_slopes_of_confident_classes_keep_their_digits(p, q):
         assert oracles.error(got, want, tiny("float32")) <= tolerance("float32", "float32", jnp.array(p), jnp.array(q))
 
 
-def test_targets_made_of_masked_logits_have_a_gradient():
-    """The log of a class that does not exist is -inf; its weight 0 keeps that out, in the gradient too."""
-    where = jnp.array([True, True, False])
-
-    def own_cross_entropy(z):
-        z = jnp.where(where, z, -jnp.inf)
-        return categorical.cross_entropy(z, categorical.softmax(z))
-
-    z = jnp.array([1.0, 2.0, 3.0])
-    want = jax.grad(lambda z: categorical.entropy(z, where=where))(z)
-    np.testing.assert_allclose(jax.grad(own_cross_entropy)(z), want, rtol=0, atol=8 * U["float32"])
-
-
-@pytest.mark.parametrize("f", OF_ONE.values(), ids=OF_ONE)
-def test_a_logit_of_infinity_is_nan_in_its_row(f):
-    out = f(jnp.array([[jnp.inf, 0.0], [1.0, 0.0]]))
-    assert jnp.isnan(out[0]).all()
-    assert jnp.isfinite(out[1]).all()
-
-
 def test_more_classes_than_float32_counts():
     last = 2**24 + 1
     z = jnp.zeros(last + 1).at[last].set(30.0).at[last - 1].set(29.0)
@@ -640,17 +577,6 @@ def test_a_label_out_of_range_is_nan_there_alone(label):
         assert (gradient[0] == 0).all()
         assert jnp.isfinite(value[1])
         assert jnp.isfinite(gradient[1]).all()
-
-
-def test_a_target_of_zero_meets_an_impossible_class_in_every_mode():
-    z, t = jnp.array([1.0, -jnp.inf, 0.0]), jnp.array([0.75, 0.0, 0.25])
-    loss = lambda z: categorical.cross_entropy(z, t)  # noqa: E731
-    want = jax.nn.softmax(z) - t
-    assert jnp.isfinite(loss(z))
-    np.testing.assert_allclose(jax.grad(loss)(z), want, rtol=1e-5)
-    np.testing.assert_allclose(jax.jacfwd(loss)(z), want, rtol=1e-5)
-    assert jnp.isfinite(jax.hessian(loss)(z)).all()
-    assert jax.grad(categorical.cross_entropy, argnums=1)(z, t)[1] == 0
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
@@ -690,17 +616,10 @@ def test_a_temperature_below_0_is_nan():
         assert (slope == 0).all()
 
 
-SWEPT = {
-    "softmax": lambda z, **k: categorical.softmax(z, **k),
-    "log_softmax": lambda z, **k: categorical.log_softmax(z, **k),
-    "sample": lambda z, **k: categorical.sample(jax.random.key(0), z, **k),
-    "cross_entropy": lambda z, **k: categorical.cross_entropy(z, jnp.array(0), **k),
-}
-
-
-@pytest.mark.parametrize("name", SWEPT)
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "cross_entropy", "sample"])
 def test_a_number_that_is_swept_compiles_once_and_its_default_costs_nothing(name):
-    function, z = SWEPT[name], jnp.arange(3.0)
+    function, z = OF_ROWS.get(name, lambda z, y, **k: categorical.sample(jax.random.key(0), z, **k)), jnp.arange(3.0)
+    function = functools.partial(function, y=jnp.array(0))
     number, default = ("label_smoothing", 0.0) if name == "cross_entropy" else ("temperature", 1.0)
     compiled = getattr(categorical, name).compiled
     compiled.clear_cache()
@@ -722,14 +641,6 @@ def test_a_nan_is_none_that_the_compiler_may_replace():
         assert jnp.isnan(jax.vmap(of_exp, (None, 0))(z, jnp.array([-1, 7, 100]))).all()
 
 
-def test_brier_with_many_near_equal_classes_keeps_its_bound():
-    z = jnp.full(1000, -2.0693).at[0].set(0.0)
-    want = oracles.brier_score(oracles.exactly(z), one_hot(1000, 0))
-    assert oracles.error(categorical.brier_score(z, jnp.array(0)), want) <= tolerance("float32", "float32", 2 * z) + (
-        8 * U["float32"]
-    )
-
-
 def test_units_are_nats_or_bits():
     z = jnp.array([0.0, 0.0, 0.0, 0.0])
     assert categorical.entropy(z, base=2) == 2
@@ -738,90 +649,8 @@ def test_units_are_nats_or_bits():
     assert categorical.kl_divergence(q, z, base=2) == pytest.approx(0.25, rel=1e-6)
 
 
-Z = jnp.zeros((2, 3))
-FAULTS = {
-    "integer logits": (lambda: categorical.softmax(jnp.arange(3)),
-        "softmax: logits must be a floating-point array, got"),
-    "no array": (lambda: categorical.entropy([0.0, 1.0]), "entropy: logits must be a floating-point array, got list"),
-    "axis": (lambda: categorical.softmax(Z, axis=2), "softmax: axis must be an axis of logits float32[2, 3], got 2"),
-    "no class": (lambda: categorical.softmax(jnp.zeros((2, 0))), "expected at least one class on axis -1"),
-    "labels' shape": (lambda: categorical.cross_entropy(Z, jnp.array([0])),
-        "cross_entropy: labels must have the shape [2] of logits without the class axis, got int32[1]"),
-    "targets' shape": (lambda: categorical.brier_score(Z, jnp.zeros(3)),
-        "brier_score: floating-point labels must have the shape [2, 3] of logits, got float32[3]"),
-    "boolean labels": (lambda: categorical.cross_entropy(Z, jnp.array([True, False])),
-        "cross_entropy: labels must be integer or floating-point, got bool[2]"),
-    "mask's dtype": (lambda: categorical.softmax(Z, where=jnp.ones(3)),
-        "softmax: where must be a boolean array, got float32[3]"),
-    "mask's shape": (lambda: categorical.softmax(Z, where=jnp.ones((4, 2, 3), bool)),
-        "softmax: where must broadcast to [2, 3] of logits, got bool[4, 2, 3]"),
-    "temperature by class": (lambda: categorical.softmax(Z, temperature=jnp.ones((2, 3))),
-        "softmax: temperature must have length 1 on the class axis 1 of logits, got float32[2, 3]"),
-    "temperature's shape": (lambda: categorical.softmax(Z, temperature=jnp.ones(2)),
-        "softmax: temperature must broadcast to [2, 3] of logits, got float32[2]"),
-    "smoothing": (lambda: categorical.cross_entropy(Z, jnp.array([0, 1]), label_smoothing=1.5),
-        "cross_entropy: label_smoothing must be in [0, 1], got 1.5"),
-    "base": (lambda: categorical.entropy(Z, base=1), "entropy: base must be a number above 1"),
-    "integer labels only": (lambda: categorical.log_prob(jnp.zeros(2), Z),
-        "log_prob: labels must be integer classes, got float32[2]"),
-    "sample's shape": (lambda: categorical.sample(jax.random.key(0), Z, shape=(3,)),
-        "sample: shape must end in [2], the shape of logits without the class axis, got [3]"),
-    "one temperature": (lambda: categorical.distillation_loss(Z, Z, temperature=jnp.ones(2)),
-        "distillation_loss: temperature must be one real number, got float32[2]"),
-    "a list of temperatures": (lambda: categorical.distillation_loss(Z, Z, temperature=[0.5, 0.5]),
-        "distillation_loss: temperature must be one real number, got float32[2]"),
-    "negative temperature": (lambda: categorical.sample(jax.random.key(0), Z, temperature=-1),
-        "sample: temperature must be at least 0, got -1"),
-    "complex temperature": (lambda: categorical.softmax(Z, temperature=1j),
-        "softmax: temperature must be a floating-point array, got complex64[]"),
-    "float8": (lambda: categorical.cross_entropy(Z.astype("float8_e4m3fn"), jnp.array([0, 1])),
-        "cross_entropy: logits must be a floating-point array, got float8_e4m3fn[2, 3]"),
-    "string": (lambda: categorical.entropy("a"), "entropy: logits must be an array of real numbers, got str"),
-    "None": (lambda: categorical.entropy(None), "entropy: logits must be a floating-point array, got NoneType"),
-    "axes": (lambda: categorical.entropy(Z, axis=[1]), "entropy: axis is static and must be a hashable Python value"),
-    "named base": (lambda: categorical.entropy(Z, base="a"), "entropy: base must be a number above 1"),
-    "log_prob's own name": (lambda: categorical.log_prob(jnp.array([0]), Z),
-        "log_prob: labels must have the shape [2] of logits without the class axis, got int32[1]"),
-    "one draw": (lambda: categorical.sample(jax.random.key(0), Z, shape=3),
-        "sample: shape must be a tuple of integers, got 3"),
-    "a list of draws": (lambda: categorical.sample(jax.random.key(0), Z, shape=[3]),
-        "sample: shape is static and must be a hashable Python value, got [3]"),
-    "two shapes": (lambda: categorical.kl_divergence(Z, jnp.zeros(3)),
-        "kl_divergence: q_logits must have the shape [2, 3] of p_logits, got float32[3]"),
-}  # fmt: skip
-
-
-@pytest.mark.wrong_types
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_static_fault_says_function_expected_and_got(name):
-    call, message = FAULTS[name]
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-
-
-DATA_FAULTS = {
-    "label": (lambda: categorical.cross_entropy(Z, jnp.array([1, 7])), "cross_entropy: label 7 is outside [0, 3)"),
-    "negative": (lambda: categorical.brier_score(Z, jnp.array([-1, 0])), "brier_score: label -1 is outside [0, 3)"),
-    "targets": (lambda: categorical.cross_entropy(Z, Z + 0.5), "cross_entropy: a row of targets sums to 1.5, not 1"),
-    "negative target": (lambda: categorical.cross_entropy(Z[0], jnp.array([1.5, -0.5, 0.0])),
-        "cross_entropy: target -0.5 is negative"),
-    "double softmax": (lambda: categorical.cross_entropy(jax.nn.softmax(jnp.eye(3)), jnp.arange(3)),
-        "cross_entropy: logits are probabilities"),
-    "temperature": (lambda: categorical.sample(jax.random.key(0), Z, temperature=jnp.array(-1.0)),
-        "sample: temperature -1.0 is negative"),
-    "removed class": (lambda: categorical.cross_entropy(Z, jnp.array([0, 1]), where=jnp.array([True, False, True])),
-        "cross_entropy: label 1 is a class that where removes"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DATA_FAULTS)
-def test_a_fault_of_the_data_speaks_under_checkify(name):
-    call, message = DATA_FAULTS[name]
-    assert message in str(jprob.checkify(call)()[0].get())
-
-
 def test_a_fault_of_the_data_speaks_through_transformations():
+    logits = jnp.zeros((2, 3))
     loss = lambda z, y: categorical.cross_entropy(z, y)  # noqa: E731
     labels = jnp.array([1, 7])
     for f in (
@@ -829,6 +658,6 @@ def test_a_fault_of_the_data_speaks_through_transformations():
         jax.grad(lambda z, y: loss(z, y).sum()),
         lambda z, y: jax.lax.scan(lambda c, zy: (c, loss(*zy)), 0, (z, y)),
     ):
-        error, _ = jprob.checkify(f)(Z, labels)
+        error, _ = jprob.checkify(f)(logits, labels)
         assert "cross_entropy: label 7 is outside [0, 3)" in error.get()
-    assert jprob.checkify(loss)(Z, jnp.array([1, 2]))[0].get() is None
+    assert jprob.checkify(loss)(logits, jnp.array([1, 2]))[0].get() is None

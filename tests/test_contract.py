@@ -6,16 +6,19 @@ import inspect
 import itertools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, HOSTILE, PLANS, Case, public_functions, valid_arguments
+from cases import CASES, HOSTILE, KEY, MEANINGLESS, PLANS, Case, public_functions, valid_arguments
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jprob
+from jprob import bayes, bernoulli, calibration, categorical, expectation, gaussian, metrics, mvn
+from jprob import linear_categorical as linear
 
 U = 2.0**-24
 
@@ -24,10 +27,10 @@ RULES = [
     "categorical.cross_entropy, smoothed", "categorical.brier_score", "categorical.entropy",
     "categorical.js_divergence", "bernoulli.entropy", "gaussian.log_prob", "gaussian.log_prob, log_scale",
     "gaussian.prob", "gaussian.prob, log_scale", "gaussian.cdf", "gaussian.log_cdf", "gaussian.quantile",
-    "gaussian.interval_prob", "gaussian.log_interval_prob", "gaussian.fit", "gaussian.kl_divergence",
-    "gaussian.cross_entropy", "gaussian.nll", "gaussian.nll, log_scale", "expectation.mean", "expectation.variance",
-    "bayes.log_evidence", "bayes.gaussian_posterior", "mvn.log_prob", "mvn.fit", "mvn.scale_tril, covariance",
-    "linear_categorical.cross_entropy", "calibration.fit_temperature",
+    "gaussian.interval_prob", "gaussian.kl_divergence", "gaussian.cross_entropy", "gaussian.nll",
+    "gaussian.nll, log_scale", "expectation.mean", "expectation.variance", "bayes.log_evidence",
+    "bayes.gaussian_posterior", "linear_categorical.cross_entropy", "calibration.fit_temperature", "gaussian.fit",
+    "gaussian.log_interval_prob", "mvn.fit", "mvn.log_prob", "mvn.kl_divergence", "mvn.scale_tril, covariance",
 ]  # fmt: skip
 # One of each module, for laws that are laws of its code and not of each function.
 MODULES = [
@@ -325,15 +328,21 @@ def test_explicit_axes_are_taken(case):
     """From shapes alone: without its sharding rule, an operation fails while it is traced."""
     like = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)  # noqa: E731
     got = jax.eval_shape(value_and_gradient(case), *on_explicit_axes(case, like))
-    for g, w in zip(
-        jax.tree.leaves(got), jax.tree.leaves(jax.eval_shape(value_and_gradient(case), *case.args)), strict=True
-    ):
-        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, jax.eval_shape(value_and_gradient(case), *case.args))
 
 
-@these(MODULES)
+@these([*MODULES, "gaussian.quantile", "mvn.kl_divergence", "mvn.sample"])
 def test_explicit_axes_change_nothing(case):
-    close(jit(value_and_gradient(case))(*on_explicit_axes(case, jax.device_put)), evaluated(case))
+    args = on_explicit_axes(case, jax.device_put)
+    with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
+        close(jit(value_and_gradient(case))(*args), evaluated(case))
+
+
+@these(["metrics.confusion_matrix", "metrics.perplexity", "calibration.reliability", "calibration.fit_temperature"])
+def test_weights_may_lie_on_no_axis(case):
+    """Examples on an explicit mesh, their weights on none."""
+    args = *on_explicit_axes(case, jax.device_put)[:-1], case.args[-1]
+    close(jit(value_and_gradient(case))(*args), evaluated(case))
 
 
 @where(lambda case: is_key(case.args[0]))
@@ -365,6 +374,80 @@ def test_valid_arguments_pass_the_debug_checks(case):
     assert jit(jprob.checkify(case.function))(*case.args)[0].get() is None
 
 
+Z, X, I, EYE = jnp.zeros((2, 3)), jnp.ones(3), jnp.zeros(3, jnp.int32), jnp.eye(3)  # noqa: E741
+# What is wrong with the values, by its message.
+DATA_FAULTS = {
+    "cross_entropy: label 7 is outside [0, 3)": lambda: categorical.cross_entropy(Z, jnp.array([1, 7])),
+    "brier_score: label -1 is outside [0, 3)": lambda: categorical.brier_score(Z, jnp.array([-1, 0])),
+    "cross_entropy: a row of targets sums to 1.5, not 1": lambda: categorical.cross_entropy(Z, Z + 0.5),
+    "cross_entropy: target -0.5 is negative": lambda: categorical.cross_entropy(X, jnp.array([1.5, -0.5, 0.0])),
+    "cross_entropy: logits are probabilities": lambda: categorical.cross_entropy(jax.nn.softmax(EYE), I),
+    "cross_entropy: label 0 is a class that": lambda: categorical.cross_entropy(Z, I[:2], where=jnp.arange(3) > 0),
+    "sample: temperature -1.0 is negative": lambda: categorical.sample(KEY, Z, temperature=jnp.array(-1.0)),
+    "log_posterior: logits are probabilities": lambda: bayes.log_posterior(jnp.full((2, 2), 0.5), jnp.zeros(2)),
+    "gaussian_posterior: prior_scale 0.0 is not positive": lambda: bayes.gaussian_posterior(0.0, 0.0, X, 1.0),
+    "gaussian_posterior: scale -1.0 is not positive": lambda: bayes.gaussian_posterior(0.0, 1.0, X, -1.0),
+    "gaussian_posterior: weight -1.0 is negative": lambda: bayes.gaussian_posterior(0.0, 1.0, X, 1.0, weights=-X),
+    "beta_posterior: label 2.0 is outside [0, 1]": lambda: bayes.beta_posterior(1.0, 1.0, 2 * X),
+    "beta_posterior: prior_alpha 0.0 is not positive": lambda: bayes.beta_posterior(0.0, 1.0, X),
+    "mean: logits are probabilities": lambda: expectation.mean(X, Z + 1 / 3),
+    "fit: weight -1.0 is negative": lambda: gaussian.fit(X, weights=-X),
+    "interval_prob: low 1.0 is above high": lambda: gaussian.interval_prob(X, 0 * X),
+    "log_prob: scale_tril has -1.0 on its diagonal, not positive": lambda: mvn.log_prob(X, X, -EYE),
+    "entropy: scale_tril has 0.0 on its diagonal, not positive": lambda: mvn.entropy(EYE.at[1, 1].set(0)),
+    "scale_tril: covariance is not positive definite": lambda: mvn.scale_tril(covariance=EYE - 2),
+    "scale_tril: standard deviation 0.0 is not positive": lambda: mvn.scale_tril(diagonal=0 * X),
+    "confusion_matrix: weight -1.0 is negative": lambda: metrics.confusion_matrix(I, I, num_classes=1, weights=-X),
+    "perplexity: weight -1.0 is negative": lambda: metrics.perplexity(X, weights=-X),
+    "f1_score: count -1.0 is negative": lambda: metrics.f1_score(-EYE),
+    "reliability: weight -1.0 is negative": lambda: calibration.reliability(EYE, I, weights=-X),
+    "fit_temperature: weight -1.0 is negative": lambda: calibration.fit_temperature(EYE, I, weights=-X),
+    "fit_temperature: logits are probabilities": lambda: calibration.fit_temperature(jax.nn.softmax(EYE), I),
+    "expected_calibration_error: weight -1.0 is negative":
+        lambda: calibration.expected_calibration_error(calibration.Reliability(-X, X, X, X)),
+    "distillation_loss: top_indices has class 2 twice for one token": lambda: linear.distillation_loss(
+        EYE, EYE, temperature=2.0, top_log_probs=EYE, top_indices=jnp.full((3, 3), 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", DATA_FAULTS)
+def test_a_fault_of_the_data_is_named_under_checkify(message):
+    """The value is NaN, unless it has a meaning."""
+    error, value = jprob.checkify(DATA_FAULTS[message])()
+    assert error.get().startswith(message)
+    if not re.search("probabilities|target|a class that|twice|^sample|^expected", message):
+        assert any(jnp.isnan(x).any() for x in jax.tree.leaves(value))
+
+
+BAD = (np.inf, -np.inf, np.nan, -1.0, 0.0, 2.0)
+
+
+# Categorical and Bernoulli losses have a law with labels and targets that are worse, in test_laws.py.
+@these([name for name, case in CASES.items() if case.per_example and case.differentiable
+        and name.startswith(("gaussian.", "mvn.", "bayes.", "expectation."))])  # fmt: skip
+def test_a_masked_example_poisons_nothing(case):
+    """With a cotangent of 0 for one example, its arguments change no gradient, its own nor one that others share."""
+
+    def gradients(args, own):
+        """Of the sum over all examples but the first, with the other arguments as they are, and shared by all."""
+
+        def loss(shared, *values):
+            rows = [jnp.broadcast_to(v[1:2], v.shape) if shared and i != own else v for i, v in enumerate(values)]
+            out = case.function(*rows)
+            return jnp.sum(jnp.where((jnp.arange(8) > 0).reshape(-1, *[1] * (out.ndim - 1)), out, 0))
+
+        return [jax.grad(functools.partial(loss, shared), case.differentiable)(*args) for shared in (False, True)]
+
+    for i in case.differentiable:
+        program = jit(functools.partial(gradients, own=i))
+        want = program(list(case.args))
+        for bad in BAD:
+            for place in {(0,), (0,) * case.args[i].ndim}:
+                args = list(case.args)
+                args[i] = args[i].at[place].set(bad)
+                chex.assert_trees_all_equal(program(args), want, custom_message=f"argument {i} is {bad}")
+
+
 def test_checks_are_traced_where_they_are_asked_for_and_nowhere_else():
     """A program traced without checks serves no call that asks for them, nor the other way round."""
     labels = jnp.array([0, 7])
@@ -377,10 +460,105 @@ def test_checks_are_traced_where_they_are_asked_for_and_nowhere_else():
     assert not jax.make_jaxpr(loss)(z).effects
 
 
+# What is wrong with the types, shapes and numbers, by its message: what the hostile values below do not bring about.
+WRONG = {
+    "softmax: logits must be a floating-point array, got int32[3]": lambda: categorical.softmax(I),
+    "softmax: axis must be an axis of logits float32[2, 3], got 2": lambda: categorical.softmax(Z, axis=2),
+    "softmax: expected at least one class on axis -1": lambda: categorical.softmax(Z[:, :0]),
+    "cross_entropy: labels must have the shape [2] of logits without the": lambda: categorical.cross_entropy(Z, I),
+    "brier_score: floating-point labels must have the shape [2, 3] of logits": lambda: categorical.brier_score(Z, X),
+    "cross_entropy: labels must be integer or floating-point, got": lambda: categorical.cross_entropy(EYE, X > 0),
+    "softmax: where must be a boolean array, got float32[3]": lambda: categorical.softmax(Z, where=X),
+    "softmax: where must broadcast to [2, 3] of logits, got bool[3, 3]": lambda: categorical.softmax(Z, where=EYE > 0),
+    "softmax: temperature must have length 1 on the class axis 1 of": lambda: categorical.softmax(Z, temperature=Z),
+    "softmax: temperature must broadcast to [2, 3] of logits, got": lambda: categorical.softmax(Z, temperature=X[:2]),
+    "cross_entropy: label_smoothing must be in [0": lambda: categorical.cross_entropy(EYE, I, label_smoothing=1.5),
+    "entropy: base must be a number above 1": lambda: categorical.entropy(Z, base=1),
+    "log_prob: labels must be integer classes, got float32[3]": lambda: categorical.log_prob(X, EYE),
+    "log_prob: labels must have the shape [2] of logits without the class axis": lambda: categorical.log_prob(I, Z),
+    "sample: shape must end in [2], the shape of logits without the": lambda: categorical.sample(KEY, Z, shape=(3,)),
+    "distillation_loss: temperature must be one real": lambda: categorical.distillation_loss(Z, Z, temperature=X),
+    "sample: temperature must be at least 0, got -1": lambda: categorical.sample(KEY, Z, temperature=-1),
+    "kl_divergence: q_logits must have the shape [2, 3] of p_logits, got": lambda: categorical.kl_divergence(Z, X),
+    "cross_entropy: logits must be a floating-point array, got int32[3]": lambda: bernoulli.cross_entropy(I, X),
+    "cross_entropy: labels must have the shape [3] of logits, got": lambda: bernoulli.cross_entropy(X, X[:2]),
+    "kl_divergence: expected q_scale or q_log_scale": lambda: gaussian.kl_divergence(X, X, q_scale=X, q_log_scale=X),
+    "log_prob: x must be a floating-point array, got int32[3]": lambda: gaussian.log_prob(I),
+    "log_prob: loc must be an array of real numbers, got complex64[]": lambda: gaussian.log_prob(X, 1j),
+    "log_prob: expected shapes that broadcast to that of one argument, got x": lambda: gaussian.log_prob(X, X[:2]),
+    "nll: expected shapes that broadcast to that of one argument, got x": lambda: gaussian.nll(X, X[:, None]),
+    "nll: beta must be in [0, 1], got 2.0": lambda: gaussian.nll(X, beta=2.0),
+    "fit: axis must be an axis of x float32[3], got 1": lambda: gaussian.fit(X, axis=1),
+    "fit: expected at least one observation on axis -1 of x, got float32[0]": lambda: gaussian.fit(X[:0]),
+    "fit: weights must broadcast to [3] of x, got float32[2, 3]": lambda: gaussian.fit(X, weights=Z),
+    "interval_prob: high must be a floating-point array, got int32[3]": lambda: gaussian.interval_prob(X, I),
+    "sample: shape must end in [2], the shape of loc and scale": lambda: gaussian.sample(KEY, X[:2], shape=(3,)),
+    "scale_tril: expected exactly one of covariance, precision and diagonal, got none": mvn.scale_tril,
+    "scale_tril: diagonal must have an axis of dimensions, got float32[]": lambda: mvn.scale_tril(diagonal=X[0]),
+    "scale_tril: expected exactly one of covariance, precision": lambda: mvn.scale_tril(covariance=EYE, diagonal=X),
+    "scale_tril: precision must be square, got float32[2, 3]": lambda: mvn.scale_tril(precision=Z),
+    "log_prob: x must have 3 dimensions, got float32[2]": lambda: mvn.log_prob(X[:2], X, EYE),
+    "log_prob: expected shapes that broadcast to that of one argument, got": lambda: mvn.log_prob(Z, Z[:, None], EYE),
+    "fit: weights must broadcast to [2] of x without its last axis, got float32[3]": lambda: mvn.fit(Z, weights=X),
+    "fit: axis must be one of float32[2, 3] before the last, got -1": lambda: mvn.fit(Z, axis=-1),
+    "log_posterior: expected shapes that broadcast to that of one argument": lambda: bayes.log_posterior(X, X[:2]),
+    "log_evidence: axis must be an axis of the hyp": lambda: bayes.log_evidence(X, X, axis=1),
+    "log_posterior: log_prior must be a floating-point array, got int32[3]": lambda: bayes.log_posterior(I, X),
+    "update: log_likelihoods must have one axis of observations": lambda: bayes.update(X, X),
+    "gaussian_posterior: weights must broadcast to": lambda: bayes.gaussian_posterior(0.0, 1.0, X, 1.0, weights=X[:2]),
+    "gaussian_posterior: axis must be an axis of x": lambda: bayes.gaussian_posterior(0.0, 1.0, X, 1.0, axis=1),
+    "variance: values must broadcast to [3] of logits": lambda: expectation.variance(X[:2], X),
+    "monte_carlo: num_samples must be an integer in [2, 2^31), got 1":
+        lambda: expectation.monte_carlo(jnp.sin, gaussian.sample, KEY, num_samples=1),
+    "monte_carlo: what fn returns must be an array of real numbers, got tuple":
+        lambda: expectation.monte_carlo(lambda x: (x, x), gaussian.sample, KEY, num_samples=2),
+    "confusion_matrix: num_classes must be an integer in [1": lambda: metrics.confusion_matrix(I, I, num_classes=0),
+    "confusion_matrix: labels must be integer classes, got": lambda: metrics.confusion_matrix(X, I, num_classes=2),
+    "confusion_matrix: predictions must be integer classes": lambda: metrics.confusion_matrix(I, EYE, num_classes=2),
+    "confusion_matrix: predictions must have the shape [3]": lambda: metrics.confusion_matrix(I, I[:2], num_classes=2),
+    "confusion_matrix: weights must have the shape [3] of labels, got float32[3, 1]":
+        lambda: metrics.confusion_matrix(I, I, num_classes=2, weights=X[:, None]),
+    "f1_score: matrix must be a floating-point array, got bool[3, 3]": lambda: metrics.f1_score(EYE > 0),
+    "accuracy: matrix must have the shape [..., K, K], got float32[2, 3]": lambda: metrics.accuracy(Z),
+    "reliability: num_bins must be an integer in [1, 16777216]": lambda: calibration.reliability(EYE, I, num_bins=0),
+    "fit_temperature: labels must be integer classes, got float32[3]": lambda: calibration.fit_temperature(EYE, X),
+    "fit_temperature: labels must have the shape [2] of logits without the": lambda: calibration.fit_temperature(Z, I),
+    "reliability: weights must have the shape [3] of logits": lambda: calibration.reliability(EYE, I, weights=Z),
+    "brier_decomposition: table.correct must have the shape [3] of table.weight, got float32[2]":
+        lambda: calibration.brier_decomposition(calibration.Reliability(X, X, X[:2], X)),
+    "cross_entropy: hidden must be a floating-point array, got int32[3]": lambda: linear.cross_entropy(I, EYE, I),
+    "cross_entropy: kernel must be [H, V] with hidden [..., H], got": lambda: linear.cross_entropy(EYE, Z, I),
+    "log_prob: kernel must be [V, H] with hidden [...": lambda: linear.log_prob(I, EYE, Z.T, transposed_kernel=True),
+    "cross_entropy: expected at least one class, got kernel": lambda: linear.cross_entropy(EYE, EYE[:, :0], I),
+    "cross_entropy: labels must be integer classes, got float32[3]": lambda: linear.cross_entropy(EYE, EYE, X),
+    "cross_entropy: labels must have the shape [3] of hidden without": lambda: linear.cross_entropy(EYE, EYE, I[:2]),
+    "cross_entropy: weights must have the shape [3] of": lambda: linear.cross_entropy(EYE, EYE, I, weights=X[:2]),
+    "entropy: bias must have the shape [3] of the classes of kernel": lambda: linear.entropy(EYE, EYE, bias=X[:2]),
+    "cross_entropy: z_loss must be finite and at least 0, got -1": lambda: linear.cross_entropy(EYE, EYE, I, z_loss=-1),
+    "entropy: softcap must be finite and above 0, got 0": lambda: linear.entropy(EYE, EYE, softcap=0),
+    "log_prob: temperature must be finite and above 0, got 0": lambda: linear.log_prob(I, EYE, EYE, temperature=0),
+    "plan: block_bytes must be a positive integer, got 0": lambda: linear.plan(EYE, EYE, block_bytes=0),
+    "kl_divergence: q_hidden must have the tokens [3] of p_hidden": lambda: linear.kl_divergence(EYE, EYE, Z, EYE),
+    "kl_divergence: both kernels must have the same classes, got 3": lambda: linear.kl_divergence(EYE, EYE, EYE, Z.T),
+    "distillation_loss: expected either teacher_hidden": lambda: linear.distillation_loss(EYE, EYE, EYE, temperature=1),
+    "distillation_loss: top_indices must be integer classes, got float32[3, 3]":
+        lambda: linear.distillation_loss(EYE, EYE, temperature=1.0, top_log_probs=EYE, top_indices=EYE),
+}  # fmt: skip
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("message", WRONG)
+def test_a_static_mistake_is_one_line(message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        WRONG[message]()
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("name", public_functions())
 def test_what_is_wrong_is_told_in_one_line(name):
-    """Each argument in turn is hostile: either the call has a meaning, or its error is one line of the function."""
+    """Each argument in turn is hostile: the call has a meaning, if it may, or its error is one line of the function."""
     function, valid = public_functions()[name], valid_arguments(name)
     faults = []
     for parameter, (what, value) in itertools.product(inspect.signature(function).parameters, HOSTILE.items()):
@@ -391,4 +569,7 @@ def test_what_is_wrong_is_told_in_one_line(name):
                 faults.append(f"{parameter}={what}: {str(error).splitlines()[0]}")
         except Exception as error:
             faults.append(f"{parameter}={what}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        else:
+            if what in MEANINGLESS and parameter != "has_aux":
+                faults.append(f"{parameter}={what}: taken")
     assert not faults, "\n".join(faults)

@@ -1,25 +1,16 @@
 """Exactness of expectations, in units of u, and the law of Monte Carlo estimates."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import CASES, check_that_a_masked_example_poisons_nothing, masked
 
-import jprob
 from jprob import expectation, gaussian
 
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
-
-
-@pytest.fixture(params=U)
-def dtype(request):
-    with jax.enable_x64(request.param == "float64"):
-        yield request.param
 
 
 def test_the_die_has_mean_3_5_and_variance_35_12():
@@ -123,39 +114,3 @@ def test_a_draw_may_be_a_tree_and_a_result_any_shape():
     got = expectation.monte_carlo(lambda d: d["x"] * d["y"] > 0, pair, jax.random.key(4), num_samples=1000)
     assert got.mean.shape == got.standard_error.shape == (2,)
     assert got.mean == pytest.approx(0.5, abs=5 * 0.5 / 1000**0.5)
-
-
-@pytest.mark.wrong_types
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda x: expectation.mean(x, x, axis=1), "mean: axis must be an axis of logits float32[3], got 1"),
-        (
-            lambda x: expectation.mean(x.astype(jnp.complex64), x),
-            "mean: values must be an array of real numbers, got complex64[3]",
-        ),
-        (lambda x: expectation.variance(jnp.ones(2), x), "variance: values must broadcast to [3] of logits"),
-        (
-            lambda x: expectation.monte_carlo(cube, standard, jax.random.key(0), num_samples=1),
-            "monte_carlo: num_samples must be an integer in [2, 2^31), got 1",
-        ),
-        (
-            lambda x: expectation.monte_carlo(lambda x: (x, x), standard, jax.random.key(0), num_samples=2),
-            "monte_carlo: what fn returns must be an array of real numbers, got tuple",
-        ),
-    ],
-)
-def test_a_static_fault_says_what_was_expected(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        call(jnp.ones(3))
-    assert "\n" not in str(caught.value)
-
-
-def test_probabilities_where_logits_belong_are_named():
-    error, _ = jprob.checkify(expectation.mean)(jnp.arange(2.0), jnp.array([[0.25, 0.75], [0.5, 0.5]]))
-    assert "mean: logits are probabilities" in error.get()
-
-
-@pytest.mark.parametrize("name", masked("expectation"))
-def test_a_masked_example_poisons_nothing(name):
-    check_that_a_masked_example_poisons_nothing(CASES[name])

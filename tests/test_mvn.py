@@ -1,25 +1,15 @@
 """The multivariate normal against its definition, in units of u."""
 
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import CASES, check_that_a_masked_example_poisons_nothing, masked
 
-import jprob
 from jprob import gaussian, mvn
 
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
-
-
-@pytest.fixture(params=U)
-def dtype(request):
-    with jax.enable_x64(request.param == "float64"):
-        yield request.param
 
 
 def factor(size, rng, scale=1.0):
@@ -186,75 +176,8 @@ def test_a_factor_comes_from_a_covariance_or_a_precision(dtype):
     assert not jnp.triu(got, 1).any()
 
 
-@pytest.mark.wrong_types
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda x: mvn.scale_tril(), "expected exactly one of covariance, precision and diagonal, got none"),
-        (
-            lambda x: mvn.scale_tril(diagonal=x[0, 0]),
-            "scale_tril: diagonal must have an axis of dimensions, got float32[]",
-        ),
-        (lambda x: mvn.scale_tril(covariance=x, diagonal=x), "got covariance, diagonal"),
-        (lambda x: mvn.scale_tril(precision=x[:2]), "scale_tril: precision must be square, got float32[2, 3]"),
-        (lambda x: mvn.log_prob(x[0, :2], x[0], x), "log_prob: x must have 3 dimensions, got float32[2]"),
-        (
-            lambda x: mvn.log_prob(x, jnp.ones((2, 3)), x),
-            "log_prob: expected shapes that broadcast to that of one argument, got x",
-        ),
-        (
-            lambda x: mvn.log_prob(jnp.ones((2, 3)), jnp.ones((2, 1, 3)), x),
-            "expected shapes that broadcast to that of one argument, got x float32[2, 3], loc float32[2, 1, 3]",
-        ),
-        (
-            lambda x: mvn.fit(x, weights=jnp.ones(2)),
-            "fit: weights must broadcast to [3] of x without its last axis, got float32[2]",
-        ),
-        (lambda x: mvn.sample(jax.random.key(0), x[0], x, shape=3), "sample: shape must be a tuple of integers, got 3"),
-        (lambda x: mvn.fit(x, axis=-1), "fit: axis must be one of float32[3, 3] before the last, got -1"),
-    ],
-)
-def test_a_static_fault_says_what_was_expected(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        call(jnp.eye(3))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda x: mvn.log_prob(x[0], x[0], -x), "log_prob: scale_tril has -1.0 on its diagonal, not positive"),
-        (lambda x: mvn.entropy(x.at[1, 1].set(0)), "entropy: scale_tril has 0.0 on its diagonal, not positive"),
-        (lambda x: mvn.scale_tril(covariance=x - 2), "scale_tril: covariance is not positive definite"),
-        (lambda x: mvn.scale_tril(diagonal=x[0]), "scale_tril: standard deviation 0.0 is not positive"),
-    ],
-)
-def test_a_fault_of_the_data_is_named_and_nan(call, message):
-    error, value = jprob.checkify(call)(jnp.eye(3))
-    assert message in error.get()
-    assert jnp.isnan(value).any()
-
-
-@pytest.mark.parametrize("name", [*masked("mvn"), "mvn.sample", "gaussian.quantile"])
-def test_batches_may_lie_on_explicit_axes(name):
-    case = CASES[name]
-
-    def value_and_gradient(*args):
-        return jax.value_and_grad(lambda *a: jnp.sum(jnp.square(case.function(*a))), case.differentiable or 1)(*args)
-
-    want = value_and_gradient(*case.args)
-    with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
-        args = [a if a.ndim == 0 else jax.device_put(a, jax.P("batch")) for a in case.args]
-        chex.assert_trees_all_close(value_and_gradient(*args), want, rtol=64 * U["float32"], atol=64 * U["float32"])
-
-
 def test_observations_may_lie_on_an_explicit_axis():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
     with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
         got = mvn.fit(jax.device_put(x, jax.P("batch")))
     chex.assert_trees_all_close(got, mvn.fit(x), rtol=64 * U["float32"], atol=64 * U["float32"])
-
-
-@pytest.mark.parametrize("name", masked("mvn"))
-def test_a_masked_example_poisons_nothing(name):
-    check_that_a_masked_example_poisons_nothing(CASES[name])
