@@ -15,11 +15,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from test_loop import assert_same_bits, lenient
 
-from jprob.mle import checkpoint, driver
+from jprob import mle
+from jprob.mle import checkpoint, fit
 from jprob.mle.checkpoint import Saved, latest, opened, save
-from jprob.mle.driver import fit
-from jprob.mle.loop import History, init
+
+host = sys.modules["jprob.mle.fit"]
 
 ROOT = Path(__file__).parent.parent
 KEY = jax.random.key(3)
@@ -42,20 +44,17 @@ AWKWARD = {
 
 def history(length, scores=()):
     rows = np.arange(length, dtype=np.float32)
-    return History(rows, rows * np.nan, -rows, rows.astype(np.int32), np.array(scores, np.float32))
+    return {
+        "loss": rows,
+        "metrics/a/b": rows * np.nan,
+        "skipped": rows.astype(np.int32),
+        "validation": np.array(scores),
+    }
 
 
 def saved(step=10, scores=(), params=AWKWARD):
-    state = init({}, optax.identity(), KEY)._replace(params=params, step=jnp.array(step, jnp.int32))
+    state = mle.init({}, optax.identity(), KEY)._replace(params=params, step=jnp.array(step, jnp.int32))
     return Saved(step, state, history(step, scores), {"number": [step]})
-
-
-def assert_same_bits(got, want):
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert g.dtype == w.dtype
-        if isinstance(g, jax.Array) and jnp.issubdtype(g.dtype, jax.dtypes.prng_key):
-            g, w = jax.random.key_data(g), jax.random.key_data(w)
-        assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
 
 
 def names(folder):
@@ -96,19 +95,7 @@ def test_arrays_come_back_to_the_devices_of_the_template(tmp_path):
         assert latest(store, template.state).state.params["spread"].sharding == copied
 
 
-def test_the_last_and_the_best_are_kept(tmp_path):
-    scores = [np.nan, 1.0, 2.0, np.nan, 5.0, 1.5]
-    with opened(tmp_path, RUN, 2) as store:
-        for step in range(4):
-            save(store, saved(step, scores[: step + 1]))
-    assert names(tmp_path) == {"1", "2", "3"}
-    with opened(tmp_path, RUN, 2) as store:  # it knows of the best also when it did not save it itself
-        for step in (4, 5):
-            save(store, saved(step, scores[: step + 1]))
-    assert names(tmp_path) == {"1", "4", "5"}
-
-
-def test_without_validation_only_the_last_are_kept(tmp_path):
+def test_the_last_are_kept(tmp_path):
     with opened(tmp_path, RUN, 2) as store:
         for step in range(4):
             save(store, saved(step))
@@ -200,10 +187,12 @@ CHANGES = [
     ({"batch_size": 2}, "batch_size = 4, this run has 2"),
     ({"record_every": 2}, "record_every = 1, this run has 2"),
     ({"average_decay": 0.9}, "average_decay = null, this run has 0.9"),
-    ({"data": np.ones((9, 4), np.float32)}, 'data = "float32[8, 4]", this run has "float32[9, 4]"'),
-    ({"data": lambda step: np.ones((2, 4))}, 'data = "float32[8, 4]", this run has "batches"'),
+    ({"data": np.ones((9, 4), np.float32)}, 'data = "float32[8, 4], fingerprint *", this run has "float32[9, 4], *"'),
+    ({"data": np.zeros((8, 4))}, 'data = "float32[8, 4], fingerprint *", this run has "float32[8, 4], *"'),
+    ({"data": lambda step: np.ones((2, 4))}, 'data = "float32[8, 4], fingerprint *", this run has "batches"'),
+    ({"weights": jnp.ones(8)}, 'weights = nothing, this run has "float32[8], fingerprint *"'),
     ({"key": jax.random.key(4)}, 'key = "threefry2x32 [0, 3]", this run has "threefry2x32 [0, 4]"'),
-    ({"optimizer": optax.adam(0.1)}, "optimizer_state[0].count = nothing, this run has \"int32[]\""),
+    ({"optimizer": lenient(optax.adam(0.1))}, "optimizer_state[0].count = nothing, this run has \"int32[]\""),
 ]  # fmt: skip
 
 
@@ -212,8 +201,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference(tmp_pa
     before = tree(tmp_path)
 
     def assert_refused(difference, **change):
-        message = f"fit: checkpoint {tmp_path}/4 was made with {difference}"
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        message = re.escape(f"fit: checkpoint {tmp_path}/4 was made with {difference}").replace(r"\*", "[^,]*")
+        with pytest.raises(ValueError, match=f"^{message}$"):
             fitted(tmp_path, **change)
         assert tree(tmp_path) == before
 
@@ -224,9 +213,54 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference(tmp_pa
     with pytest.raises(ValueError, match=re.escape('params[\'w\'] = "float32[4]", this run has "float32[5]"')):
         fitted(tmp_path / "batches", width=5, **other)
     shutil.rmtree(tmp_path / "batches")
-    monkeypatch.setattr(driver.importlib.metadata, "version", lambda name: "9.9")
-    before = tree(tmp_path)
-    assert_refused('jprob = "0.1.0", this run has "9.9"')
+
+
+def test_other_versions_and_hyperparameters_are_told_and_training_goes_on(tmp_path, monkeypatch, capfd):
+    fitted(tmp_path)
+    fitted(tmp_path, num_steps=6, optimizer=optax.sgd(0.2))
+    told = f"fit: checkpoint {tmp_path}/4 was made by another update of the optimizer; training goes on\n"
+    assert told in capfd.readouterr().err
+    monkeypatch.setattr(host.importlib.metadata, "version", lambda name: "9.9")
+    fitted(tmp_path, num_steps=8, optimizer=optax.sgd(0.2))
+    errors = capfd.readouterr().err
+    for name in ("jax", "optax"):
+        assert re.search(rf"fit: checkpoint {tmp_path}/6 was made with {name} \S+, this run has 9.9; training", errors)
+
+
+def test_injected_hyperparameters_come_from_the_call(tmp_path):
+    def trained(rate, num_steps):
+        optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
+        return fitted(tmp_path, num_steps=num_steps, optimizer=optimizer).state
+
+    before = trained(0.1, 4)
+    after = trained(0.0, 6)
+    assert_same_bits(after.params, before.params)
+    assert after.optimizer_state.hyperparams["learning_rate"] == 0
+
+
+def test_params_are_loaded_without_optimizer_data_or_nll(tmp_path):
+    options = {"validation": np.ones((3, 4), np.float32), "validate_every": 2, "num_steps": 6}
+    state = fitted(tmp_path, **options).state
+    like = {"w": jnp.zeros(4)}
+    assert_same_bits(mle.load_params(tmp_path, like, "last"), state.params)
+    assert_same_bits(mle.load_params(tmp_path, like), state.best.params)
+    fitted(tmp_path / "other", optimizer=lenient(optax.adam(0.1)))
+    for folder, other, which, message in [
+        (
+            tmp_path / "other",
+            like,
+            "best",
+            'has no best params; nothing was validated, or all scores were NaN; ask for "last"',
+        ),
+        (tmp_path, {"w": jnp.zeros(5)}, "last", "params['w'] of {}/6 is float32[4], like has float32[5]"),
+        (tmp_path, {"v": jnp.zeros(4)}, "last", "params['v'] of {}/6 is nothing, like has float32[4]"),
+        (tmp_path, {}, "last", "{}/6 has 1 arrays of these, like has 0"),
+        (tmp_path, like, "first", 'load_params: which must be "best" or "last", got \'first\''),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message.format(tmp_path))):
+            mle.load_params(folder, other, which)
+    with pytest.raises(OSError, match=f"load_params: no checkpoint in {tmp_path}/none can be read"):
+        mle.load_params(tmp_path / "none", like)
 
 
 def test_a_config_that_no_file_holds_is_refused(tmp_path):
@@ -357,6 +391,6 @@ def test_without_orbax_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_orbax_and_rich_are_loaded_only_where_they_are_needed():
-    code = "import sys, jprob.mle.driver; print({'orbax', 'rich', 'tensorstore'} & {*sys.modules})"
+    code = "import sys, jprob.mle.fit; print({'orbax', 'rich', 'tensorstore'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout == "set()\n"

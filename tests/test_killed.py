@@ -1,10 +1,15 @@
-"""Killed at any moment and started again, `fit` ends with the bits of a run that was never touched."""
+"""Killed at any moment and started again, `fit` ends with the bits of a run that was never touched.
 
+A process kills itself before a given operation on files, and no clock has a say in what it does until then.
+"""
+
+import itertools
 import multiprocessing
 import os
 import random
+import signal
 import sys
-import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +17,14 @@ import numpy as np
 import optax
 import pytest
 
-from jprob.mle import driver
+from jprob import mle
+from jprob.mle import checkpoint
+
+host = sys.modules["jprob.mle.fit"]
 
 # Its processes are forked from one that has imported all this already: a start takes a tenth of the time.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["jax", "numpy", "optax", "orbax.checkpoint", "jprob.mle.driver"])
+CONTEXT.set_forkserver_preload(["jax", "numpy", "optax", "orbax.checkpoint", "jprob.mle.fit"])
 _rng = np.random.default_rng(0)
 X = np.asarray(_rng.normal(size=(23, 5)), np.float32)
 Y = np.asarray(_rng.normal(size=23), np.float32)
@@ -40,10 +48,8 @@ class Batches:
         self.number = position["number"]
 
 
-KINDS = {
-    "arrays": {"data": (X, Y), "num_steps": 400_000, "record_every": 40, "validate_every": 2000},
-    "batches": {"data": Batches(), "num_steps": 3000, "record_every": 4, "validate_every": 20},
-}
+STEPS_OF_A_SAVE = 60  # three chunks, each from one validation to the next
+KINDS = {"arrays": {"data": (X, Y), "record_every": 5}, "batches": {"data": Batches(), "record_every": 4}}
 
 
 def nll(params, batch, key):
@@ -52,24 +58,49 @@ def nll(params, batch, key):
     return jnp.square(x @ params["w"] + params["b"] + noise - y) / 2
 
 
-def train(kind, folder, cache, ending, save_every_seconds=60.0):
+def die_at(save, operation):
+    """Kills this process before such an operation on files, counted from the begin of a save; 0 is the start of all."""
+    begun, done, write = 0, 0, checkpoint._write
+
+    def counted_write(*arguments):
+        nonlocal begun
+        begun += 1
+        write(*arguments)
+
+    def hook(event, _):
+        nonlocal done
+        if begun >= save and event.startswith(("open", "os.")):
+            done += 1
+            if done == operation + 1:  # to kill is an operation, too
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint._write = counted_write
+    sys.addaudithook(hook)
+
+
+def train(kind, num_steps, folder, cache, ending, death=None):
     """In a process of its own; what it comes to is in the file `ending`, once it is there."""
-    driver._SECONDS_OF_A_CHUNK = 0.02  # edges and checkpoints all the time, rather than between long chunks
+    host.time = SimpleNamespace(monotonic=itertools.count().__next__)  # two ticks a chunk
+    host._SECONDS_OF_A_CHUNK = 1e9
+    if death:
+        die_at(*death)
     for name, value in (("dir", cache), ("min_compile_time_secs", 0), ("min_entry_size_bytes", -1)):
         prefix = "jax_compilation_cache_" if name == "dir" else "jax_persistent_cache_"
         jax.config.update(prefix + name, value)
     errors = os.open(ending.with_suffix(".stderr"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, sys.stderr.fileno())
-    result = driver.fit(
+    result = mle.fit(
         nll,
-        optax.adam(1e-3),
+        optax.sgd(1e-3, momentum=0.9),
         {"w": jnp.zeros(5), "b": jnp.zeros(())},
         key=jax.random.key(0),
         batch_size=4,
         validation=(X[:9], Y[:9]),
         average_decay=0.99,
         checkpoint_dir=folder,
-        save_every_seconds=save_every_seconds,
+        num_steps=num_steps,
+        validate_every=20,
+        save_every_seconds=6,
         progress="none",
         **KINDS[kind],
     )
@@ -77,19 +108,6 @@ def train(kind, folder, cache, ending, save_every_seconds=60.0):
     with ending.with_suffix(".tmp").open("wb") as file:
         np.savez(file, *jax.tree.leaves((state, result.history)))
     ending.with_suffix(".tmp").replace(ending)
-
-
-def killed_at_random(process, folder, rng):
-    """Whether it was killed: as a rule after it wrote for some time, else at any moment from its start on."""
-    before = names(folder)
-    process.start()
-    wanted = rng.choice([0, 1, 2, 3, 4])
-    while process.is_alive() and len(names(folder) - before) < wanted:
-        time.sleep(0.002)
-    process.join(rng.uniform(0, 0.2 if wanted else 1.0))
-    process.kill()
-    process.join()
-    return process.exitcode != 0
 
 
 def names(folder):
@@ -103,21 +121,38 @@ def damage_the_newest(folder, rng):
         path.write_bytes(path.read_bytes()[: rng.choice([0, path.stat().st_size // 2])])
 
 
-@pytest.mark.parametrize(("kind", "kills"), [("arrays", 10), ("batches", 10)])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(kind, kills, tmp_path):
+def moments(seed, kills):
+    """From the start on, in which there is nothing to read at first, or in one of the first three saves."""
+    rng = random.Random(seed)
+    return [(rng.choice([0, 1, 2, 3]), rng.randrange(100)) for _ in range(kills)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "deaths"),
+    [
+        ("arrays", [(3, 20), (0, 40)]),
+        ("batches", [(3, 50)]),
+        pytest.param("arrays", moments("arrays", 8), marks=pytest.mark.slow),
+        pytest.param("batches", moments("batches", 9), marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_bits(kind, deaths, tmp_path):
     rng, cache = random.Random(kind), os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     untouched, ending, folder = tmp_path / "untouched.npz", tmp_path / "ending.npz", tmp_path / "run"
-    reference = CONTEXT.Process(target=train, args=(kind, None, cache, untouched))
-    reference.start()
-    reference.join()
-    for number in range(1, kills + 1):
-        process = CONTEXT.Process(target=train, args=(kind, folder, cache, ending, 0.05))
-        assert killed_at_random(process, folder, rng), "it had ended before: make it longer"
-        if number in (kills // 2, kills):
+    num_steps = (4 * len(deaths) + 2) * STEPS_OF_A_SAVE
+
+    def child(*arguments):
+        process = CONTEXT.Process(target=train, args=(kind, num_steps, *arguments))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert child(None, cache, untouched) == 0
+    for number, death in enumerate(deaths, 1):
+        assert child(folder, cache, ending, death) == -signal.SIGKILL
+        if number in (len(deaths) // 2, len(deaths)):
             damage_the_newest(folder, rng)
-    last = CONTEXT.Process(target=train, args=(kind, folder, cache, ending))
-    last.start()
-    last.join()
+    assert child(folder, cache, ending) == 0
     told = ending.with_suffix(".stderr").read_text()
     with np.load(ending) as got, np.load(untouched) as want:
         assert len(got.files) == len(want.files)

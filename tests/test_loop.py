@@ -3,12 +3,15 @@
 import re
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_sharding import lenient
 
+import jprob
 from jprob import categorical, mle
 
 U = 2.0**-24
@@ -16,8 +19,9 @@ SIZE, FEATURES, CLASSES = 23, 5, 3
 _rng = np.random.default_rng(0)
 X = jnp.asarray(_rng.normal(size=(SIZE, FEATURES)), jnp.float32)
 Y = jnp.asarray(_rng.integers(0, CLASSES, SIZE))
-PARAMS = {"kernel": jnp.asarray(_rng.normal(size=(FEATURES, CLASSES)), jnp.float32), "bias": jnp.zeros(CLASSES)}
-OPTIMIZERS = {"sgd": optax.sgd(0.1, momentum=0.9), "adam": optax.adam(1e-2)}
+PARAMS = {"kernel": jnp.asarray(_rng.normal(size=(FEATURES, CLASSES)), jnp.float32), "bias": jnp.zeros((1, CLASSES))}
+OPTIMIZERS = {"sgd": optax.sgd(0.1, momentum=0.9), "adam": lenient(optax.adam(1e-2))}
+step = jax.jit(mle.step, static_argnums=(0, 1), static_argnames=("micro_batches", "average_decay"))
 
 
 def nll(params, batch, key):
@@ -30,13 +34,9 @@ def noisy_nll(params, batch, key):
     return nll(params, (x + 0.1 * jax.random.normal(key, x.shape), y), key)
 
 
-def seen(params, ids, key):
-    """Each example adds its own unit vector to the gradient: with SGD(1) the params count who was seen."""
-    return -params[ids]
-
-
 def assert_same_bits(got, want):
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.dtype == w.dtype
         if jnp.issubdtype(g.dtype, jax.dtypes.prng_key):
             g, w = jax.random.key_data(g), jax.random.key_data(w)
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
@@ -67,11 +67,10 @@ def loop_of_steps(name, micro_batches=1, average_decay=None):
     optimizer = OPTIMIZERS[name]
     state, metrics, sizes = start(optimizer), [], []
     options = {"micro_batches": micro_batches, "average_decay": average_decay}
-    step = jax.jit(partial(mle.step, nll, optimizer, **options))
     for epoch in order(0):
         for ids in np.split(epoch, range(4, SIZE, 4)):
             filled, weights = np.pad(ids, (0, 4 - len(ids))), jnp.arange(4) < len(ids)
-            state, measured = step(state, (X[filled], Y[filled]), weights=weights)
+            state, measured = step(nll, optimizer, state, (X[filled], Y[filled]), weights=weights, **options)
             metrics.append(measured)
             sizes.append(len(ids))
     return state, jax.tree.map(lambda *x: np.stack(x), *metrics), np.array(sizes)
@@ -91,22 +90,6 @@ def climb(table, num_steps, state=None, **options):
     state = start(optimizer, params=jnp.zeros(())) if state is None else state
     options = {"validation": jnp.ones(1, bool), "validate_every": 1} | options
     return mle.run(climber(table), optimizer, state, jnp.zeros(2, bool), num_steps=num_steps, batch_size=2, **options)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 23, 40])
-def test_every_example_comes_once_an_epoch(batch_size):
-    steps = -(-SIZE // batch_size)
-    optimizer = optax.sgd(1.0)
-    state = start(optimizer, params=jnp.zeros(SIZE))
-    for _ in range(3):
-        before = state.params
-        state, _ = mle.run(seen, optimizer, state, jnp.arange(SIZE), num_steps=steps, batch_size=batch_size)
-        # A batch of b examples moves each by 1 / b; the last batch holds what is left.
-        gain = np.asarray(state.params - before)
-        last = SIZE - (steps - 1) * batch_size
-        share = np.where(np.isclose(gain, 1 / last), last, batch_size)
-        np.testing.assert_allclose(gain * share, 1, rtol=8 * U)
-        assert (share == last).sum() in (last, SIZE)
 
 
 def test_the_order_is_new_in_each_epoch_and_follows_from_the_key():
@@ -173,39 +156,34 @@ def test_no_weight_at_all_gives_loss_0_and_gradient_0():
     assert_same_bits(state.params, PARAMS)
 
 
-def in_pieces(cuts, nll, optimizer, **options):
+VALIDATED = {"record_every": 2, "validation": (X[:5], Y[:5]), "validate_every": 4, "average_decay": 0.9}
+ALL = {**VALIDATED, "patience": 1, "micro_batches": 2, "num_steps": 8, "batch_size": 4}
+TUNED = optax.inject_hyperparams(optax.sgd)(learning_rate=1e-2, momentum=0.9)
+
+
+def in_pieces(cuts, optimizer, rate=None, **options):
     state, pieces = start(optimizer), []
+    if rate is not None:
+        state.optimizer_state.hyperparams["learning_rate"] = jnp.float32(rate)
     for length in cuts:
-        state, piece = mle.run(nll, optimizer, state, (X, Y), num_steps=length, batch_size=4, **options)
+        options |= {"num_steps": length, "batch_size": 4}
+        state, piece = mle.run(noisy_nll, optimizer, state, (X, Y), **options)
         pieces.append(piece)
     return state, jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("cuts", [(1, 16), (6, 11), (5, 1, 1, 10)])
-def test_runs_in_pieces_are_one_run_bit_for_bit(cuts, optimizer):
-    """Also when cut within an epoch (6 steps of 4), at its end, and into single steps."""
-    assert_same_bits(in_pieces(cuts, noisy_nll, optimizer), in_pieces([sum(cuts)], noisy_nll, optimizer))
+def test_runs_in_pieces_are_one_run_bit_for_bit():
+    """Also when cut within an epoch (6 steps of 4), at its end, and into a single step."""
+    adam = OPTIMIZERS["adam"]
+    assert_same_bits(in_pieces([5, 1, 6], adam), in_pieces([12], adam))
 
 
-VALIDATED = {"record_every": 2, "validation": (X[:5], Y[:5]), "validate_every": 4}
-
-
-@pytest.mark.parametrize(
-    ("rate", "options"),
-    [
-        (1e-2, {"record_every": 4}),
-        (1e-2, {**VALIDATED, "average_decay": 0.9, "micro_batches": 2}),
-        (3.0, {**VALIDATED, "patience": 2}),
-    ],
-    ids=["stride", "validation and average", "early stop"],
-)
-def test_so_they_are_with_every_option(rate, options):
-    """A rate of 3 overshoots, so that patience ends."""
-    optimizer = optax.sgd(rate, momentum=0.9)
-    whole, history = in_pieces([32], noisy_nll, optimizer, **options)
-    assert ("patience" in options) == (whole.step < 32)
-    assert_same_bits(in_pieces([4, 28], noisy_nll, optimizer, **options), (whole, history))
+@pytest.mark.parametrize("rate", [1e-2, 10.0], ids=["to the end", "early stop"])
+def test_so_they_are_with_every_option(rate):
+    """A rate of 10 overshoots, so that patience ends."""
+    whole, history = in_pieces([24], TUNED, rate, **ALL)
+    assert (rate == 10.0) == (whole.step < 24)
+    assert_same_bits(in_pieces([8, 16], TUNED, rate, **ALL), (whole, history))
 
 
 @pytest.mark.parametrize(
@@ -219,13 +197,12 @@ def test_run_is_a_loop_of_steps(name, options):
     assert_close(got.params, want.params, 12 * 4)
     assert_close(got.average, want.average, 12 * 4)
     assert_same_bits((got.step, got.skipped, got.key), (want.step, want.skipped, want.key))
-    assert_close(history[:4], metrics, 12 * 16)
+    assert_close(history[:4], metrics[:4], 12 * 16)
 
 
-@pytest.mark.parametrize("record_every", [2, 12])
-def test_a_row_is_the_mean_over_its_steps(record_every):
+def test_a_row_is_the_mean_over_its_steps():
     """Of the loss by examples, of the norms by steps; each epoch ends with a batch of 3."""
-    optimizer = OPTIMIZERS["sgd"]
+    optimizer, record_every = OPTIMIZERS["sgd"], 2
     _, steps, sizes = loop_of_steps("sgd")
     options = {"num_steps": 12, "batch_size": 4, "record_every": record_every}
     _, history = mle.run(nll, optimizer, start(optimizer), (X, Y), **options)
@@ -246,12 +223,12 @@ def test_vmap_over_seeds_is_each_seed_alone():
     """Each with its own order, validations, best and average."""
     optimizer = OPTIMIZERS["adam"]
     keys = jax.random.split(jax.random.key(7), 3)
-    options = {**VALIDATED, "average_decay": 0.5, "num_steps": 12, "batch_size": 4}
+    options = {**VALIDATED, "num_steps": 12, "batch_size": 4}
 
     def train(key):
         return mle.run(noisy_nll, optimizer, mle.init(PARAMS, optimizer, key), (X, Y), **options)
 
-    together, history = jax.vmap(train)(keys)
+    together, history = jax.jit(jax.vmap(train))(keys)
     for i, key in enumerate(keys):
         alone, alone_history = train(key)
         mine, mine_history = jax.tree.map(lambda x, i=i: x[i], (together, history))
@@ -270,7 +247,7 @@ def test_vmap_over_learning_rates_and_initial_params():
         return mle.run(nll, optimizer, state, (X, Y), num_steps=12, batch_size=4)[0].params
 
     many = jax.tree.map(lambda x: jnp.stack([x, x + 1, x + 2]), PARAMS)
-    together, alone = jax.vmap(train)(rates, many), jax.jit(train)
+    together, alone = jax.jit(jax.vmap(train))(rates, many), jax.jit(train)
     for i in range(3):
         one = jax.tree.map(lambda x, i=i: x[i], many)
         assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone(rates[i], one), 12 * 16)
@@ -278,19 +255,19 @@ def test_vmap_over_learning_rates_and_initial_params():
 
 
 def test_vmap_over_hyperparameters_that_are_part_of_the_state():
-    optimizer, plain = optax.inject_hyperparams(optax.adam)(learning_rate=0.1), optax.adam(0.1)
-    options = {"num_steps": 12, "batch_size": 4}
+    plain, options = OPTIMIZERS["sgd"], {"num_steps": 12, "batch_size": 4}
 
+    @jax.jit
+    @jax.vmap
     def train(rate):
-        state = start(optimizer)
+        state = start(TUNED)
         state.optimizer_state.hyperparams["learning_rate"] = rate
-        return mle.run(nll, optimizer, state, (X, Y), **options)[0].params
+        return mle.run(nll, TUNED, state, (X, Y), **options)[0].params
 
-    together = jax.vmap(train)(jnp.array([0.0, 0.1]))
+    together = train(jnp.array([0.0, 0.1]))
     assert_same_bits(jax.tree.map(lambda x: x[0], together), PARAMS)
     want, _ = mle.run(nll, plain, start(plain), (X, Y), **options)
-    # Adam divides by the root of a mean of squares, which loses half of the digits where these cancel.
-    assert_close(jax.tree.map(lambda x: x[1], together), want.params, 12 * 64)
+    assert_close(jax.tree.map(lambda x: x[1], together), want.params, 12 * 4)
 
 
 def test_each_step_has_a_key_of_its_own():
@@ -301,28 +278,24 @@ def test_each_step_has_a_key_of_its_own():
     assert len(set(history.loss.tolist())) == 8
 
 
-ALL = {**VALIDATED, "patience": 2, "micro_batches": 2, "average_decay": 0.9, "num_steps": 8, "batch_size": 4}
-
-
-def test_the_program_holds_no_callback():
+def test_no_program_has_an_effect():
+    """An effect, be it a callback or a check, would cost every call its fast dispatch."""
     optimizer = OPTIMIZERS["adam"]
-    train = partial(mle.run, nll, optimizer, **ALL)
-    assert "callback" not in str(jax.make_jaxpr(train)(start(optimizer), (X, Y)))
-    lowered = jax.jit(train).lower(start(optimizer), (X, Y))
-    assert "callback" not in lowered.as_text()
-    assert "while" in lowered.as_text()
+    for train in (partial(mle.run, **ALL), partial(mle.step, micro_batches=2, average_decay=0.9)):
+        assert not jax.make_jaxpr(partial(train, nll, optimizer))(start(optimizer), (X[:12], Y[:12])).effects
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_run_lowers_for(platform):
-    optimizer = OPTIMIZERS["adam"]
+def test_run_lowers_for_every_platform():
+    optimizer, platforms = OPTIMIZERS["adam"], ("cpu", "cuda", "tpu")
 
     @jax.jit
     def train(params, x, y):
         state = mle.init(params, optimizer, jax.random.key(0))
         return mle.run(nll, optimizer, state, (x, y), **ALL)[1]
 
-    assert jax.export.export(train, platforms=[platform])(PARAMS, X, Y).platforms == (platform,)
+    exported = jax.export.export(train, platforms=platforms)(PARAMS, X, Y)
+    assert exported.platforms == platforms
+    assert "callback" not in exported.mlir_module()
 
 
 def test_it_fits_by_maximum_likelihood():
@@ -338,7 +311,7 @@ def test_it_fits_by_maximum_likelihood():
 # Validation, the best params, and stopping early
 
 
-@pytest.mark.parametrize(("batch_size", "average_decay"), [(1, None), (4, 0.5), (40, None)])
+@pytest.mark.parametrize(("batch_size", "average_decay"), [(4, 0.5), (40, None)])
 def test_a_score_is_the_mean_over_the_validation_data(batch_size, average_decay):
     """Whatever is left over in the last batch; by the average where there is one."""
     optimizer, data = OPTIMIZERS["sgd"], (X[:7], Y[:7])
@@ -378,47 +351,51 @@ def judged(scores, patience):
     return best, at, stale, taken
 
 
-@pytest.mark.parametrize("patience", [None, 1, 2])
+@pytest.mark.parametrize("patience", [None, 2])
 def test_the_best_params_are_kept_and_patience_ends(patience):
     """All tables at once, under vmap: each member stops by itself."""
     tables = jnp.array(list(TABLES.values()))
-    state, history = jax.vmap(lambda table: climb(table, 8, patience=patience))(tables)
+    state, history = jax.jit(jax.vmap(lambda table: climb(table, 8, patience=patience)))(tables)
     for i, table in enumerate(TABLES.values()):
         best, at, stale, taken = judged(table[1:], patience)
         mine = jax.tree.map(lambda x, i=i: x[i], state)
         assert (mine.best.score, mine.best.step, mine.best.params) == (best, at, at)
         assert (mine.stale, mine.step, mine.params) == (stale, taken, taken)
-        np.testing.assert_array_equal(history.validation[i], table[1 : taken + 1] + [np.nan] * (8 - taken))
-        np.testing.assert_array_equal(history.loss[i], [-w for w in range(taken)] + [np.nan] * (8 - taken))
+        np.testing.assert_array_equal(history.validation[i], table[1 : taken + 1] + [np.inf] * (8 - taken))
+        np.testing.assert_array_equal(history.loss[i], [-w for w in range(taken)] + [np.inf] * (8 - taken))
         assert history.skipped[i].tolist() == [0] * 8
 
 
 def test_a_stopped_member_keeps_its_bits_while_others_go_on():
+    """With the sign turned, training makes validation worse from the first step on; else each step improves it."""
     optimizer = optax.sgd(0.1)
-    options = {**VALIDATED, "patience": 1, "batch_size": SIZE}  # a step of gradient descent is an improvement
+    options = {"num_steps": 4, "batch_size": SIZE, "validate_every": 1, "patience": 1}
+    options["validation"] = (X, Y, jnp.ones(SIZE, bool))
 
-    def train(sign, num_steps, state):
-        """With the sign turned, training makes validation worse from the first step on."""
-        turned = lambda params, batch, key: jnp.where(batch[2], 1, sign) * nll(params, batch[:2], key)  # noqa: E731
-        options["validation"] = (X, Y, jnp.ones(SIZE, bool))
-        data = (X, Y, jnp.zeros(SIZE, bool))
-        return mle.run(turned, optimizer, state, data, num_steps=num_steps, **options)[0]
+    def turned(params, batch, key):
+        return jnp.where(batch[2], 1, params["sign"]) * nll(params, batch[:2], key)
+
+    @jax.jit
+    @jax.vmap
+    def train(sign, state):
+        # A sign has a gradient too; it is put back before each run, and changes little in one.
+        state = state._replace(params=state.params | {"sign": sign})
+        return mle.run(turned, optimizer, state, (X, Y, jnp.zeros(SIZE, bool)), **options)
 
     signs = jnp.array([1.0, -1.0])
-    fresh = jax.vmap(lambda _: start(optimizer))(signs)
-    at_the_end = jax.vmap(partial(train, num_steps=8))(signs, state=fresh)
-    assert at_the_end.stale.tolist() == [0, 1]
-    later = jax.vmap(partial(train, num_steps=24))(signs, state=fresh)
+    first, history = train(signs, jax.vmap(lambda sign: start(optimizer, params=PARAMS | {"sign": sign}))(signs))
+    later, after = train(signs, first)
     stopped = partial(jax.tree.map, lambda x: x[1])
-    assert_same_bits(stopped(later), stopped(at_the_end))
-    assert (at_the_end.step.tolist(), later.step.tolist()) == ([8, 8], [24, 8])
-    assert_same_bits(stopped(jax.vmap(partial(train, num_steps=4))(signs, state=later)), stopped(later))
+    assert (first.step.tolist(), later.step.tolist()) == ([4, 2], [8, 2])
+    assert_same_bits(stopped(later), stopped(first)._replace(params=stopped(first).params | {"sign": signs[1]}))
+    assert np.isinf(history.loss).tolist() == [[False] * 4, [False] * 2 + [True] * 2]
+    assert np.isinf(after.validation).tolist() == [[False] * 4, [True] * 4]
 
 
 # Micro-batches
 
 
-@pytest.mark.parametrize("micro_batches", [2, 3, 6, 12])
+@pytest.mark.parametrize("micro_batches", [3, 12])
 @pytest.mark.parametrize(
     "weights", [None, jnp.array([1.0, 0, 2, 0, 0, 0, 0.5, 1, 1, 1, 3, 0])], ids=["equal", "weights"]
 )
@@ -426,8 +403,8 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(micro_batches, weigh
     """A part may hold no weight at all; SGD(1) tells the gradient."""
     optimizer = optax.sgd(1.0)
     batch = X[:12], Y[:12]
-    whole, want = mle.step(nll, optimizer, start(optimizer), batch, weights=weights)
-    split, got = mle.step(nll, optimizer, start(optimizer), batch, weights=weights, micro_batches=micro_batches)
+    whole, want = step(nll, optimizer, start(optimizer), batch, weights=weights)
+    split, got = step(nll, optimizer, start(optimizer), batch, weights=weights, micro_batches=micro_batches)
     assert_close(split.params, whole.params, 16)
     assert_close(got, want, 16)
 
@@ -448,7 +425,7 @@ def test_micro_batches_are_summed_in_float32():
     linear = lambda w, x, key: w * x  # noqa: E731
     for dtype, x in (("float16", np.full(4096, 100.0)), ("bfloat16", np.array([4096.0] + [1.0] * 4095))):
         state = start(optimizer, params=jnp.zeros((), dtype))
-        got, _ = mle.step(linear, optimizer, state, jnp.asarray(x, dtype), micro_batches=1024)
+        got, _ = step(linear, optimizer, state, jnp.asarray(x, dtype), micro_batches=1024)
         want = jnp.asarray(-x.mean(), dtype)
         assert got.params == want
         assert got.params.dtype == dtype
@@ -480,11 +457,10 @@ def spoilt(fault):
 FAULTS = ["loss NaN", "loss inf", "loss -inf", "gradient NaN", "gradient inf", "norm overflows"]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fault, optimizer):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fault):
     """Adam's count too stays where it was."""
-    options = {"average_decay": 0.9}
+    optimizer, options = OPTIMIZERS["adam"], {"average_decay": 0.9}
     state = start(optimizer, params=jnp.ones(()))
     state, _ = mle.step(lambda w, x, key: 0 * w + x, optimizer, state, jnp.ones(2), **options)
     after, metrics = mle.step(spoilt(fault), optimizer, state, jnp.array([0.0, 2.0]), **options)
@@ -497,9 +473,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fault, optimiz
 
 
 def test_so_does_an_update_that_is_not_finite():
-    optimizer = optax.chain(optax.adam(0.1), optax.scale(np.inf))
+    optimizer = optax.chain(OPTIMIZERS["adam"], optax.scale(np.inf))
     state = start(optimizer)
-    after, metrics = mle.step(nll, optimizer, state, (X, Y))
+    after, metrics = step(nll, optimizer, state, (X, Y))
     assert_same_bits((after.params, after.optimizer_state), (state.params, state.optimizer_state))
     assert (metrics.skipped, np.isfinite(metrics.gradient_norm), np.isfinite(metrics.update_norm)) == (1, True, False)
 
@@ -525,7 +501,7 @@ def test_a_run_goes_on_after_what_is_not_finite(fault):
 # The average of the params
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize("decay", [0.5, 0.999])
 def test_the_average_is_the_closed_form(decay):
     """Of the params 1 ... n: sum d^(n - i) i / sum d^(n - i)."""
     n = 40
@@ -541,9 +517,9 @@ def test_the_average_of_bfloat16_is_kept_in_float32():
     """Steps of 2^-7 at 1, which bfloat16 has; means of them it has not."""
     optimizer = optax.sgd(2.0**-7)
     state = start(optimizer, params=jnp.ones((), jnp.bfloat16))
-    state, _ = mle.run(
-        lambda w, x, key: -w + x, optimizer, state, jnp.zeros(1), num_steps=2, batch_size=1, average_decay=0.5
-    )
+    down = lambda w, x, key: -w + x  # noqa: E731
+    options = {"num_steps": 2, "batch_size": 1, "average_decay": 0.5}
+    state, _ = mle.run(down, optimizer, state, jnp.zeros(1, jnp.bfloat16), **options)
     want = 1 + (1 * 0.5 + 2) / 1.5 * 2.0**-7
     np.testing.assert_allclose(state.average.ema, want, rtol=6 * U)
     assert (state.average.ema.dtype, state.params.dtype) == (jnp.float32, jnp.bfloat16)
@@ -553,16 +529,13 @@ def test_the_average_of_bfloat16_is_kept_in_float32():
 
 
 def test_the_state_is_one_pytree():
-    """It comes back from its leaves and goes on, alone or beside others."""
+    """It comes back from its leaves and goes on."""
     optimizer = OPTIMIZERS["adam"]
     train = partial(mle.run, nll, optimizer, data=(X, Y), **ALL)
     state, _ = train(start(optimizer))
     leaves, treedef = jax.tree.flatten(state)
     again = jax.tree.unflatten(treedef, [x if x.dtype == state.key.dtype else np.asarray(x) for x in leaves])
-    want, _ = train(state)
-    assert_same_bits(train(again)[0], want)
-    pair = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    assert_close(jax.vmap(lambda s: train(s)[0].params)(pair)["kernel"][1], want.params["kernel"], 8 * 8)
+    assert_same_bits(train(again)[0], train(state)[0])
 
 
 def test_the_buffers_of_a_state_can_be_given_away():
@@ -579,28 +552,81 @@ def test_the_buffers_of_a_state_can_be_given_away():
 
 
 def test_there_is_one_trace_per_shape():
-    traces = []
-
-    def counted(params, batch, key):
-        traces.append(1)
-        return nll(params, batch, key)
-
-    optimizer = OPTIMIZERS["adam"]
-    state, _ = mle.run(counted, optimizer, start(optimizer, 0), (X, Y), num_steps=8, batch_size=4)
-    once = len(traces)
-    mle.run(counted, optimizer, start(optimizer, 1), (X + 1, Y), num_steps=8, batch_size=4)
-    mle.run(counted, optimizer, state, (X, Y), num_steps=8, batch_size=4)
-    assert len(traces) == once
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(nll, n=1)
+    optimizer, options = OPTIMIZERS["adam"], {"num_steps": 8, "batch_size": 4}
+    state, _ = mle.run(counted, optimizer, start(optimizer, 0), (X, Y), **options)
+    mle.run(counted, optimizer, start(optimizer, 1), (X + 1, Y), **options)
+    mle.run(counted, optimizer, state, (X, Y), **options)
 
 
-def test_data_may_lie_on_many_devices():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = jax.device_put((X[:16], Y[:16]), jax.NamedSharding(mesh, jax.P("data")))
-    optimizer = OPTIMIZERS["adam"]
-    options = {"num_steps": 8, "batch_size": 8, "validation": (X[:5], Y[:5]), "validate_every": 4}
-    got = mle.run(nll, optimizer, start(optimizer), spread, **options)
-    want = mle.run(nll, optimizer, start(optimizer), (X[:16], Y[:16]), **options)
-    assert_close((got[0].params, got[1]), (want[0].params, want[1]), 8 * 16)
+# What jax itself can be asked to check
+
+
+MODES = {
+    "leaks": jax.checking_leaks,
+    "reuse of keys": partial(jax.debug_key_reuse, True),
+    "NaN": partial(jax.debug_nans, True),
+    "no jit": jax.disable_jit,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_step_and_run_pass_in_every_mode_of_jax(mode):
+    """Also where patience ends, from one state twice, and with labels of numpy's int64."""
+    optimizer, drawing = OPTIMIZERS["sgd"], nll if mode == "no jit" else noisy_nll
+    options = {**VALIDATED, "num_steps": 4, "batch_size": 12, "patience": 1}
+    data, weights = (np.asarray(X), np.asarray(Y, np.int64)), jnp.arange(SIZE) < 20
+    with MODES[mode]():
+        state, _ = step(drawing, optimizer, start(optimizer), data, weights=weights, average_decay=0.9)
+        for _ in range(2 if mode == "reuse of keys" else 1):
+            after, history = mle.run(drawing, optimizer, state, data, **options)
+            chex.assert_tree_all_finite((after.params, history))
+        assert climb([1.0, 2.0, 3.0, 4.0], 3, patience=1)[1].validation.tolist() == [2.0, 3.0, np.inf]
+
+
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_keys_of_every_implementation_keep_the_laws(implementation):
+    """Each epoch a permutation, pieces the whole, and a member of vmap the same as alone: in order and in keys."""
+    optimizer, key = optax.sgd(0.0), jax.random.key(3, impl=implementation)
+    keys = jax.random.split(key, 3)
+
+    def tell(w, x, key):
+        """The example's number, below 8, and some bits of the key."""
+        return x + 8.0 * (jax.random.key_data(key)[0] % 2**18).astype(jnp.float32) + 0.0 * w
+
+    @partial(jax.jit, static_argnums=1)
+    def train(state, num_steps):
+        state, history = mle.run(tell, optimizer, state, jnp.arange(7.0), num_steps=num_steps, batch_size=1)
+        return state, history.loss
+
+    begin = partial(mle.init, jnp.zeros(()), optimizer)
+    together = np.asarray(jax.jit(jax.vmap(lambda key: train(begin(key), 14)[1]))(keys), int)
+    for member, key in zip(together, keys, strict=True):
+        state, first = train(begin(key), 5)
+        assert np.concatenate([first, train(state, 9)[1]]).tolist() == member.tolist()
+    assert (np.sort((together % 8).reshape(6, 7)) == np.arange(7)).all()
+    assert len({tuple(epoch) for epoch in (together % 8).reshape(6, 7).tolist()}) == 6
+    assert np.unique(together // 8).size == together.size
+
+
+def test_the_checks_name_a_bad_label_inside_nll():
+    optimizer, bad = OPTIMIZERS["sgd"], (X, Y.at[3].set(7))
+    for train in (mle.step, partial(mle.run, num_steps=6, batch_size=4)):
+        error, _ = jprob.checkify(train)(nll, optimizer, start(optimizer), bad)
+        assert error.get().startswith("cross_entropy: label 7 is outside [0, 3)")
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_negative_weight_is_named_by_the_checks_and_skips_the_step(micro_batches):
+    optimizer, weights = OPTIMIZERS["sgd"], jnp.array([1.0, -1.0, 2.0, 1.0])
+    stepped = partial(mle.step, nll, optimizer, start(optimizer), (X[:4], Y[:4]), micro_batches=micro_batches)
+    state, metrics = stepped(weights=weights)
+    assert np.isnan(metrics.loss)
+    assert metrics.skipped == 1
+    assert_same_bits(state.params, PARAMS)
+    error, _ = jprob.checkify(stepped)(weights=weights)
+    assert error.get().startswith("step: weight -1.0 is negative")
 
 
 # Faults
@@ -631,9 +657,10 @@ OTHER = start(optax.sgd(0.1))
         ({"validation": (X, Y[:5]), "validate_every": 3},
          "run: expected validation with one leading axis of examples, got shapes [(23, 5), (5,)]"),
         ({"data": (X, Y[:5])}, "run: expected data with one leading axis of examples, got shapes [(23, 5), (5,)]"),
+        ({"data": map(int, "12")}, "run: data must be arrays with one leading axis of examples, got map"),
         ({"data": ()}, "run: expected data with one leading axis of examples, got shapes []"),
         ({"data": (X[:0], Y[:0])}, "run: expected data with one leading axis of examples, got shapes [(0, 5), (0,)]"),
-        ({"nll": lambda p, b, k: nll(p, b, k).mean()}, "run: nll must return one value for each of 4 examples, got"),
+        ({"nll": lambda p, b, k: nll(p, b, k).mean()}, "run: nll must return one loss for each of 4 examples, or mle"),
         ({"nll": lambda p, b, k: b[1]}, "run: what nll returns must be a floating-point array, got int32[4]"),
         pytest.param({"state": PARAMS}, "run: state must be a State, as init gives it, got dict",
                      marks=pytest.mark.wrong_types),
@@ -655,9 +682,119 @@ def test_init_says_what_it_expected():
         mle.init({"n": jnp.arange(2)}, optax.sgd(0.1), jax.random.key(0))
 
 
+@pytest.mark.wrong_types
+def test_a_key_of_old_is_refused_by_all():
+    old, optimizer = jax.random.PRNGKey(3), OPTIMIZERS["sgd"]
+    for function, call in {
+        "init": lambda: mle.init(PARAMS, optimizer, old),
+        "fit_full_batch": lambda: mle.fit_full_batch(nll, PARAMS, (X, Y), key=old),
+        "covariance": lambda: mle.covariance(nll, PARAMS, (X, Y), key=old),
+    }.items():
+        message = f"{function}: key must be made by jax.random.key, got uint32[2]"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+
+
 def test_an_optimizer_that_changes_types_is_refused():
     widen = optax.GradientTransformation(lambda p: p, lambda g, s, p=None: (g, jax.tree.map(jnp.float32, s)))
     state = start(widen, params=jnp.ones(3, jnp.bfloat16))
-    expected = "step: expected an optimizer that keeps the type of bfloat16[3], got float32[3]"
+    expected = "step: expected an optimizer state with bfloat16[3] at [2], the optimizer gave float32[3]"
     with pytest.raises(ValueError, match=re.escape(expected)):
-        mle.step(lambda w, x, key: x * w[0], widen, state, jnp.ones(2))
+        mle.step(lambda w, x, key: x * w[0], widen, state, jnp.ones(2, jnp.bfloat16))
+
+
+# The richer protocol
+
+
+def rich(params, batch, key, model_state):
+    """Losses of two tokens an example, of which the second counts half; and how many batches there were."""
+    y = batch[1]
+    losses = jnp.stack([nll(params, batch, key), 2 * nll(params, batch, key)], axis=1)
+    weights = jnp.array([[1.0, 0.5]]) * jnp.ones((len(y), 1))
+    return mle.Output(losses, weights, {"right": losses > 1}, jax.tree.map(lambda n: n + 1, model_state))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_weights_metrics_and_model_state_of_an_output(micro_batches):
+    optimizer, batch, weights = OPTIMIZERS["sgd"], (X[:4], Y[:4]), jnp.array([1.0, 3.0, 0.0, 2.0])
+    state = mle.init(PARAMS, optimizer, jax.random.key(0), model_state={"batches": jnp.zeros((), jnp.int32)})
+    after, metrics = mle.step(rich, optimizer, state, batch, weights=weights, micro_batches=micro_batches)
+    losses = np.asarray(rich(PARAMS, batch, None, None).losses)
+    w = np.asarray(weights)[:, None] * [1.0, 0.5]
+    np.testing.assert_allclose(metrics.loss, np.sum(w * losses) / w.sum(), rtol=16 * U)
+    np.testing.assert_allclose(metrics.metrics["right"], np.sum(w * (losses > 1)) / w.sum(), rtol=16 * U)
+    assert metrics.weight == w.sum()
+    assert after.model_state["batches"] == micro_batches
+    # A row sums up by these weights, a skipped step leaves the model state, and members have their own.
+    data = (X, Y.at[0].set(7))
+    members = jax.vmap(lambda key: mle.run(rich, optimizer, state._replace(key=key), data, num_steps=6, batch_size=4))
+    states, history = members(jax.random.split(jax.random.key(1), 2))
+    assert (states.skipped == 1).all()
+    assert states.model_state["batches"].tolist() == [5, 5]
+    assert history.metrics["right"].shape == (2, 6)
+
+
+def test_validation_has_its_own_nll_and_the_best_follow_a_metric():
+    def other(params, batch, key):
+        losses = nll(params, batch, key)
+        return mle.Output(losses + 1, metrics={"minus": -losses})
+
+    optimizer = OPTIMIZERS["sgd"]
+    options = {"num_steps": 12, "batch_size": 4, "validation": (X, Y), "validate_every": 3}
+    by_loss, plain = mle.run(nll, optimizer, start(optimizer), (X, Y), **options)
+    more = {"validation_nll": other, "monitor": "minus", "monitor_mode": "max"}
+    by_metric, history = mle.run(nll, optimizer, start(optimizer), (X, Y), **options, **more)
+    np.testing.assert_allclose(history.validation, plain.validation + 1, rtol=16 * U)
+    np.testing.assert_allclose(history.validation_metrics["minus"], -plain.validation, rtol=16 * U)
+    assert by_metric.best.step == by_loss.best.step
+    np.testing.assert_allclose(by_metric.best.score, -by_loss.best.score, rtol=16 * U)
+    with pytest.raises(ValueError, match="run: monitor must be one of loss, minus, got 'accuracy'"):
+        mle.run(nll, optimizer, start(optimizer), (X, Y), **options, validation_nll=other, monitor="accuracy")
+
+
+def test_weights_of_examples_are_repetitions():
+    """With whole batches, whose order does not matter: weight 2 is the example twice, weight 0 is none."""
+    optimizer, weights = OPTIMIZERS["sgd"], np.arange(SIZE) % 3
+    repeated = np.repeat(np.arange(SIZE), weights)
+    x = X.at[0].set(jnp.nan)  # of weight 0
+    got, history = mle.run(
+        nll, optimizer, start(optimizer), (x, Y), weights=jnp.asarray(weights), num_steps=5, batch_size=SIZE
+    )
+    size = len(repeated)
+    want, rows = mle.run(nll, optimizer, start(optimizer), (X[repeated], Y[repeated]), num_steps=5, batch_size=size)
+    np.testing.assert_allclose(history.loss, rows.loss, rtol=64 * U)
+    assert_close(got.params, want.params, 5 * 8)
+
+
+def test_a_step_with_an_average_is_the_body_of_a_scan():
+    optimizer = OPTIMIZERS["sgd"]
+    state = mle.init(PARAMS, optimizer, jax.random.key(0), average=True)
+    body = lambda state, batch: mle.step(nll, optimizer, state, batch, average_decay=0.9)  # noqa: E731
+    batches = jax.tree.map(lambda a: a[:20].reshape(5, 4, *a.shape[1:]), (X, Y))
+    after, metrics = jax.lax.scan(body, state, batches)
+    want = mle.init(PARAMS, optimizer, jax.random.key(0))
+    for number in range(5):
+        want, _ = mle.step(nll, optimizer, want, jax.tree.map(lambda a: a[number], batches), average_decay=0.9)  # noqa: B023
+    assert_close(after.average, want.average, 5 * 8)
+    assert metrics.loss.shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ((jnp.ones(4), {}), "step: nll must return one loss for each of 4 examples, or mle.Output, got tuple"),
+        (jnp.ones(()), "step: nll must return one loss for each of 4 examples, or mle.Output, got float32[]"),
+        (mle.Output(jnp.ones((3, 2))),
+         "step: nll must return losses with the leading axis of 4 examples, got float32[3, 2]"),
+        (mle.Output(jnp.ones(4), jnp.ones(3)), "step: weights must have the shape [4] of losses, got float32[3]"),
+        (mle.Output(jnp.ones(4), metrics={"a": jnp.ones(2)}),
+         "step: metrics['a'] must have the shape [4] of losses, got float32[2]"),
+        (mle.Output(jnp.ones(4), model_state=jnp.ones(2)),
+         "step: nll returned a model_state; give init one to start from"),
+    ],
+)  # fmt: skip
+def test_what_nll_returns_is_told_in_one_line(returned, message):
+    optimizer = OPTIMIZERS["sgd"]
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        mle.step(lambda params, batch, key: returned, optimizer, start(optimizer), (X[:4], Y[:4]))
+    assert "\n" not in str(caught.value).split("\n---")[0]

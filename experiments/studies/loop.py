@@ -239,8 +239,8 @@ def measure_fit(t: Task, num_steps: int, rounds: int) -> Record:
 
     def run_once():
         state = mle.init(arguments[0], OPTIMIZER, jax.random.key(0))
-        options = {"num_steps": num_steps, "batch_size": t.batch_size, "record_every": RECORD_EVERY}
-        return jax.block_until_ready(mle.run(nll, OPTIMIZER, state, arguments[1], **options))
+        return jax.block_until_ready(mle.run(nll, OPTIMIZER, state, arguments[1], num_steps=num_steps,
+                                             batch_size=t.batch_size, record_every=RECORD_EVERY))  # fmt: skip
 
     times = dict(zip(("fit", "run"), timing.race([fit_once(t, num_steps), run_once], rounds), strict=True))
     if importlib.util.find_spec("orbax") is not None:

@@ -148,6 +148,7 @@ def trainer(model: str, optimizer_name: str, arm: str, config: Config) -> Callab
     digits = data.load("digits")
     train = (jnp.asarray(digits.train.features), jnp.asarray(digits.train.labels))
     steps = -(-len(train[1]) // config.batch_size)
+    optimizer = optax.inject_hyperparams(OPTIMIZERS[optimizer_name])(learning_rate=0.0)
 
     def nll(params, batch, key):
         return loss(arm, outputs(params, batch[0]), batch[1])
@@ -155,13 +156,11 @@ def trainer(model: str, optimizer_name: str, arm: str, config: Config) -> Callab
     @jax.jit
     @jax.vmap
     def members(params, rate, key):
-        optimizer = OPTIMIZERS[optimizer_name](rate)
-
         def epoch(state, _):
             state, _ = mle.run(nll, optimizer, state, train, num_steps=steps, batch_size=config.batch_size)
             return state, scores(arm, state.params, digits.validation)["accuracy"]
 
-        state = mle.init(params, optimizer, key)
+        state = optax.tree.set(mle.init(params, optimizer, key), learning_rate=rate)
         state, curve = jax.lax.scan(epoch, state, length=config.epochs)
         start = participation(arm, outputs(params, train[0]), train[1])
         test = scores(arm, state.params, digits.test)

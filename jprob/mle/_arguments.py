@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
@@ -38,10 +39,16 @@ def options(
         raise ValueError(f"{function}: average_decay must lie between 0 and 1, got {average_decay!r}")
 
 
-def state(function: str, value: Any, optimizer: optax.GradientTransformation, average_decay: float | None) -> None:
-    """It is a `State` with what this optimizer goes on from; and its average, if it has one, is kept."""
+def state(function: str, value: Any) -> None:
+    """It is a `State`."""
     if not hasattr(value, "stale"):
         raise ValueError(f"{function}: state must be a State, as init gives it, got {describe(value)}")
+
+
+def optimizer_state(
+    function: str, value: Any, optimizer: optax.GradientTransformation, average_decay: float | None
+) -> None:
+    """The state is one that this optimizer goes on from, and its average, if it has one, is kept."""
     if average_decay is None and value.average is not None:
         raise ValueError(f"{function}: average_decay must be given, since the state has an average, got None")
     expected = jax.tree.structure(jax.eval_shape(optimizer.init, value.params))
@@ -49,9 +56,34 @@ def state(function: str, value: Any, optimizer: optax.GradientTransformation, av
         raise ValueError(f"{function}: state.optimizer_state must be of this optimizer, {expected}, got {got}")
 
 
-def same_types(function: str, old: PyTree, new: PyTree) -> None:
-    """The optimizer changes no shape or dtype of what it updates: a loop must end with the types it began with."""
-    for expected, got in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-        if (expected.shape, expected.dtype) != (got.shape, got.dtype):
-            types = f"of {describe(expected)}, got {describe(got)}"
-            raise ValueError(f"{function}: expected an optimizer that keeps the type {types}")
+def functions(function: str, **given: Any) -> None:
+    """Each is what it is called, and hashable: it is static, a part of the key of the compiled program."""
+    for name, value in given.items():
+        expected = "an optax gradient transformation" if name == "optimizer" else "a function"
+        right = isinstance(value, optax.GradientTransformation) if name == "optimizer" else callable(value)
+        if right:
+            try:
+                hash(value)
+                continue
+            except TypeError:
+                expected = "hashable, such as a function defined with def"
+        raise ValueError(f"{function}: {name} must be {expected}, got {describe(value)}")
+
+
+def of_validation(function: str, data: Any, weights: Any, nll: Any, monitor: Any, mode: Any) -> None:
+    """What belongs to a validation comes with one; the monitor is a name, and its mode says which way is better."""
+    if not isinstance(monitor, str):
+        raise ValueError(f'{function}: monitor must be "loss" or the name of a metric, got {monitor!r}')
+    if mode not in ("min", "max"):
+        raise ValueError(f'{function}: monitor_mode must be "min" or "max", got {mode!r}')
+    given = {"validation_weights": weights, "validation_nll": nll, "monitor": None if monitor == "loss" else monitor}
+    alone = [name for name, value in given.items() if value is not None]
+    if data is None and alone:
+        raise ValueError(f"{function}: {alone[0]} needs validation, got none")
+
+
+def key(function: str, value: Any) -> Any:
+    """The key, which is one of typed random keys."""
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"{function}: key must be made by jax.random.key, got {describe(value)}")
+    return value

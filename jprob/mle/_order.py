@@ -7,6 +7,8 @@ place alone. So a batch costs its own examples and not a sort of all, and a run 
 one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,43 +17,45 @@ from jaxtyping import Int, Key, UInt32
 # After 20 the number of examples that keep their successor still shows, of 1000 examples in 20 000 orders; after 24, 32
 # and 64 nothing does. The paper has 6 log2(n), against an adversary.
 _ROUNDS = 64
+_GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio, odd: its multiples lie far apart (Weyl)
 
 
 def batches(
-    key: Key[Array, ""], step: Int[Array, ""], size: int, num_steps: int, batch_size: int
+    key: Key[Array, ""] | UInt32[Array, " words"], step: Int[Array, ""], size: int, num_steps: int, batch_size: int
 ) -> Int[Array, "num_steps batch_size"]:
     """The numbers of the examples in the batches from `step` on, int32.
 
     Every number in [0, size) comes once an epoch, in an order that follows from the key and the number of the epoch.
     The number `size`, which no example has, fills up the last batch of an epoch.
     """
-    steps_per_epoch = -(-size // batch_size)
-    steps = step + jnp.arange(num_steps, dtype=jnp.int32)
-    places = steps[:, None] % steps_per_epoch * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-    first, epochs = step // steps_per_epoch, steps[:, None] // steps_per_epoch
-    # A run that starts within an epoch may touch one epoch more than it is long.
-    touched = first + jnp.arange((num_steps - 1) // steps_per_epoch + 2, dtype=jnp.int32)
-    pivots, salts = jax.vmap(lambda epoch: _rounds(jax.random.fold_in(key, epoch), size))(touched)
+    steps = step + jnp.arange(num_steps, dtype=jnp.int32)[:, None]
+    epochs, batch = jnp.divmod(steps, -(-size // batch_size))
+    places = batch * batch_size + jnp.arange(batch_size, dtype=jnp.int32)[None]
+    seeds = [mixed(seed ^ epochs.astype(jnp.uint32)) for seed in _seeds(key)]
 
-    def swap_or_not(places, round):
-        pivot, salt = jax.tree.map(lambda x: x[epochs - first], round)
-        partners = pivot - places
+    def swap_or_not(places, shift):
+        pivots, salts = (mixed(seed + shift) for seed in seeds)
+        partners = (pivots % jnp.uint32(size)).astype(jnp.int32) - places
         partners = jnp.where(partners < 0, partners + size, partners)
-        swapped = _hash(jnp.maximum(places, partners).astype(jnp.uint32) ^ salt) >> 31 == 1
+        swapped = mixed(jnp.maximum(places, partners).astype(jnp.uint32) ^ salts) >> 31 == 1
         return jnp.where(swapped, partners, places), None
 
-    shuffled, _ = jax.lax.scan(swap_or_not, jnp.minimum(places, size - 1), (pivots.T, salts.T))
+    shifts = jnp.arange(_ROUNDS, dtype=jnp.uint32) * jnp.uint32(_GOLDEN)
+    shuffled, _ = jax.lax.scan(swap_or_not, jnp.minimum(places, size - 1), shifts)
     return jnp.where(places < size, shuffled, size)
 
 
-def _rounds(key, size):
-    """Pivots and salts of the rounds of an epoch."""
-    for_pivots, for_salts = jax.random.split(key)
-    pivots = jax.random.randint(for_pivots, (_ROUNDS,), 0, size, jnp.int32)
-    return pivots, jax.random.bits(for_salts, (_ROUNDS,), jnp.uint32)
+def _seeds(key):
+    """Two numbers, one for the pivots and one for the salts.
+
+    They are hashed from the words of the key, whatever its implementation: some draw, under `vmap`, from the first key
+    alone; and a program of random bits would take most of the time to compile `run`.
+    """
+    begin = jnp.array([_GOLDEN, ~_GOLDEN % 2**32], jnp.uint32)
+    return functools.reduce(lambda seeds, word: mixed(seeds ^ word), jax.random.key_data(key), begin)
 
 
-def _hash(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+def mixed(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """The finalizer of MurmurHash3 (Appleby, public domain): each bit in changes each bit out half of the time."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -14,7 +14,6 @@ import gc
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -28,12 +27,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from .. import _checks
-from . import terminal
-from .loop import History, State
+from . import _order, terminal
+from .state import State, is_key
 
 _ARRAYS, _DESCRIPTION, _SEAL = _PARTS = "arrays", "description.json", "seal.json"
+_ASK = 'nothing was validated, or all scores were NaN; ask for "last"'
 _UNFINISHED, _LOCK = ".unfinished", ".lock"
 
 
@@ -43,13 +44,13 @@ class Saved(NamedTuple):
     Attributes:
       step: `state.step` as a number.
       state: all that training carries.
-      history: what was measured up to there, in numpy arrays.
-      position: where the iterator of batches stands, in values of JSON; None where the data are no such iterator.
+      history: what was measured up to there: the columns of a `History` in numpy arrays, by name.
+      position: where the source of batches stands, in values of JSON; None if it cannot tell.
     """
 
     step: int
     state: State
-    history: History
+    history: dict[str, Any]
     position: Any
 
 
@@ -60,31 +61,136 @@ class Store(NamedTuple):
       directory: the folder.
       handler: orbax's own, of arrays.
       run: names and values of JSON that describe this run. A checkpoint of another run is refused.
-      keep: how many of the newest checkpoints to keep, beside the best.
+      versions: names and values that may differ. A checkpoint with others is used, and that is told.
+      keep: how many of the newest checkpoints to keep. Each holds the best params so far.
       found: the steps of the checkpoints that were there, sound or not.
-      scores: the last validation score of each checkpoint that is sound as far as is known; inf where there is none.
+      sound: the steps of the checkpoints that are sound as far as is known.
     """
 
     directory: Path
     handler: Any
     run: Mapping[str, Any]
+    versions: Mapping[str, str]
     keep: int
     found: list[int]
-    scores: dict[int, float]
+    sound: set[int]
 
 
-def describe(name: str, tree: Any) -> dict[str, str]:
-    """The path, dtype and shape of each array of a tree.
+def describe(name: str, tree: Any, *, fingerprint: bool = False) -> dict[str, str]:
+    """The path, dtype and shape of each array of a tree, and a fingerprint of its bits if asked for.
 
     >>> describe("data", (np.zeros((100, 8)), np.zeros(100, np.int32)))
     {'data[0]': 'float64[100, 8]', 'data[1]': 'int32[100]'}
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {(name + jax.tree_util.keystr(path)).lstrip("."): _checks.describe(leaf) for path, leaf in leaves}
+    bits = [f", fingerprint {int(_fingerprint(leaf)):08x}" if fingerprint else "" for _, leaf in leaves]
+    named = zip(leaves, bits, strict=True)
+    return {_name(name, path): f"{_checks.describe(leaf)}{mark}" for (path, leaf), mark in named}
+
+
+def _name(name, path):
+    return (name + jax.tree_util.keystr(path)).lstrip(".")
+
+
+@jax.jit
+def _fingerprint(x):
+    """A hash of all bits and their places. It is a sum of integers, which no placement on devices changes."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag])
+    if x.dtype == jnp.bool_ or (jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
+        x = x.astype(jnp.int8)
+    size = min(x.dtype.itemsize, 4)
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, length in enumerate(bits.shape):
+        place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(_order.mixed(bits ^ _order.mixed(place + jnp.uint32(1))), dtype=jnp.uint32)
+
+
+def load_params(
+    checkpoint_dir: str | os.PathLike[str],
+    like: PyTree,
+    which: str = "best",
+    *,
+    model_state: PyTree = None,
+) -> PyTree:
+    """The params of the newest checkpoint in a folder that `fit` has written, without optimizer, data or nll.
+
+    Args:
+      checkpoint_dir: the folder that was given to `fit`.
+      like: params of the same structure, shapes and dtypes; their values do not matter.
+      which: "best" for those with the best validation score, "last" for those after the last step.
+      model_state: a model state of the same structure; given, the saved one is returned too.
+
+    Returns:
+      The params, bit for bit and in their dtypes (at least as precise as u asks: nothing is rounded), on the default
+      device; or the pair of params and model state, if `model_state` is given.
+
+    Raises:
+      ValueError: `which` is none of the two, the checkpoint has no best, or `like` does not fit; the first leaf that
+        differs is named.
+      OSError: the folder holds no checkpoint that can be read.
+
+    >>> import tempfile, optax
+    >>> from jprob import mle
+    >>> nll = lambda mean, x, key: jnp.square(x - mean) / 2
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = mle.fit(nll, optax.sgd(0.5), 0.0, jnp.array([1.0, 3.0]), jax.random.key(0), num_steps=9,
+    ...                      batch_size=2, checkpoint_dir=folder, progress="none")
+    ...     print(load_params(folder, jnp.array(0.0), "last") == result.state.params)
+    True
+    """
+    if which not in ("best", "last"):
+        raise ValueError(f'load_params: which must be "best" or "last", got {which!r}')
+    directory = Path(checkpoint_dir).expanduser().absolute()
+    found = _steps(directory) if directory.is_dir() else []
+    store = Store(directory, _orbax().StandardCheckpointHandler(), {}, {}, 1, found, set(found))
+    with contextlib.closing(store.handler):
+        for step in reversed(found):
+            description = _attempt(store, step, _check_seal) and _attempt(store, step, _description)
+            if description is None:
+                continue
+            wanted = {"params": like} if model_state is None else {"params": like, "model_state": model_state}
+            numbers = _numbers(description["leaves"], "best." if which == "best" else "", wanted, _folder(store, step))
+            arrays = _attempt(store, step, _some_arrays, numbers)
+            if arrays is not None:
+                if which == "best" and not np.isfinite(arrays.pop()):
+                    raise ValueError(f"load_params: {_folder(store, step)} has no best params yet; {_ASK}")
+                leaves, treedef = jax.tree.flatten(wanted)
+                tree = treedef.unflatten([_like(leaf, x) for leaf, x in zip(leaves, arrays, strict=True)])
+                return tree["params"] if model_state is None else (tree["params"], tree["model_state"])
+    raise OSError(f"load_params: no checkpoint in {directory} can be read")
+
+
+def _numbers(leaves, prefix, wanted, folder):
+    """The numbers of the leaves of these trees among those of the state, which must be there alike."""
+    there = {name: (number, what) for number, (name, what) in enumerate(leaves)}
+    if prefix and not any(name.startswith(prefix) for name in there):
+        raise ValueError(f"load_params: {folder} has no best params; {_ASK}")
+    numbers = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        name = prefix + path[0].key + jax.tree_util.keystr(path[1:])
+        number, got = there.get(name, (None, "nothing"))
+        if got != _checks.describe(leaf):
+            raise ValueError(f"load_params: {name} of {folder} is {got}, like has {_checks.describe(leaf)}")
+        numbers.append(number)
+    of_wanted = [n for n in there if n.startswith(tuple(f"{prefix}{name}" for name in wanted))]
+    if len(of_wanted) != len(numbers):
+        raise ValueError(f"load_params: {folder} has {len(of_wanted)} arrays of these, like has {len(numbers)}")
+    return [*numbers, there["best.score"][0]] if prefix else numbers
+
+
+def _some_arrays(store, step, numbers):
+    arrays = store.handler.restore(_arrays_of(_folder(store, step)))["state"]
+    return [arrays.get(str(number)) for number in numbers]
 
 
 @contextlib.contextmanager
-def opened(directory: str | os.PathLike[str], run: Mapping[str, Any], keep: int) -> Iterator[Store]:
+def opened(
+    directory: str | os.PathLike[str], run: Mapping[str, Any], keep: int, versions: Mapping[str, str] | None = None
+) -> Iterator[Store]:
     """Opens a folder, made if need be, for this run alone; all its processes open it together.
 
     Checkpoints that cannot be read are named on stderr.
@@ -106,11 +212,9 @@ def opened(directory: str | os.PathLike[str], run: Mapping[str, Any], keep: int)
                 _remove_unfinished(directory)
         handler = stack.enter_context(contextlib.closing(ocp.StandardCheckpointHandler()))
         found = _of_the_first(_steps(directory))
-        store = Store(directory, handler, run, keep, found, dict.fromkeys(found, math.inf))
+        store = Store(directory, handler, run, versions or {}, keep, found, set(found))
         for step in found:
-            description = _attempt(store, step, _description)
-            if description is not None:
-                store.scores[step] = description["score"]
+            _attempt(store, step, _description)
         yield store
 
 
@@ -128,7 +232,7 @@ def latest(store: Store, template: State) -> Saved | None:
       ValueError: the checkpoint belongs to another run; the message names the first difference.
       OSError: there are checkpoints, and none can be read.
     """
-    for step in sorted(store.scores, reverse=True):
+    for step in sorted(store.sound, reverse=True):
         description = _attempt(store, step, _check_seal) and _attempt(store, step, _description)
         if description is None:
             continue
@@ -136,6 +240,7 @@ def latest(store: Store, template: State) -> Saved | None:
             _refuse_another_run(store, step, description["run"])
         arrays = _attempt(store, step, _arrays, template, description["history"])
         if arrays is not None:
+            _tell_of_versions(store, step, description["versions"])
             state, history = arrays
             return Saved(step, state, history, description["position"])
     if store.found:
@@ -150,12 +255,10 @@ def save(store: Store, saved: Saved) -> None:
     Raises:
       OSError: the disk does not take it. The checkpoints that were there are there still.
     """
-    scores = saved.history.validation
-    score = float(scores[-1]) if scores.size and np.isfinite(scores[-1]) else math.inf
     reason = None
     with _quiet():
         try:
-            _write(store, saved, score)
+            _write(store, saved)
         except Exception as error:  # of any class: each of orbax's storage layers has its own
             reason = _reason(error)
         if reason is not None:
@@ -163,9 +266,9 @@ def save(store: Store, saved: Saved) -> None:
             if jax.process_index() == 0:
                 _remove_unfinished(store.directory)  # a full disk wants it back
     if reason is not None:
-        good = f"the last good one is {_folder(store, max(store.scores))}" if store.scores else "there is none"
+        good = f"the last good one is {_folder(store, max(store.sound))}" if store.sound else "there is none"
         raise OSError(f"fit: checkpoint {_folder(store, saved.step)} cannot be written: {reason}; {good}")
-    store.scores[saved.step] = score
+    store.sound.add(saved.step)
     _drop_old(store)
 
 
@@ -271,7 +374,7 @@ def _attempt(store, step, read, *arguments):
         with _quiet(), _together():
             return read(store, step, *arguments)
     except Exception as error:
-        del store.scores[step]
+        store.sound.discard(step)
         terminal.tell(f"checkpoint {_folder(store, step)} cannot be read: {_reason(error)}")
         return None
 
@@ -288,7 +391,7 @@ def _check_seal(store, step):
 
 def _description(store, step):
     description = json.loads((_folder(store, step) / _DESCRIPTION).read_bytes())
-    return {name: description[name] for name in ("run", "score", "position", "history")}
+    return {name: description[name] for name in ("run", "versions", "leaves", "position", "history")}
 
 
 def _refuse_another_run(store, step, there):
@@ -303,23 +406,50 @@ def _arrays(store, step, template, lengths):
     ocp = _orbax()
     targets = {
         "state": {name: _target(leaf) for name, leaf in _leaves(template).items()},
-        "history": {name: np.empty(length, dtype) for name, (length, dtype) in lengths.items() if length},
+        "history": {_key(name): np.empty(length, dtype) for name, (length, dtype) in lengths.items() if length},
     }
     arrays = store.handler.restore(_arrays_of(_folder(store, step)), args=ocp.args.StandardRestore(targets))
     leaves, treedef = jax.tree.flatten(template)
     leaves = [_like(leaf, arrays["state"].get(str(i))) for i, leaf in enumerate(leaves)]
     empty = {name: np.empty(0, dtype) for name, (_, dtype) in lengths.items()}
-    return treedef.unflatten(leaves), History(**(empty | arrays.get("history", {})))
+    state = _with_hyperparams_of(template, treedef.unflatten(leaves))
+    return state, empty | {
+        name: arrays["history"][_key(name)] for name in lengths if _key(name) in arrays.get("history", {})
+    }
+
+
+def _key(column):
+    """orbax takes no / in a name."""
+    return column.replace("/", " ")
+
+
+def _with_hyperparams_of(template, state):
+    """Hyperparameters that are injected come from the call, not from the checkpoint."""
+
+    def injected(node):
+        return hasattr(node, "hyperparams") and hasattr(node, "_replace")
+
+    def one(new, old):
+        if not injected(new):
+            return old
+        scheduled = getattr(old, "hyperparams_states", {})
+        return old._replace(hyperparams={n: (old if n in scheduled else new).hyperparams[n] for n in old.hyperparams})
+
+    optimizer_state = jax.tree.map(one, template.optimizer_state, state.optimizer_state, is_leaf=injected)
+    return state._replace(optimizer_state=optimizer_state)
+
+
+def _tell_of_versions(store, step, there):
+    for name, wanted in store.versions.items():
+        if (got := there.get(name, "nothing")) != wanted:
+            what = f"by another {name}" if " " in name else f"with {name} {got}, this run has {wanted}"
+            terminal.tell(f"checkpoint {_folder(store, step)} was made {what}; training goes on")
 
 
 def _leaves(state):
     """The arrays of a state by their number. orbax knows neither typed keys nor arrays without elements."""
-    leaves = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
+    leaves = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(state)]
     return {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
-
-
-def _is_key(leaf):
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _target(leaf):
@@ -333,18 +463,19 @@ def _like(leaf, restored):
     if restored is None:
         return leaf  # without elements
     restored = jnp.asarray(restored)
-    return jax.random.wrap_key_data(restored, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else restored
+    return jax.random.wrap_key_data(restored, impl=jax.random.key_impl(leaf)) if is_key(leaf) else restored
 
 
-def _write(store, saved, score):
-    ocp, folder, history = _orbax(), _folder(store, saved.step), saved.history._asdict()
+def _write(store, saved):
+    ocp, folder, history = _orbax(), _folder(store, saved.step), saved.history
     description = {
         "run": store.run,
-        "score": score,
+        "versions": store.versions,
+        "leaves": list(describe("", saved.state).items()),
         "position": saved.position,
         "history": {name: (len(values), values.dtype.name) for name, values in history.items()},
     }
-    arrays = {"state": _leaves(saved.state), "history": {name: x for name, x in history.items() if x.size}}
+    arrays = {"state": _leaves(saved.state), "history": {_key(name): x for name, x in history.items() if x.size}}
     unfinished = folder.with_name(f"{folder.name}{_UNFINISHED}")
     is_first = jax.process_index() == 0
     with _together():
@@ -408,9 +539,8 @@ def _sum(path):
 
 
 def _drop_old(store):
-    kept = {*sorted(store.scores)[-store.keep :], min(store.scores, key=lambda step: (store.scores[step], -step))}
-    for step in store.scores.keys() - kept:
-        del store.scores[step]
+    kept = set(sorted(store.sound)[-store.keep :])
+    store.sound.intersection_update(kept)
     if jax.process_index() == 0:
         for step in _steps(store.directory):
             if step not in kept:

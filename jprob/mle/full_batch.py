@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Bool, Float, Int, Key, PyTree
+from jaxtyping import Bool, Float, Int, Key, PyTree, Real
 
-from .. import _checks, mvn
-from . import sharding
-from .loop import Losses, Nll, _num_examples, _weighted_mean, _weighted_sum, _without_weightless
+from .. import _accurate, _checks, mvn
+from . import _arguments, sharding
+from .objective import Nll, Objective, num_examples, without_weightless
 
 # Pairs of steps that L-BFGS remembers: with 50, ill-conditioned problems take about half the steps of the usual 10.
 _MEMORY = 50
@@ -60,14 +60,14 @@ class Covariance(NamedTuple):
     matrix: Float[Array, "P P"]
 
 
-@partial(jax.jit, static_argnames=("nll", "gradient_tolerance", "max_steps"))
+@_checks.public(static=("nll", "max_steps"), gradient_tolerance=_checks.NOT_NEGATIVE)
 def fit_full_batch(
     nll: Nll,
     params: PyTree,
     data: PyTree,
     *,
-    weights: Float[Array, " n"] | None = None,
-    gradient_tolerance: float = 1e-5,
+    weights: Real[Array, " n"] | Bool[Array, " n"] | None = None,
+    gradient_tolerance: float | Float[Array, ""] = 1e-5,
     max_steps: int = 1000,
     key: Key[Array, ""] | None = None,
 ) -> FullBatchFit:
@@ -85,12 +85,13 @@ def fit_full_batch(
         continuous gradient.
       params: initial parameters, any pytree of float32 or float64 arrays.
       data: all examples, a pytree of arrays with the same leading axis.
-      weights: how often each example counts, not negative. One with weight 0 is as if it were not there.
+      weights: how often each example counts, not negative. Examples of weight 0 are ignored. A negative one makes the
+        loss NaN, so that the start is returned; `jprob.checkify` names it.
       gradient_tolerance: the norm to reach, in nats per unit of the params, not negative. float32 reaches about 1e-6
         where features and params are of the order of 1; what one reaches is the noise of the gradient, u times the
         mean size of an example's own.
-      max_steps: how many line searches to make at most; each evaluates loss and gradient once or twice, at most 20
-        times.
+      max_steps: how many line searches to make at most, static; each evaluates loss and gradient once or twice, at
+        most 20 times.
       key: what `nll` is given in every evaluation, so that it is one function; `jax.random.key(0)` where none is.
 
     Returns:
@@ -113,23 +114,20 @@ def fit_full_batch(
     >>> print(f"{fit.params['loc']:.3f} {jnp.exp(fit.params['log_scale']):.3f} {fit.converged}")
     3.000 2.160 True
     """
-    if not gradient_tolerance >= 0:
-        raise ValueError(f"fit_full_batch: gradient_tolerance must not be negative, got {gradient_tolerance}")
-    if max_steps < 1:
-        raise ValueError(f"fit_full_batch: max_steps must be at least 1, got {max_steps}")
-    key = jax.random.key(0) if key is None else key
-    fitted = partial(_fitted, nll, gradient_tolerance, max_steps)
-    return sharding.with_automatic_axes(fitted, params, data, weights, key)
+    _arguments.options("fit_full_batch", max_steps=max_steps)
+    key = _arguments.key("fit_full_batch", jax.random.key(0) if key is None else key)
+    fitted = partial(_fitted, nll, max_steps)
+    return sharding.with_automatic_axes(fitted, params, data, weights, key, gradient_tolerance)
 
 
-@partial(jax.jit, static_argnames=("nll", "kind"))
+@_checks.public(static=("nll", "kind"))
 def covariance(
     nll: Nll,
     params: PyTree,
     data: PyTree,
     *,
     kind: Literal["fisher", "sandwich"] = "fisher",
-    weights: Float[Array, " n"] | None = None,
+    weights: Real[Array, " n"] | Bool[Array, " n"] | None = None,
     key: Key[Array, ""] | None = None,
 ) -> Covariance:
     """Covariance of maximum-likelihood estimates, and the standard error of each, from the data they were fitted to.
@@ -175,7 +173,7 @@ def covariance(
     """
     if kind not in ("fisher", "sandwich"):
         raise ValueError(f"covariance: kind must be one of fisher, sandwich, got {kind!r}")
-    key = jax.random.key(0) if key is None else key
+    key = _arguments.key("covariance", jax.random.key(0) if key is None else key)
     return sharding.with_automatic_axes(partial(_covariance, nll, kind), params, data, weights, key)
 
 
@@ -193,19 +191,20 @@ class _Search(NamedTuple):
     flattest: Array
 
 
-def _fitted(nll, gradient_tolerance, max_steps, params, data, weights, key):
+def _fitted(nll, max_steps, params, data, weights, key, tolerance):
     flat, unravel = _flat("fit_full_batch", params)
+    tolerance = _checks.number("fit_full_batch", "gradient_tolerance", tolerance, _checks.NOT_NEGATIVE, flat.dtype)
     data, weights = _examples("fit_full_batch", data, weights)
-    losses, solver = Losses("fit_full_batch", nll), optax.lbfgs(memory_size=_MEMORY)
+    loss, solver = Objective("fit_full_batch", nll).mean, optax.lbfgs(memory_size=_MEMORY)
 
     def objective(flat):
         # One dtype throughout, that of the params, whatever nll makes of them.
-        return _weighted_mean(losses(unravel(flat), data, key), weights).astype(flat.dtype)
+        return loss(unravel(flat), None, data, key, weights)[0].astype(flat.dtype)
 
     def goes_on(search):
         finite = jnp.isfinite(search.loss) & jnp.isfinite(search.gradient_norm)
         in_time = (search.steps < max_steps) & (search.stale < _PATIENCE)
-        return finite & in_time & (search.gradient_norm > gradient_tolerance)
+        return finite & in_time & (search.gradient_norm > tolerance)
 
     def one(search):
         # Under vmap, whoever is done searches on with the others, in vain; without a gradient, that ends at once.
@@ -213,7 +212,7 @@ def _fitted(nll, gradient_tolerance, max_steps, params, data, weights, key):
         return _line_search(solver, objective, search._replace(gradient=gradient))
 
     end = jax.lax.while_loop(goes_on, one, _start(solver, objective, flat))
-    converged = end.gradient_norm <= gradient_tolerance
+    converged = end.gradient_norm <= tolerance
     return FullBatchFit(unravel(end.flat), end.loss, end.gradient_norm, end.steps, converged)
 
 
@@ -222,9 +221,9 @@ def _covariance(nll, kind, params, data, weights, key):
     data, weights = _examples("covariance", data, weights)
 
     def losses(flat):
-        return Losses("covariance", nll)(unravel(flat), data, key).astype(flat.dtype)
+        return Objective("covariance", nll).of_examples(unravel(flat), data, key).astype(flat.dtype)
 
-    hessian = jax.hessian(lambda flat: _weighted_sum(losses(flat), weights)[0])(flat)
+    hessian = jax.hessian(lambda flat: jnp.sum(weights.astype(flat.dtype) * losses(flat)))(flat)
     factor = mvn.scale_tril(precision=hessian)
     matrix = _product(factor, factor.T)
     if kind == "sandwich":
@@ -262,16 +261,19 @@ def _flat(function, params):
     for leaf in jax.tree.leaves(params):
         if getattr(leaf, "dtype", None) not in (jnp.float32, jnp.float64):
             raise ValueError(f"{function}: params must be float32 or float64 arrays, got {_checks.describe(leaf)}")
-    return ravel_pytree(params)
+    # In one dtype, since strict promotion refuses two.
+    dtype = _accurate.compute_dtype(*jax.tree.leaves(params))
+    flat, unravel = ravel_pytree(jax.tree.map(lambda p: p.astype(dtype), params))
+    return flat, lambda flat: jax.tree.map(lambda x, p: x.astype(p.dtype), unravel(flat), params)
 
 
 def _examples(function, data, weights):
     """Data and weights, none of which lets through an example that does not count."""
-    size = _num_examples(function, "data", data)
+    size = num_examples(function, "data", data)
     if weights is None:
         return data, jnp.ones(size)
     weights = _checks.weights(function, "the examples", (size,), weights)
-    return _without_weightless(data, weights), weights
+    return without_weightless(data, weights), weights
 
 
 def _product(left, right):

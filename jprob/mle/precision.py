@@ -7,10 +7,11 @@ still. A master copy in float32 takes every update, and the params are that copy
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .loop import _wide
+from .state import wide
 
 
 class MasterWeights(NamedTuple):
@@ -43,29 +44,28 @@ def master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTra
     Raises:
       ValueError: `update` is not given the params.
 
-    >>> import jax.numpy as jnp
     >>> from jprob import mle
     >>> nll = lambda w, x, key: w * x
     >>> optimizer = mle.master_weights(optax.sgd(0.001))
     >>> state = mle.init(jnp.array(1.0, jnp.bfloat16), optimizer, jax.random.key(0))
-    >>> state, history = mle.run(nll, optimizer, state, jnp.ones(4), num_steps=100, batch_size=4)
+    >>> state, history = mle.run(nll, optimizer, state, jnp.ones(4, jnp.bfloat16), num_steps=100, batch_size=4)
     >>> print(state.params, f"{state.optimizer_state.params:.4f}")
     0.898438 0.9000
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params):
-        copy = jax.tree.map(_wide, params)
+        copy = jax.tree.map(lambda p: jnp.copy(wide(p)), params)  # its own buffers, so that a state can be donated
         return MasterWeights(copy, optimizer.init(copy))
 
     def update(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("master_weights: update must be given the params, got None")
-        updates = jax.tree.map(_wide, updates)
+        updates = jax.tree.map(wide, updates)
         updates, optimizer_state = optimizer.update(updates, state.optimizer_state, state.params, **extra)
-        updates = jax.tree.map(lambda p, copy, u: (copy + u) - _wide(p), params, state.params, updates)
+        updates = jax.tree.map(lambda p, copy, u: (copy + u) - wide(p), params, state.params, updates)
         # By the sum that gives the new params, since p + (c - p) may differ from c by a rounding.
-        copy = jax.tree.map(lambda p, u: _wide(p) + u, params, updates)
+        copy = jax.tree.map(lambda p, u: wide(p) + u, params, updates)
         return updates, MasterWeights(copy, optimizer_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

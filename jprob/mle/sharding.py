@@ -19,7 +19,16 @@ from jaxtyping import PyTree
 
 def is_placed(x: Any) -> bool:
     """It is an array that lies where it does on purpose."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.sharding is not None
     return isinstance(x, Array) and not isinstance(x, Tracer) and x.committed
+
+
+def layout(tree: PyTree) -> PyTree:
+    """How the arrays of a tree lie, for `put_back`, without the arrays."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if is_placed(x) else None), tree
+    )
 
 
 def in_one_place(state: PyTree, data: PyTree) -> PyTree:

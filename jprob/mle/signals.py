@@ -1,4 +1,4 @@
-"""Signals to `fit`: noticed the moment they arrive, and acted upon where training stands still."""
+"""Signals to `fit`: noted as they arrive, and acted upon between two chunks of training."""
 
 import contextlib
 import os
@@ -9,57 +9,29 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def caught() -> Iterator[list[int]]:
-    """Yields a list to which SIGINT and SIGTERM are added as they arrive. A second SIGINT ends the process at once.
-
-    A handler in Python waits until the main thread comes back from XLA, which may compile for minutes. So there is a
-    thread, at the other end of the descriptor to which the interpreter writes a signal's number the moment it arrives.
-    """
-    numbers = []
+    """Yields a list to which SIGINT and SIGTERM are added as they arrive. A second SIGINT interrupts at once."""
+    numbers: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield numbers  # no other thread may have handlers
         return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    thread = threading.Thread(target=_watch, args=(reader, numbers), daemon=True)
-    thread.start()
-    _open.append((reader, writer, descriptor, handlers))
+    process = os.getpid()
+
+    def note(number, frame):
+        if os.getpid() != process:  # a forked worker of a data loader, whose signals are its own
+            signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
+            return
+        numbers.append(number)
+        if numbers.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # One that is ignored stays so, as under nohup; one that was set outside of Python could not be set again.
+    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, note)
     try:
         yield numbers
     finally:
-        _open.pop()
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(descriptor)
-        os.close(writer)  # the thread reads the end, and returns
-        thread.join()
-        os.close(reader)
-
-
-def _watch(reader, numbers):
-    while data := os.read(reader, 1):
-        if data[0] in (signal.SIGINT, signal.SIGTERM):
-            numbers.append(data[0])
-        if numbers.count(signal.SIGINT) == 2:
-            show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a bar hides it
-            os.write(2, show_cursor + b"\nfit: ended at once by a second Ctrl-C; what was saved before stays\n")
-            os._exit(128 + signal.SIGINT)
-
-
-_open = []  # of each `caught` that is in use: its pipe, and what signals did before
-
-
-def _forget():
-    """In a forked child, whose signals are its own: it would write them into its parent's pipe, and keep that open."""
-    for reader, writer, descriptor, handlers in reversed(_open):
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(descriptor)
-        os.close(reader)
-        os.close(writer)
-    _open.clear()
-
-
-if hasattr(os, "register_at_fork"):  # Windows does not fork
-    os.register_at_fork(after_in_child=_forget)

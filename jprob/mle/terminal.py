@@ -5,56 +5,56 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def tell(line):
-    """Of several processes the first one does."""
+def tell(line: str) -> None:
+    """Prints a line on stderr, on process 0 only."""
     if jax.process_index() == 0:
         print(f"fit: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def progress(plan, kind):
-    """Yields `show(step, loss, pace)`. A terminal without rich gets lines, like a log."""
-    if kind == "none":
-        yield lambda step, loss, pace: None
+def progress(num_steps: int, kind: str) -> Iterator[Callable[[int, float, float | None], None]]:
+    """Yields `show(step, loss, steps_per_second)`. A terminal without rich gets lines, like a log."""
+    if kind == "none" or jax.process_index():
+        yield lambda step, loss, speed: None
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and importlib.util.find_spec("rich"):
-        with _bar(plan) as show:
+        with _bar(num_steps) as show:
             yield show
     else:
-        yield _lines(plan)
+        yield _lines(num_steps)
 
 
 @contextlib.contextmanager
-def _bar(plan):
+def _bar(num_steps):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
     columns = ("fit: step", MofNCompleteColumn(), BarColumn(), "{task.fields[note]}")
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=plan.num_steps, note="compiling")
-        yield lambda step, loss, pace: bar.update(task, completed=step, note=_note(plan, step, loss, pace))
+        task = bar.add_task("", total=num_steps, note="compiling")
+        yield lambda step, loss, speed: bar.update(task, completed=step, note=_note(num_steps, step, loss, speed))
 
 
-def _lines(plan):
+def _lines(num_steps):
     told = time.monotonic()
 
-    def show(step, loss, pace):
+    def show(step, loss, speed):
         nonlocal told
-        if step == plan.num_steps or time.monotonic() - told >= _SECONDS_BETWEEN_LINES:
+        if step == num_steps or time.monotonic() - told >= _SECONDS_BETWEEN_LINES:
             told = time.monotonic()
-            tell(f"step {step} of {plan.num_steps}, {_note(plan, step, loss, pace)}")
+            tell(f"step {step} of {num_steps}, {_note(num_steps, step, loss, speed)}")
 
     return show
 
 
-def _note(plan, step, loss, pace):
-    if not pace.total_rows:
+def _note(num_steps, step, loss, speed):
+    if speed is None:
         return f"loss {loss:.4g}"
-    speed = pace.total_rows * plan.record_every / pace.total_seconds
-    left = round((plan.num_steps - step) / speed)
+    left = round((num_steps - step) / speed)
     return f"loss {loss:.4g}, {speed:.4g} steps/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -1,0 +1,146 @@
+"""Where batches come from: a function of the step, or anything that is iterated. Arrays need no source.
+
+A source that can tell its position is resumed exactly: one with `state_dict` and `load_state_dict`, as torchdata has
+them, or one whose iterator has `get_state` and `set_state`, as Grain has them.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import PyTree
+
+from .. import _checks
+
+FORMS = (
+    "arrays with one leading axis of examples (a tuple or dict of them), a function of the step, or an iterable or"
+    " iterator of batches"
+)
+
+
+_END = object()
+
+
+class EndedError(Exception):
+    """The source gives no more batches, or failed; the message says which."""
+
+
+def is_source(data: Any) -> bool:
+    """It gives batches, rather than being arrays."""
+    leaves = jax.tree.leaves(data, is_leaf=lambda x: isinstance(x, Iterator))
+    arrays = leaves and all(hasattr(x, "shape") for x in leaves)
+    if isinstance(data, list) or (
+        not arrays and not callable(data) and not (isinstance(data, Iterable) and not isinstance(data, str))
+    ):
+        raise ValueError(f"fit: data must be {FORMS}, got {_checks.describe(data)}")
+    if isinstance(data, tuple | dict) and not arrays:
+        odd = next((x for x in leaves if not hasattr(x, "shape")), data)
+        raise ValueError(f"fit: data must be {FORMS}, got a {type(data).__name__} with {_checks.describe(odd)}")
+    return not arrays
+
+
+class Function:
+    """Batches from `batch_at(step)`; its position is the step itself."""
+
+    has_position, once = True, False
+
+    def __init__(self, batch_at: Any) -> None:
+        """Begins at step 0."""
+        self.batch_at, self.step = batch_at, 0
+
+    def next(self) -> PyTree:
+        """The batch of the next step."""
+        try:
+            batch = self.batch_at(self.step)
+        except Exception as error:
+            raise EndedError(f"data({self.step}) failed: {_first_line(error)}") from error
+        self.step += 1
+        return batch
+
+    def position(self) -> Any:
+        """None: the step is known anyway."""
+        return None
+
+    def seek(self, position: Any, step: int) -> None:
+        """Goes to a step."""
+        self.step = step
+
+
+class Iterated:
+    """Batches of an iterable, iterated again at its end, or of an iterator, which ends once."""
+
+    def __init__(self, data: Any) -> None:
+        """Begins at the first batch."""
+        self.data, self.iterator, self.given = data, None, 0
+        self.once = iter(data) is data
+        self.by_iterator = not hasattr(data, "state_dict") and hasattr(self._begun(), "get_state")
+        self.has_position = self.by_iterator or hasattr(data, "state_dict")
+
+    def next(self) -> PyTree:
+        """The next batch; the first again after the last."""
+        try:
+            for _ in range(2):
+                batch = next(self._begun(), _END)
+                if batch is not _END:
+                    self.given += 1
+                    return batch
+                if self.once:
+                    raise EndedError(f"data ended after {self.given} batches")
+                self.iterator = None
+        except (EndedError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise EndedError(f"data failed after {self.given} batches: {_first_line(error)}") from error
+        raise ValueError("fit: data must give batches each time they are iterated, got none")
+
+    def position(self) -> Any:
+        """Where the next batch comes from, in values of JSON; None if the source cannot tell."""
+        if self.by_iterator:
+            state = self._begun().get_state()
+            is_bytes = isinstance(state, bytes)
+            return {"base64": base64.b64encode(state).decode()} if is_bytes else json_copy("get_state()", state)
+        return json_copy("state_dict() of data", self.data.state_dict()) if self.has_position else None
+
+    def seek(self, position: Any, step: int) -> None:
+        """Goes to a position, if there is one; else begins anew."""
+        if self.once and not self.has_position:
+            return  # an iterator goes on from where it is
+        self.iterator = None
+        if position is None:
+            return
+        if self.by_iterator:
+            is_bytes = isinstance(position, dict) and position.keys() == {"base64"}
+            self._begun().set_state(base64.b64decode(position["base64"]) if is_bytes else position)
+        else:
+            self.data.load_state_dict(position)
+
+    def _begun(self):
+        if self.iterator is None:
+            self.iterator = iter(self.data)
+        return self.iterator
+
+
+def opened(data: Any) -> Function | Iterated:
+    """The source of these batches."""
+    return Function(data) if callable(data) else Iterated(data)
+
+
+def on_device(tree: PyTree) -> PyTree:
+    """Arrays of any library on the device; jax arrays stay where they are."""
+    return jax.tree.map(lambda x: x if isinstance(x, Array) else jax.device_put(np.asarray(x)), tree)
+
+
+def json_copy(name: str, value: Any) -> Any:
+    """A copy that nobody changes later."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"fit: {name} must be made of values of JSON: {error}") from None
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
