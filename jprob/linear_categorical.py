@@ -875,7 +875,7 @@ def _loss_rows(form: _Form, numbers: _Numbers, z, labels):
     if e is not None or z_loss is not None or form.has_aux:
         top = _top(z, axis)
         logsumexp = top + log_total
-        outputs = (nll, logsumexp, (_mode(z, axis) == labels).astype(z.dtype))
+        outputs = (nll, logsumexp, (_mode(z, axis).astype(labels.dtype) == labels).astype(z.dtype))
         if e is not None:
             count, gaps = z.shape[1] * _shards(axis), z - top
             target = e / count
@@ -960,7 +960,7 @@ def _label_terms(z, labels, axis):
 
 def _logits_at(z, classes, axis):
     """Where these classes of each row are in this shard, whether they are, and their logits."""
-    place = classes - _offset(z, axis)
+    place = classes - jnp.asarray(_offset(z, axis), classes.dtype)
     here = (place >= 0) & (place < z.shape[1])
     return place, here, jnp.take_along_axis(z, jnp.where(here, place, 0), axis=1, mode="promise_in_bounds")
 

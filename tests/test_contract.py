@@ -125,8 +125,9 @@ def varied(case):
 
 
 def cast(case, dtype):
-    """The case with arguments of this dtype, where they are floating-point."""
-    return case._replace(args=tuple(a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in case.args))
+    """The case with floating-point arguments of this dtype, and integers of the widest one that is on."""
+    kinds = {"f": dtype, "i": jax.dtypes.canonicalize_dtype(np.int64)}
+    return case._replace(args=tuple(a if is_key(a) else a.astype(kinds.get(a.dtype.kind, a.dtype)) for a in case.args))
 
 
 def normal(seed, likes):
