@@ -158,7 +158,6 @@ def cross_entropy(
     loss = _target_loss(z, labels, axis) if valid is None else _class_loss(z, labels, axis)
     if valid is not None and where is not None:
         kept = jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
-        _checks.expect(kept | ~valid, labels, "cross_entropy: label {value} is a class that where removes")
         loss = jnp.where(kept, loss, 0)
     if not (isinstance(label_smoothing, float) and label_smoothing == 0):
         e = _checks.number("cross_entropy", "label_smoothing", label_smoothing, _checks.UNIT_INTERVAL, z.dtype)
