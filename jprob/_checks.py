@@ -67,7 +67,10 @@ class Range(NamedTuple):
 UNIT_INTERVAL = Range("in [0, 1]", lambda x: (x >= 0) & (x <= 1))
 NOT_NEGATIVE = Range("at least 0", lambda x: x >= 0)
 FINITE_NOT_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & (x < math.inf))
-FINITE_POSITIVE = Range("finite and above 0", lambda x: (x > 0) & (x < math.inf))
+# A subnormal number may be 0 on a device, and its inverse is not finite.
+FINITE_POSITIVE = Range(
+    "finite and above 0", lambda x: (x >= jnp.finfo(jnp.result_type(x, float)).tiny) & (x < math.inf)
+)
 
 
 def public(*, static: Sequence[str] = (), **numbers: Range) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

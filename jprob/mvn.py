@@ -373,7 +373,7 @@ def _canonical(function, vectors, matrices):
 def _usable(matrix):
     """The lower triangle, or the unit matrix where it is none of a Cholesky factor, and whether it is one."""
     lower = jnp.tril(matrix)
-    ok = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.diagonal(lower) > 0)
+    ok = jnp.all(jnp.isfinite(lower)) & jnp.all(_checks.FINITE_POSITIVE.holds(jnp.diagonal(lower)))
     return jnp.where(ok, lower, jnp.eye(len(lower), dtype=lower.dtype)), ok
 
 

@@ -419,7 +419,7 @@ def test_a_fault_of_the_data_is_named_under_checkify(message):
         assert any(jnp.isnan(x).any() for x in jax.tree.leaves(value))
 
 
-BAD = (np.inf, -np.inf, np.nan, -1.0, 0.0, 2.0)
+BAD = (np.inf, -np.inf, np.nan, -1.0, 0.0, 2.0, 1e-38)
 
 
 # Categorical and Bernoulli losses have a law with labels and targets that are worse, in test_laws.py.
