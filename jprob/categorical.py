@@ -42,7 +42,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Int, Integer, Key
 
-from . import _accurate, _checks
+from . import _accurate, _checks, _placement
 
 
 @_checks.public(static=("axis",), temperature=_checks.NOT_NEGATIVE)
@@ -157,7 +157,7 @@ def cross_entropy(
     z, labels, valid, axis, where = _labelled("cross_entropy", logits, labels, axis, where)
     loss = _target_loss(z, labels, axis) if valid is None else _class_loss(z, labels, axis)
     if valid is not None and where is not None:
-        kept = jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
+        kept = _placement.entries(where, labels, axis)
         loss = jnp.where(kept, loss, 0)
     if not (isinstance(label_smoothing, float) and label_smoothing == 0):
         e = _checks.number("cross_entropy", "label_smoothing", label_smoothing, _checks.UNIT_INTERVAL, z.dtype)
@@ -392,7 +392,7 @@ def log_prob(
     if not _checks.holds(labels, jnp.integer):
         raise ValueError(f"log_prob: labels must be integer classes, got {_checks.describe(labels)}")
     z, labels, valid, axis, where = _labelled("log_prob", logits, labels, axis, where)
-    there = None if where is None else jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
+    there = None if where is None else _placement.entries(where, labels, axis)
     return _per_example(_existing(-_class_loss(z, labels, axis), there, -jnp.inf), axis, None, valid)
 
 
@@ -558,7 +558,8 @@ def _uniform(z, axis):
 def _distance(z, labels, axis):
     """|class - label|: 0 at the label and at least 1 elsewhere, by arithmetic (see `_accurate`)."""
     dtype = z.dtype if z.shape[axis] <= 2**24 else jnp.int32  # float32 counts no further
-    return jnp.abs(jax.lax.broadcasted_iota(dtype, z.shape, axis) - labels.astype(dtype)).astype(z.dtype)
+    classes = jax.lax.broadcasted_iota(dtype, z.shape, axis, out_sharding=jax.typeof(z).sharding)
+    return jnp.abs(classes - labels.astype(dtype)).astype(z.dtype)
 
 
 def _label_terms(z, labels, axis):
@@ -570,7 +571,7 @@ def _label_terms(z, labels, axis):
     distance = 2 * _distance(z, labels, axis)  # never equal to an exponential, where a minimum has half a slope
     others = _accurate.total(jnp.minimum(distance, exponentials), axis)
     top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
-    label_logit = jnp.take_along_axis(z, labels, axis=axis, mode="promise_in_bounds")
+    label_logit = _placement.entries(z, labels, axis)
     return exponentials, distance, others, label_logit - top
 
 

@@ -339,6 +339,13 @@ def test_explicit_axes_change_nothing(case):
         close(jit(value_and_gradient(case))(*args), evaluated(case))
 
 
+@where(takes_axis)
+def test_classes_may_lie_on_an_explicit_axis(case):
+    args = tuple(a if a.ndim == 2 else a[:3] for a in case.args)
+    classes = case._replace(function=functools.partial(case.function, axis=0), args=args)
+    close(jit(value_and_gradient(classes))(*on_explicit_axes(classes, jax.device_put)), evaluated(classes))
+
+
 @these(["metrics.confusion_matrix", "metrics.perplexity", "calibration.reliability", "calibration.fit_temperature"])
 def test_weights_may_lie_on_no_axis(case):
     """Examples on an explicit mesh, their weights on none."""
