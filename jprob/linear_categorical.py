@@ -176,7 +176,8 @@ def cross_entropy(
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "temperature": temperature}
     numbers = _numbers(name, _dtype(hidden, kernel, bias, weights), **options)
     form = form._replace(has_aux=has_aux, has_bias=bias is not None)
-    return _placed(partial(_cross_entropy, form, reduction), hidden, kernel, bias, labels, inside, weights, numbers)
+    function = partial(_cross_entropy, form, reduction)
+    return _placed(function, [hidden, kernel, bias], numbers, labels, inside, weights)
 
 
 @_checks.public(static=_FORM, **_CAP)
@@ -396,10 +397,14 @@ def distillation_loss(
         expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
         raise ValueError(f"{name}: expected {expected}, got {', '.join(got) or 'none of them'}")
     dtype = _dtype(*student, *teacher)
-    t = jax.lax.stop_gradient(_checks.number(name, "temperature", temperature, _CAP["temperature"], dtype))
-    numbers = _numbers(name, dtype, softcap=softcap)._replace(temperature=t)
-    top = [x.astype(dtype) / t for x in top[:1]] + [*top[1:]]
-    return _placed(partial(_per_token, partial(rows, form), form), sides, numbers, *top) * jnp.square(t)
+    numbers = _numbers(name, dtype, softcap=softcap, temperature=jnp.asarray(temperature))
+
+    def loss(sides, numbers, *top):
+        t = numbers.temperature
+        top = [x.astype(dtype) / t for x in top[:1]] + [*top[1:]]
+        return _per_token(partial(rows, form), form, sides, numbers, *top) * jnp.square(t)
+
+    return _placed(loss, sides, numbers, *top)
 
 
 @_checks.public(static=_FORM)
@@ -488,16 +493,17 @@ def sample(
     dtype = _dtype(hidden, kernel, bias)
     numbers = _numbers("sample", dtype, softcap=softcap)
     temperature = _checks.number("sample", "temperature", temperature, _checks.NOT_NEGATIVE, dtype)
+    numbers = numbers._replace(temperature=temperature)
     number = jnp.arange(math.prod(hidden.shape[:-1]), dtype=jnp.uint32).reshape(hidden.shape[:-1])
 
-    def draw(sides, numbers, number, key, temperature):
+    def draw(sides, numbers, number, key):
         def rows(z, number):
             noise = _noise(_folded(key, number), z, form.axis)
-            return _mode(categorical._tempered(z, form.axis, temperature) + noise, form.axis)[:, 0]
+            return _mode(categorical._tempered(z, form.axis, numbers.temperature) + noise, form.axis)[:, 0]
 
-        return jnp.where(temperature >= 0, _per_token(rows, form, sides, numbers, number), -1)
+        return _per_token(rows, form, sides, numbers._replace(temperature=None), number)
 
-    return _placed(draw, [(hidden, kernel, bias)], numbers, number, key, temperature)
+    return _placed(draw, [(hidden, kernel, bias)], numbers, number, key)
 
 
 def plan(
@@ -622,13 +628,23 @@ def _dtype(*operands):
     return _accurate.compute_dtype(*(operand.dtype for operand in operands if operand is not None))
 
 
-def _placed(function, *operands) -> Any:
-    """`function(*operands)`, whose results are sharded as the tokens of the first operand are."""
-    hidden = jax.tree.leaves(operands)[0]
-    return _placement.automatic(function, *operands, spec=_placement.spec(hidden)[:-1])
+def _placed(function, sides, numbers, *operands) -> Any:
+    """`function(sides, numbers, *operands)`, whose results are sharded as the tokens of the first operand are.
+
+    A number out of its range is replaced by 1, so that no gradient meets its NaN. The results are NaN, or -1 for draws.
+    """
+    given, spec = jax.tree.leaves(numbers), _placement.spec(jax.tree.leaves(sides)[0])[:-1]
+    usable = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 1, x), numbers)
+    out = _placement.automatic(function, sides, usable, *operands, spec=spec)
+    if not given:
+        return out
+    ok = ~jnp.isnan(sum(given))
+    nan_unless = {"f": partial(_accurate.nan_unless, ok), "i": lambda x: jnp.where(ok, x, -1)}
+    return jax.tree.map(lambda x: nan_unless.get(x.dtype.kind, lambda x: x)(x), out)
 
 
-def _cross_entropy(form: _Form, reduction, hidden, kernel, bias, labels, inside, weights, numbers):
+def _cross_entropy(form: _Form, reduction, operands, numbers, labels, inside, weights):
+    hidden, kernel, bias = operands
     tokens = hidden.shape[:-1]
     dtype = _dtype(hidden, kernel, bias, weights)
     w = jnp.ones(tokens, dtype) if weights is None else weights.astype(dtype)
