@@ -347,7 +347,9 @@ def _square(function, name, matrix):
 
 def _canonical(function, vectors, matrices):
     """Vectors and matrices with batches of one rank that broadcast, in the dtype computed in."""
-    given = {name: jnp.asarray(v) if isinstance(v, float) else v for name, v in vectors.items()} | matrices
+    # A Python number may be an integer, and is one of a weak type once it is traced.
+    weak = {n: isinstance(v, int | float) or getattr(v, "weak_type", False) for n, v in vectors.items()}
+    given = {n: jnp.asarray(v * 1.0) if weak[n] else v for n, v in vectors.items()} | matrices
     _checks.floating(function, **given)
     for name, matrix in matrices.items():
         _square(function, name, matrix)
