@@ -358,7 +358,11 @@ def distillation_loss(
     student, teacher, axis, where = _canonical_pair(name, axis, where, **logits)
     given = _checks.number(name, "temperature", temperature, _checks.FINITE_POSITIVE, student.dtype)
     t = jnp.where(jnp.isnan(given), 1, given)  # a NaN here would be one of all gradients
-    loss = _per_example(_kl_divergence(teacher / t, student / t, axis), axis, where)
+    # One of the two is 1. A quotient by the other would leave the range for huge logits.
+    below, above = jnp.minimum(t, 1), jnp.maximum(t, 1)
+    scaled = [z / above for z in (teacher, student)]
+    teacher, student = ((z - _top_and_shift(z, axis, below)[1]) / below for z in scaled)
+    loss = _per_example(_kl_divergence(teacher, student, axis), axis, where)
     return _accurate.nan_unless(given > 0, loss * jnp.square(t))
 
 
@@ -728,9 +732,14 @@ def _bounded(z, axis):
     Where the maximum is huge, the logits are measured from it. An impossible class gets minus `_room`; a row without a
     possible class becomes uniform.
     """
-    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
-    shift = jnp.where(jnp.abs(top) > math.sqrt(jnp.finfo(z.dtype).max), top, 0)
+    top, shift = _top_and_shift(z, axis)
     return jnp.maximum(z - shift, -_room(z)), jnp.where(top > jnp.finfo(z.dtype).min, top - shift, -_room(z))
+
+
+def _top_and_shift(z, axis, scale=1.0):
+    """The maximum, and what the logits are measured from: the maximum where it is huge in units of `scale`, else 0."""
+    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
+    return top, jnp.where(jnp.abs(top) > scale * math.sqrt(jnp.finfo(z.dtype).max), top, 0)
 
 
 def _room(z):
