@@ -136,6 +136,8 @@ def _fault(function, signature, static, args, kwargs):
             for leaf in value if hasattr(value, "_fields") else [value]:
                 if isinstance(leaf, int) and not -(2**31) <= leaf < 2**31:
                     return f"{function}: {name} must be a number that fits its dtype, got the integer {leaf}"
+                if isinstance(leaf, jax.ShapeDtypeStruct):
+                    return f"{function}: {name} must be an array of real numbers, got a ShapeDtypeStruct"
                 if not (isinstance(leaf, int | float) or holds(leaf, *_REAL)):
                     return f"{function}: {name} must be an array of real numbers, got {describe(leaf)}"
     return None
@@ -143,7 +145,9 @@ def _fault(function, signature, static, args, kwargs):
 
 def _is_key(value):
     dtype, shape = getattr(value, "dtype", jnp.dtype(bool)), getattr(value, "shape", None)
-    return shape == () if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype == jnp.uint32
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return shape == ()
+    return dtype == jnp.uint32 and shape == jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def describe(value: Any) -> str:

@@ -166,7 +166,7 @@ def cross_entropy(
     2.0611537e-09 True 1.0
     """
     name = "cross_entropy"
-    form = _form(name, transposed_kernel, block_bytes, axis_name)
+    form = _form(name, transposed_kernel, block_bytes, axis_name, has_aux)._replace(has_bias=bias is not None)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
     _check_operands(name, form, hidden, kernel, bias)
@@ -175,7 +175,6 @@ def cross_entropy(
     labels, inside = _labels(name, form, hidden, kernel, labels, weights)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "temperature": temperature}
     numbers = _numbers(name, _dtype(hidden, kernel, bias, weights), **options)
-    form = form._replace(has_aux=has_aux, has_bias=bias is not None)
     function = partial(_cross_entropy, form, reduction)
     return _placed(function, [hidden, kernel, bias], numbers, labels, inside, weights)
 
@@ -550,18 +549,20 @@ def _plan(form, hidden, kernel, dtype, per_token=1) -> Plan:
     return Plan(blocks, size, remainder, size * row)
 
 
-def _form(function, transposed, block_bytes, axis_name=None) -> _Form:
-    if transposed not in (True, False):
-        raise ValueError(f"{function}: transposed_kernel must be True or False, got {transposed!r}")
-    if block_bytes is not None and (not isinstance(block_bytes, int) or block_bytes <= 0):
+def _form(function, transposed, block_bytes, axis_name=None, has_aux=False) -> _Form:
+    for name, value in {"transposed_kernel": transposed, "has_aux": has_aux}.items():
+        if value not in (True, False):
+            raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
+    if block_bytes is not None and (type(block_bytes) is not int or block_bytes <= 0):
         raise ValueError(f"{function}: block_bytes must be a positive integer, got {block_bytes!r}")
+    form = _Form(transposed, block_bytes, has_aux=has_aux)
     if axis_name is None:
-        return _Form(transposed, block_bytes)
+        return form
     try:
         jax.lax.axis_size(axis_name)
     except (NameError, TypeError, ValueError):
         raise ValueError(f"{function}: axis_name must be an axis of an outer shard_map, got {axis_name!r}") from None
-    return _Form(transposed, block_bytes, _accurate.Sharded(1, axis_name))
+    return form._replace(axis=_accurate.Sharded(1, axis_name))
 
 
 def _numbers(function, dtype, **options) -> _Numbers:
@@ -617,7 +618,7 @@ def _check_top(form, hidden, kernel, log_probs, indices):
         expected = f"the shape {[*hidden.shape[:-1], 'k']}"
         raise ValueError(f"{name}: top_log_probs must have {expected}, got {_checks.describe(log_probs)}")
     indices = _checks.classes(name, "top_indices", indices, "top_log_probs", log_probs.shape)
-    inside = _checks.in_range(name, "label", indices, _num_classes(form, kernel) * _shards(form.axis))
+    inside = _checks.in_range(name, "top_indices", indices, _num_classes(form, kernel) * _shards(form.axis))
     ordered = jnp.sort(indices, axis=-1)
     message = f"{name}: top_indices has class {{value}} twice for one token"
     _checks.expect(ordered[..., 1:] != ordered[..., :-1], ordered[..., 1:], message)

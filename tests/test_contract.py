@@ -412,6 +412,8 @@ DATA_FAULTS = {
     "fit_temperature: logits are probabilities": lambda: calibration.fit_temperature(jax.nn.softmax(EYE), I),
     "expected_calibration_error: weight -1.0 is negative":
         lambda: calibration.expected_calibration_error(calibration.Reliability(-X, X, X, X)),
+    "distillation_loss: top_indices 9 is outside [0, 3)": lambda: linear.distillation_loss(
+        EYE, EYE, temperature=2.0, top_log_probs=X[:, None], top_indices=jnp.full((3, 1), 9)),
     "distillation_loss: top_indices has class 2 twice for one token": lambda: linear.distillation_loss(
         EYE, EYE, temperature=2.0, top_log_probs=EYE, top_indices=jnp.full((3, 3), 2)),
 }  # fmt: skip
@@ -545,6 +547,13 @@ WRONG = {
     "entropy: softcap must be finite and above 0, got 0": lambda: linear.entropy(EYE, EYE, softcap=0),
     "log_prob: temperature must be finite and above 0, got 0": lambda: linear.log_prob(I, EYE, EYE, temperature=0),
     "plan: block_bytes must be a positive integer, got 0": lambda: linear.plan(EYE, EYE, block_bytes=0),
+    "mode: block_bytes must be a positive integer, got True": lambda: linear.mode(EYE, EYE, block_bytes=True),
+    "cross_entropy: has_aux must be True or False, got 'yes'": lambda: linear.cross_entropy(EYE, EYE, I, has_aux="yes"),
+    "sample: key must be one key, as jax.random.key makes it, got uint32[3]":
+        lambda: gaussian.sample(jnp.zeros(3, jnp.uint32)),
+    "cross_entropy: logits must be an array of real numbers, got a ShapeDtypeStruct":
+        lambda: categorical.cross_entropy(jax.eval_shape(lambda: EYE), I),
+    "entropy: scale must be an array of real numbers, got key<fry>[]": lambda: gaussian.entropy(KEY),
     "kl_divergence: q_hidden must have the tokens [3] of p_hidden": lambda: linear.kl_divergence(EYE, EYE, Z, EYE),
     "kl_divergence: both kernels must have the same classes, got 3": lambda: linear.kl_divergence(EYE, EYE, EYE, Z.T),
     "distillation_loss: expected either teacher_hidden": lambda: linear.distillation_loss(EYE, EYE, EYE, temperature=1),
@@ -577,6 +586,6 @@ def test_what_is_wrong_is_told_in_one_line(name):
         except Exception as error:
             faults.append(f"{parameter}={what}: {type(error).__name__}: {str(error).splitlines()[0]}")
         else:
-            if what in MEANINGLESS and parameter != "has_aux":
+            if what in MEANINGLESS:
                 faults.append(f"{parameter}={what}: taken")
     assert not faults, "\n".join(faults)
