@@ -27,7 +27,8 @@ Corner cases, the same in all functions:
   mass on it is removed too. A row without any class left is an empty sum: 0.
 - A NaN among the logits gives NaN in that row alone. A logit of +inf is not supported, and gives NaN in its row too.
 - A value may be NaN (a label outside [0, K)) or inf (an impossible label), but its gradient is finite: that of the
-  finite part, or 0. So `jnp.where(mask, loss, 0)` is safe, whatever the masked rows and labels hold.
+  finite part, or 0. So `jnp.where(mask, loss, 0)` is safe for any labels, and for masked logits that are finite or
+  -inf.
 
 Under `jprob.checkify` each function says which of its expectations the data break.
 """

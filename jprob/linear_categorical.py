@@ -16,8 +16,9 @@ A number among the options (`softcap`, `temperature`, `label_smoothing`, `z_loss
 nothing, and an array of one number may be annealed in a `scan` or swept by `vmap`. It is cast to the dtype computed in,
 and a derivative takes it for a constant. A Python number outside its range is a ValueError; a traced one gives NaN.
 
-A token that a mask takes out of the result has no gradient, whatever its label. A label out of range gives NaN, and an
-impossible class may give inf; the gradient of either is finite. A logit of +inf gives NaN.
+A token that a mask takes out of the result has no gradient, for any label and a finite hidden. Use `weights` if a
+masked hidden may be NaN or inf. A label out of range gives NaN, and an impossible class may give inf; the gradient of
+either is finite. A logit of +inf gives NaN.
 
 `cross_entropy` alone reduces over tokens, since that is what saves a product: its sum is one number, so that the
 gradients of hidden and kernel come out of the same pass that makes the loss, from 3 products instead of 4. Give it all
@@ -134,7 +135,8 @@ def cross_entropy(
       bias: [V], added to the logits; -inf marks an impossible class, with any softcap.
       weights: [...], one weight per token, not negative; a mask is one. A token of weight 0 is as if not there: it adds
         nothing to any value or gradient (that in its weight is 0 too), also if its hidden is NaN or its label is -1.
-      label_smoothing: e in [0, 1]. The target becomes (1 - e) y + e / V, V the number of possible classes.
+      label_smoothing: e in [0, 1]. The target becomes (1 - e) y + e / V, V the number of possible classes. Only a bias
+        marks an impossible class here: without one, all classes count, also if the kernel holds -inf.
       z_loss: a finite number of at least 0. Adds z_loss * logsumexp(z)^2 per token, which keeps the normaliser near 1.
       softcap: c, with 0 < c < inf: logits are limited to [-c, c] by c tanh(x / c). None for no limit.
       temperature: T, with 0 < T < inf.
