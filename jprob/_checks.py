@@ -248,7 +248,7 @@ def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
 
 
 def classes(function: str, name: str, value: jax.Array, expected: str, shape: Sequence[int]) -> jax.Array:
-    """Integer classes in the shape of the argument called `expected`, signed and of 32 bits at least.
+    """Integer classes in the shape of the argument called `expected`, of 32 bits at least.
 
     A label of a smaller dtype could not be compared with the number of classes: 256 is 0 in uint8.
     """
@@ -256,7 +256,7 @@ def classes(function: str, name: str, value: jax.Array, expected: str, shape: Se
         raise ValueError(f"{function}: {name} must be integer classes, got {describe(value)}")
     same_shape(function, expected, name, shape, value)
     value = jnp.asarray(value)
-    return value.astype(jnp.int64 if value.dtype.itemsize == 8 else jnp.int32)
+    return value if value.dtype.itemsize >= 4 else value.astype(jnp.int32)
 
 
 def in_range(function: str, name: str, value: jax.Array, num_classes: int, counted: Any = True) -> jax.Array:

@@ -35,7 +35,7 @@ Under `jprob.checkify` each function says which of its expectations the data bre
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -737,7 +737,7 @@ def _bounded(z, axis):
     return jnp.maximum(z - shift, -_room(z)), jnp.where(top > jnp.finfo(z.dtype).min, top - shift, -_room(z))
 
 
-def _top_and_shift(z, axis, scale=1.0):
+def _top_and_shift(z, axis, scale: Any = 1.0):
     """The maximum, and what the logits are measured from: the maximum where it is huge in units of `scale`, else 0."""
     top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
     return top, jnp.where(jnp.abs(top) > scale * math.sqrt(jnp.finfo(z.dtype).max), top, 0)

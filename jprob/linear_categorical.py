@@ -177,8 +177,7 @@ def cross_entropy(
     labels, inside = _labels(name, form, hidden, kernel, labels, weights)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "temperature": temperature}
     numbers = _numbers(name, _dtype(hidden, kernel, bias, weights), **options)
-    function = partial(_cross_entropy, form, reduction)
-    return _placed(function, [hidden, kernel, bias], numbers, labels, inside, weights)
+    return _placed(partial(_cross_entropy, form, reduction), [hidden, kernel, bias], numbers, labels, inside, weights)
 
 
 @_checks.public(static=_FORM, **_CAP)
@@ -492,9 +491,8 @@ def sample(
     form = _form("sample", transposed_kernel, block_bytes, axis_name)
     _check_operands("sample", form, hidden, kernel, bias)
     dtype = _dtype(hidden, kernel, bias)
-    numbers = _numbers("sample", dtype, softcap=softcap)
     temperature = _checks.number("sample", "temperature", temperature, _checks.NOT_NEGATIVE, dtype)
-    numbers = numbers._replace(temperature=temperature)
+    numbers = _numbers("sample", dtype, softcap=softcap)._replace(temperature=temperature)
     number = jnp.arange(math.prod(hidden.shape[:-1]), dtype=jnp.uint32).reshape(hidden.shape[:-1])
 
     def draw(sides, numbers, number, key):

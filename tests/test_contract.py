@@ -386,6 +386,10 @@ Z, X, I, EYE = jnp.zeros((2, 3)), jnp.ones(3), jnp.zeros(3, jnp.int32), jnp.eye(
 # What is wrong with the values, by its message.
 DATA_FAULTS = {
     "cross_entropy: label 7 is outside [0, 3)": lambda: categorical.cross_entropy(Z, jnp.array([1, 7])),
+    "log_prob: label 4294967295 is outside [0, 3)":
+        lambda: categorical.log_prob(jnp.array([0, 2**32 - 1], jnp.uint32), Z),
+    "reliability: label 4294967295 is outside [0, 3)":
+        lambda: calibration.reliability(EYE, jnp.full(3, 2**32 - 1, jnp.uint32)),
     "brier_score: label -1 is outside [0, 3)": lambda: categorical.brier_score(Z, jnp.array([-1, 0])),
     "cross_entropy: a row of targets sums to 1.5, not 1": lambda: categorical.cross_entropy(Z, Z + 0.5),
     "cross_entropy: target -0.5 is negative": lambda: categorical.cross_entropy(X, jnp.array([1.5, -0.5, 0.0])),
