@@ -67,7 +67,10 @@ class Range(NamedTuple):
 UNIT_INTERVAL = Range("in [0, 1]", lambda x: (x >= 0) & (x <= 1))
 NOT_NEGATIVE = Range("at least 0", lambda x: x >= 0)
 FINITE_NOT_NEGATIVE = Range("finite and at least 0", lambda x: (x >= 0) & (x < math.inf))
-FINITE_POSITIVE = Range("finite and above 0", lambda x: (x > 0) & (x < math.inf))
+# A subnormal number may be 0 on a device, and its inverse is not finite.
+FINITE_POSITIVE = Range(
+    "finite and above 0", lambda x: (x >= jnp.finfo(jnp.result_type(x, float)).tiny) & (x < math.inf)
+)
 
 
 def public(*, static: Sequence[str] = (), **numbers: Range) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -133,6 +136,8 @@ def _fault(function, signature, static, args, kwargs):
             for leaf in value if hasattr(value, "_fields") else [value]:
                 if isinstance(leaf, int) and not -(2**31) <= leaf < 2**31:
                     return f"{function}: {name} must be a number that fits its dtype, got the integer {leaf}"
+                if isinstance(leaf, jax.ShapeDtypeStruct):
+                    return f"{function}: {name} must be an array of real numbers, got a ShapeDtypeStruct"
                 if not (isinstance(leaf, int | float) or holds(leaf, *_REAL)):
                     return f"{function}: {name} must be an array of real numbers, got {describe(leaf)}"
     return None
@@ -140,7 +145,9 @@ def _fault(function, signature, static, args, kwargs):
 
 def _is_key(value):
     dtype, shape = getattr(value, "dtype", jnp.dtype(bool)), getattr(value, "shape", None)
-    return shape == () if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype == jnp.uint32
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return shape == ()
+    return dtype == jnp.uint32 and shape == jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def describe(value: Any) -> str:
@@ -241,7 +248,7 @@ def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
 
 
 def classes(function: str, name: str, value: jax.Array, expected: str, shape: Sequence[int]) -> jax.Array:
-    """Integer classes in the shape of the argument called `expected`, signed and of 32 bits at least.
+    """Integer classes in the shape of the argument called `expected`, of 32 bits at least.
 
     A label of a smaller dtype could not be compared with the number of classes: 256 is 0 in uint8.
     """
@@ -249,7 +256,7 @@ def classes(function: str, name: str, value: jax.Array, expected: str, shape: Se
         raise ValueError(f"{function}: {name} must be integer classes, got {describe(value)}")
     same_shape(function, expected, name, shape, value)
     value = jnp.asarray(value)
-    return value.astype(jnp.int64 if value.dtype.itemsize == 8 else jnp.int32)
+    return value if value.dtype.itemsize >= 4 else value.astype(jnp.int32)
 
 
 def in_range(function: str, name: str, value: jax.Array, num_classes: int, counted: Any = True) -> jax.Array:

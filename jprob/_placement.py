@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -22,6 +23,13 @@ def automatic(function: Callable[..., Any], *operands: Any, spec: Sequence[Any] 
     shapes = jax.eval_shape(placed(out_sharding=one), *operands) if spec else one
     shardings = jax.tree.map(lambda out: many if getattr(out, "ndim", 0) else one, shapes)
     return placed(out_sharding=shardings)(*operands)
+
+
+def entries(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """One entry of each row of `x` on `axis`, at an index in range, which keeps that axis with length 1."""
+    take = partial(jnp.take_along_axis, axis=axis, mode="promise_in_bounds")
+    placed = [None if i == axis else name for i, name in enumerate(spec(x))]
+    return automatic(take, x, index, spec=placed)
 
 
 def spec(x: Any) -> tuple[Any, ...]:

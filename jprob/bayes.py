@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Real
 
-from . import _accurate, _checks, _weights, gaussian
+from . import _accurate, _checks, _placement, _weights, gaussian
 
 
 class Beta(NamedTuple):
@@ -291,7 +291,7 @@ def _ratios(prior, likelihood, axis):
     p, log_p = _accurate.softmax(prior, axis), _accurate.log_softmax(prior, axis)
     largest = _accurate.maximum(likelihood, axis)
     best = jnp.argmax(log_p + likelihood, axis=axis, keepdims=True)
-    r = jnp.where(largest <= 0, largest, jnp.take_along_axis(likelihood, best, axis=axis))
+    r = jnp.where(largest <= 0, largest, _placement.entries(likelihood, best, axis))
     t = likelihood - r
     # exp(log p + t), not p exp(t): p may be below the smallest number where the product is not.
     joint = jnp.exp(log_p + t)

@@ -97,7 +97,7 @@ def reliability(
 def _reliability(num_bins, logits, labels, weights):
     z, y, w = _examples("reliability", logits, labels, weights)
     confidence = jnp.max(_accurate.softmax(z, 1), axis=1)
-    hit = jax.lax.argmax(z, 1, jnp.int32) == y
+    hit = jax.lax.argmax(z, 1, y.dtype) == y
     # For a hit the error is 1 - c, which keeps its digits near c = 1 as the sum of the other classes.
     error = jnp.where(hit, jnp.squeeze(_accurate.top_complement(z, 1), 1), confidence)
     valid = (y >= 0) & (y < z.shape[1])

@@ -27,14 +27,15 @@ Corner cases, the same in all functions:
   mass on it is removed too. A row without any class left is an empty sum: 0.
 - A NaN among the logits gives NaN in that row alone. A logit of +inf is not supported, and gives NaN in its row too.
 - A value may be NaN (a label outside [0, K)) or inf (an impossible label), but its gradient is finite: that of the
-  finite part, or 0. So `jnp.where(mask, loss, 0)` is safe, whatever the masked rows and labels hold.
+  finite part, or 0. So `jnp.where(mask, loss, 0)` is safe for any labels, and for masked logits that are finite or
+  -inf.
 
 Under `jprob.checkify` each function says which of its expectations the data break.
 """
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Int, Integer, Key
 
-from . import _accurate, _checks
+from . import _accurate, _checks, _placement
 
 
 @_checks.public(static=("axis",), temperature=_checks.NOT_NEGATIVE)
@@ -157,8 +158,7 @@ def cross_entropy(
     z, labels, valid, axis, where = _labelled("cross_entropy", logits, labels, axis, where)
     loss = _target_loss(z, labels, axis) if valid is None else _class_loss(z, labels, axis)
     if valid is not None and where is not None:
-        kept = jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
-        _checks.expect(kept | ~valid, labels, "cross_entropy: label {value} is a class that where removes")
+        kept = _placement.entries(where, labels, axis)
         loss = jnp.where(kept, loss, 0)
     if not (isinstance(label_smoothing, float) and label_smoothing == 0):
         e = _checks.number("cross_entropy", "label_smoothing", label_smoothing, _checks.UNIT_INTERVAL, z.dtype)
@@ -359,7 +359,11 @@ def distillation_loss(
     student, teacher, axis, where = _canonical_pair(name, axis, where, **logits)
     given = _checks.number(name, "temperature", temperature, _checks.FINITE_POSITIVE, student.dtype)
     t = jnp.where(jnp.isnan(given), 1, given)  # a NaN here would be one of all gradients
-    loss = _per_example(_kl_divergence(teacher / t, student / t, axis), axis, where)
+    # One of the two is 1. A quotient by the other would leave the range for huge logits.
+    below, above = jnp.minimum(t, 1), jnp.maximum(t, 1)
+    scaled = [z / above for z in (teacher, student)]
+    teacher, student = ((z - _top_and_shift(z, axis, below)[1]) / below for z in scaled)
+    loss = _per_example(_kl_divergence(teacher, student, axis), axis, where)
     return _accurate.nan_unless(given > 0, loss * jnp.square(t))
 
 
@@ -393,7 +397,7 @@ def log_prob(
     if not _checks.holds(labels, jnp.integer):
         raise ValueError(f"log_prob: labels must be integer classes, got {_checks.describe(labels)}")
     z, labels, valid, axis, where = _labelled("log_prob", logits, labels, axis, where)
-    there = None if where is None else jnp.take_along_axis(where, labels, axis=axis, mode="promise_in_bounds")
+    there = None if where is None else _placement.entries(where, labels, axis)
     return _per_example(_existing(-_class_loss(z, labels, axis), there, -jnp.inf), axis, None, valid)
 
 
@@ -559,7 +563,8 @@ def _uniform(z, axis):
 def _distance(z, labels, axis):
     """|class - label|: 0 at the label and at least 1 elsewhere, by arithmetic (see `_accurate`)."""
     dtype = z.dtype if z.shape[axis] <= 2**24 else jnp.int32  # float32 counts no further
-    return jnp.abs(jax.lax.broadcasted_iota(dtype, z.shape, axis) - labels.astype(dtype)).astype(z.dtype)
+    classes = jax.lax.broadcasted_iota(dtype, z.shape, axis, out_sharding=jax.typeof(z).sharding)
+    return jnp.abs(classes - labels.astype(dtype)).astype(z.dtype)
 
 
 def _label_terms(z, labels, axis):
@@ -571,7 +576,7 @@ def _label_terms(z, labels, axis):
     distance = 2 * _distance(z, labels, axis)  # never equal to an exponential, where a minimum has half a slope
     others = _accurate.total(jnp.minimum(distance, exponentials), axis)
     top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
-    label_logit = jnp.take_along_axis(z, labels, axis=axis, mode="promise_in_bounds")
+    label_logit = _placement.entries(z, labels, axis)
     return exponentials, distance, others, label_logit - top
 
 
@@ -728,9 +733,14 @@ def _bounded(z, axis):
     Where the maximum is huge, the logits are measured from it. An impossible class gets minus `_room`; a row without a
     possible class becomes uniform.
     """
-    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
-    shift = jnp.where(jnp.abs(top) > math.sqrt(jnp.finfo(z.dtype).max), top, 0)
+    top, shift = _top_and_shift(z, axis)
     return jnp.maximum(z - shift, -_room(z)), jnp.where(top > jnp.finfo(z.dtype).min, top - shift, -_room(z))
+
+
+def _top_and_shift(z, axis, scale: Any = 1.0):
+    """The maximum, and what the logits are measured from: the maximum where it is huge in units of `scale`, else 0."""
+    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
+    return top, jnp.where(jnp.abs(top) > scale * math.sqrt(jnp.finfo(z.dtype).max), top, 0)
 
 
 def _room(z):

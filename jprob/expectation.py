@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Key, Real
 
-from . import _accurate, _checks, gaussian
+from . import _accurate, _checks, _placement, gaussian
 
 
 class Estimate(NamedTuple):
@@ -157,7 +157,7 @@ def _canonical(function, values, logits, axis):
 
 def _centre(v, z, axis):
     """The value of the most probable outcome."""
-    return jnp.take_along_axis(v, jnp.argmax(z, axis=axis, keepdims=True), axis=axis)
+    return _placement.entries(v, jnp.argmax(z, axis=axis, keepdims=True), axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -5,8 +5,8 @@ deviations. Its negative log-likelihood is squared error divided by 2 scale^2, p
 maximum likelihood is least squares.
 
 A scale is a standard deviation, never a variance: the square of 1e-30 is 0 in float32. Every normal number of the dtype
-works as a scale, from the smallest (1.2e-38 in float32) to the largest (3.4e38). A smaller one may be flushed to 0 by
-the device, and is then not positive. A value or gradient is right wherever it is a normal number, up to half the
+works as a scale, from the smallest (1.2e-38 in float32) to the largest (3.4e38). A smaller one
+counts as 0, and is not positive. A value or gradient is right wherever it is a normal number, up to half the
 largest.
 
 Arguments broadcast as numpy's do. The result has the shape of one of them, unless all of them but plain numbers have

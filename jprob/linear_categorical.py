@@ -16,8 +16,9 @@ A number among the options (`softcap`, `temperature`, `label_smoothing`, `z_loss
 nothing, and an array of one number may be annealed in a `scan` or swept by `vmap`. It is cast to the dtype computed in,
 and a derivative takes it for a constant. A Python number outside its range is a ValueError; a traced one gives NaN.
 
-A token that a mask takes out of the result has no gradient, whatever its label. A label out of range gives NaN, and an
-impossible class may give inf; the gradient of either is finite. A logit of +inf gives NaN.
+A token that a mask takes out of the result has no gradient, for any label and a finite hidden. Use `weights` if a
+masked hidden may be NaN or inf. A label out of range gives NaN, and an impossible class may give inf; the gradient of
+either is finite. A logit of +inf gives NaN.
 
 `cross_entropy` alone reduces over tokens, since that is what saves a product: its sum is one number, so that the
 gradients of hidden and kernel come out of the same pass that makes the loss, from 3 products instead of 4. Give it all
@@ -134,7 +135,8 @@ def cross_entropy(
       bias: [V], added to the logits; -inf marks an impossible class, with any softcap.
       weights: [...], one weight per token, not negative; a mask is one. A token of weight 0 is as if not there: it adds
         nothing to any value or gradient (that in its weight is 0 too), also if its hidden is NaN or its label is -1.
-      label_smoothing: e in [0, 1]. The target becomes (1 - e) y + e / V, V the number of possible classes.
+      label_smoothing: e in [0, 1]. The target becomes (1 - e) y + e / V, V the number of possible classes. Only a bias
+        marks an impossible class here: without one, all classes count, also if the kernel holds -inf.
       z_loss: a finite number of at least 0. Adds z_loss * logsumexp(z)^2 per token, which keeps the normaliser near 1.
       softcap: c, with 0 < c < inf: logits are limited to [-c, c] by c tanh(x / c). None for no limit.
       temperature: T, with 0 < T < inf.
@@ -166,7 +168,7 @@ def cross_entropy(
     2.0611537e-09 True 1.0
     """
     name = "cross_entropy"
-    form = _form(name, transposed_kernel, block_bytes, axis_name)
+    form = _form(name, transposed_kernel, block_bytes, axis_name, has_aux)._replace(has_bias=bias is not None)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
     _check_operands(name, form, hidden, kernel, bias)
@@ -175,8 +177,7 @@ def cross_entropy(
     labels, inside = _labels(name, form, hidden, kernel, labels, weights)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "temperature": temperature}
     numbers = _numbers(name, _dtype(hidden, kernel, bias, weights), **options)
-    form = form._replace(has_aux=has_aux, has_bias=bias is not None)
-    return _placed(partial(_cross_entropy, form, reduction), hidden, kernel, bias, labels, inside, weights, numbers)
+    return _placed(partial(_cross_entropy, form, reduction), [hidden, kernel, bias], numbers, labels, inside, weights)
 
 
 @_checks.public(static=_FORM, **_CAP)
@@ -396,10 +397,14 @@ def distillation_loss(
         expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
         raise ValueError(f"{name}: expected {expected}, got {', '.join(got) or 'none of them'}")
     dtype = _dtype(*student, *teacher)
-    t = jax.lax.stop_gradient(_checks.number(name, "temperature", temperature, _CAP["temperature"], dtype))
-    numbers = _numbers(name, dtype, softcap=softcap)._replace(temperature=t)
-    top = [x.astype(dtype) / t for x in top[:1]] + [*top[1:]]
-    return _placed(partial(_per_token, partial(rows, form), form), sides, numbers, *top) * jnp.square(t)
+    numbers = _numbers(name, dtype, softcap=softcap, temperature=jnp.asarray(temperature))
+
+    def loss(sides, numbers, *top):
+        t = numbers.temperature
+        top = [x.astype(dtype) / t for x in top[:1]] + [*top[1:]]
+        return _per_token(partial(rows, form), form, sides, numbers, *top) * jnp.square(t)
+
+    return _placed(loss, sides, numbers, *top)
 
 
 @_checks.public(static=_FORM)
@@ -486,18 +491,18 @@ def sample(
     form = _form("sample", transposed_kernel, block_bytes, axis_name)
     _check_operands("sample", form, hidden, kernel, bias)
     dtype = _dtype(hidden, kernel, bias)
-    numbers = _numbers("sample", dtype, softcap=softcap)
     temperature = _checks.number("sample", "temperature", temperature, _checks.NOT_NEGATIVE, dtype)
+    numbers = _numbers("sample", dtype, softcap=softcap)._replace(temperature=temperature)
     number = jnp.arange(math.prod(hidden.shape[:-1]), dtype=jnp.uint32).reshape(hidden.shape[:-1])
 
-    def draw(sides, numbers, number, key, temperature):
+    def draw(sides, numbers, number, key):
         def rows(z, number):
             noise = _noise(_folded(key, number), z, form.axis)
-            return _mode(categorical._tempered(z, form.axis, temperature) + noise, form.axis)[:, 0]
+            return _mode(categorical._tempered(z, form.axis, numbers.temperature) + noise, form.axis)[:, 0]
 
-        return jnp.where(temperature >= 0, _per_token(rows, form, sides, numbers, number), -1)
+        return _per_token(rows, form, sides, numbers._replace(temperature=None), number)
 
-    return _placed(draw, [(hidden, kernel, bias)], numbers, number, key, temperature)
+    return _placed(draw, [(hidden, kernel, bias)], numbers, number, key)
 
 
 def plan(
@@ -544,18 +549,20 @@ def _plan(form, hidden, kernel, dtype, per_token=1) -> Plan:
     return Plan(blocks, size, remainder, size * row)
 
 
-def _form(function, transposed, block_bytes, axis_name=None) -> _Form:
-    if transposed not in (True, False):
-        raise ValueError(f"{function}: transposed_kernel must be True or False, got {transposed!r}")
-    if block_bytes is not None and (not isinstance(block_bytes, int) or block_bytes <= 0):
+def _form(function, transposed, block_bytes, axis_name=None, has_aux=False) -> _Form:
+    for name, value in {"transposed_kernel": transposed, "has_aux": has_aux}.items():
+        if value not in (True, False):
+            raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
+    if block_bytes is not None and (type(block_bytes) is not int or block_bytes <= 0):
         raise ValueError(f"{function}: block_bytes must be a positive integer, got {block_bytes!r}")
+    form = _Form(transposed, block_bytes, has_aux=has_aux)
     if axis_name is None:
-        return _Form(transposed, block_bytes)
+        return form
     try:
         jax.lax.axis_size(axis_name)
     except (NameError, TypeError, ValueError):
         raise ValueError(f"{function}: axis_name must be an axis of an outer shard_map, got {axis_name!r}") from None
-    return _Form(transposed, block_bytes, _accurate.Sharded(1, axis_name))
+    return form._replace(axis=_accurate.Sharded(1, axis_name))
 
 
 def _numbers(function, dtype, **options) -> _Numbers:
@@ -611,7 +618,7 @@ def _check_top(form, hidden, kernel, log_probs, indices):
         expected = f"the shape {[*hidden.shape[:-1], 'k']}"
         raise ValueError(f"{name}: top_log_probs must have {expected}, got {_checks.describe(log_probs)}")
     indices = _checks.classes(name, "top_indices", indices, "top_log_probs", log_probs.shape)
-    inside = _checks.in_range(name, "label", indices, _num_classes(form, kernel) * _shards(form.axis))
+    inside = _checks.in_range(name, "top_indices", indices, _num_classes(form, kernel) * _shards(form.axis))
     ordered = jnp.sort(indices, axis=-1)
     message = f"{name}: top_indices has class {{value}} twice for one token"
     _checks.expect(ordered[..., 1:] != ordered[..., :-1], ordered[..., 1:], message)
@@ -622,13 +629,23 @@ def _dtype(*operands):
     return _accurate.compute_dtype(*(operand.dtype for operand in operands if operand is not None))
 
 
-def _placed(function, *operands) -> Any:
-    """`function(*operands)`, whose results are sharded as the tokens of the first operand are."""
-    hidden = jax.tree.leaves(operands)[0]
-    return _placement.automatic(function, *operands, spec=_placement.spec(hidden)[:-1])
+def _placed(function, sides, numbers, *operands) -> Any:
+    """`function(sides, numbers, *operands)`, whose results are sharded as the tokens of the first operand are.
+
+    A number out of its range is replaced by 1, so that no gradient meets its NaN. The results are NaN, or -1 for draws.
+    """
+    given, spec = jax.tree.leaves(numbers), _placement.spec(jax.tree.leaves(sides)[0])[:-1]
+    usable = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 1, x), numbers)
+    out = _placement.automatic(function, sides, usable, *operands, spec=spec)
+    if not given:
+        return out
+    ok = ~jnp.isnan(sum(given))
+    nan_unless = {"f": partial(_accurate.nan_unless, ok), "i": lambda x: jnp.where(ok, x, -1)}
+    return jax.tree.map(lambda x: nan_unless.get(x.dtype.kind, lambda x: x)(x), out)
 
 
-def _cross_entropy(form: _Form, reduction, hidden, kernel, bias, labels, inside, weights, numbers):
+def _cross_entropy(form: _Form, reduction, operands, numbers, labels, inside, weights):
+    hidden, kernel, bias = operands
     tokens = hidden.shape[:-1]
     dtype = _dtype(hidden, kernel, bias, weights)
     w = jnp.ones(tokens, dtype) if weights is None else weights.astype(dtype)
@@ -875,7 +892,7 @@ def _loss_rows(form: _Form, numbers: _Numbers, z, labels):
     if e is not None or z_loss is not None or form.has_aux:
         top = _top(z, axis)
         logsumexp = top + log_total
-        outputs = (nll, logsumexp, (_mode(z, axis) == labels).astype(z.dtype))
+        outputs = (nll, logsumexp, (_mode(z, axis).astype(labels.dtype) == labels).astype(z.dtype))
         if e is not None:
             count, gaps = z.shape[1] * _shards(axis), z - top
             target = e / count
@@ -960,7 +977,7 @@ def _label_terms(z, labels, axis):
 
 def _logits_at(z, classes, axis):
     """Where these classes of each row are in this shard, whether they are, and their logits."""
-    place = classes - _offset(z, axis)
+    place = classes - jnp.asarray(_offset(z, axis), classes.dtype)
     here = (place >= 0) & (place < z.shape[1])
     return place, here, jnp.take_along_axis(z, jnp.where(here, place, 0), axis=1, mode="promise_in_bounds")
 

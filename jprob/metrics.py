@@ -231,7 +231,7 @@ def _confusion_matrix(num_classes, labels, predictions, weights):
     valid &= _checks.in_range(name, "prediction", predictions, num_classes, counted)
     row, column = (jnp.where(valid, c, 0).astype(jnp.int32) for c in (labels, predictions))
     if weights is None or weights.dtype == jnp.bool_:
-        w = counted.astype(max(labels.dtype, predictions.dtype, key=lambda dtype: dtype.itemsize))
+        w = counted.astype(jnp.int64 if 8 in (labels.dtype.itemsize, predictions.dtype.itemsize) else jnp.int32)
         # Of n such matrices, n = odd * 2**k, entry k of the sum has its sign bit set, whatever the counts are.
         info = jnp.iinfo(w.dtype)
         invalid = jnp.asarray(info.min, w.dtype) >> (jnp.arange(num_classes**2, dtype=w.dtype) % (info.bits - 1))

@@ -347,7 +347,9 @@ def _square(function, name, matrix):
 
 def _canonical(function, vectors, matrices):
     """Vectors and matrices with batches of one rank that broadcast, in the dtype computed in."""
-    given = {name: jnp.asarray(v) if isinstance(v, float) else v for name, v in vectors.items()} | matrices
+    # A Python number may be an integer, and is one of a weak type once it is traced.
+    weak = {n: isinstance(v, int | float) or getattr(v, "weak_type", False) for n, v in vectors.items()}
+    given = {n: jnp.asarray(v * 1.0) if weak[n] else v for n, v in vectors.items()} | matrices
     _checks.floating(function, **given)
     for name, matrix in matrices.items():
         _square(function, name, matrix)
@@ -373,7 +375,7 @@ def _canonical(function, vectors, matrices):
 def _usable(matrix):
     """The lower triangle, or the unit matrix where it is none of a Cholesky factor, and whether it is one."""
     lower = jnp.tril(matrix)
-    ok = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.diagonal(lower) > 0)
+    ok = jnp.all(jnp.isfinite(lower)) & jnp.all(_checks.FINITE_POSITIVE.holds(jnp.diagonal(lower)))
     return jnp.where(ok, lower, jnp.eye(len(lower), dtype=lower.dtype)), ok
 
 

@@ -290,6 +290,17 @@ def test_distillation_is_the_tempered_divergence(dtype):
             assert oracles.error(got, want, scale=max(map(abs, want))) <= tolerance(dtype, dtype, student, teacher)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 3.0])
+def test_distillation_takes_logits_whose_quotient_by_the_temperature_overflows(temperature):
+    """The teacher is certain of class 0."""
+    student, teacher = jnp.array([1.0, 2.0, 3.0]), jnp.array([3e38, -3e38, 0.0])
+    loss = lambda z: categorical.distillation_loss(z, teacher, temperature=temperature)  # noqa: E731
+    want = lambda z: -(temperature**2) * categorical.log_softmax(z, temperature=temperature)[0]  # noqa: E731
+    chex.assert_trees_all_close(
+        jax.value_and_grad(loss)(student), jax.value_and_grad(want)(student), rtol=64 * 2.0**-24
+    )
+
+
 def test_distillation_at_a_high_temperature_matches_the_logits():
     student, teacher = jnp.array([1.0, -1.0, 0.5]), jnp.array([0.5, 0.0, 2.0])
     slope = jax.grad(lambda s: categorical.distillation_loss(s, teacher, temperature=1e4))(student)

@@ -125,8 +125,9 @@ def varied(case):
 
 
 def cast(case, dtype):
-    """The case with arguments of this dtype, where they are floating-point."""
-    return case._replace(args=tuple(a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in case.args))
+    """The case with floating-point arguments of this dtype, and integers of the widest one that is on."""
+    kinds = {"f": dtype, "i": jax.dtypes.canonicalize_dtype(np.int64)}
+    return case._replace(args=tuple(a if is_key(a) else a.astype(kinds.get(a.dtype.kind, a.dtype)) for a in case.args))
 
 
 def normal(seed, likes):
@@ -338,6 +339,13 @@ def test_explicit_axes_change_nothing(case):
         close(jit(value_and_gradient(case))(*args), evaluated(case))
 
 
+@where(takes_axis)
+def test_classes_may_lie_on_an_explicit_axis(case):
+    args = tuple(a if a.ndim == 2 else a[:3] for a in case.args)
+    classes = case._replace(function=functools.partial(case.function, axis=0), args=args)
+    close(jit(value_and_gradient(classes))(*on_explicit_axes(classes, jax.device_put)), evaluated(classes))
+
+
 @these(["metrics.confusion_matrix", "metrics.perplexity", "calibration.reliability", "calibration.fit_temperature"])
 def test_weights_may_lie_on_no_axis(case):
     """Examples on an explicit mesh, their weights on none."""
@@ -378,11 +386,14 @@ Z, X, I, EYE = jnp.zeros((2, 3)), jnp.ones(3), jnp.zeros(3, jnp.int32), jnp.eye(
 # What is wrong with the values, by its message.
 DATA_FAULTS = {
     "cross_entropy: label 7 is outside [0, 3)": lambda: categorical.cross_entropy(Z, jnp.array([1, 7])),
+    "log_prob: label 4294967295 is outside [0, 3)":
+        lambda: categorical.log_prob(jnp.array([0, 2**32 - 1], jnp.uint32), Z),
+    "reliability: label 4294967295 is outside [0, 3)":
+        lambda: calibration.reliability(EYE, jnp.full(3, 2**32 - 1, jnp.uint32)),
     "brier_score: label -1 is outside [0, 3)": lambda: categorical.brier_score(Z, jnp.array([-1, 0])),
     "cross_entropy: a row of targets sums to 1.5, not 1": lambda: categorical.cross_entropy(Z, Z + 0.5),
     "cross_entropy: target -0.5 is negative": lambda: categorical.cross_entropy(X, jnp.array([1.5, -0.5, 0.0])),
     "cross_entropy: logits are probabilities": lambda: categorical.cross_entropy(jax.nn.softmax(EYE), I),
-    "cross_entropy: label 0 is a class that": lambda: categorical.cross_entropy(Z, I[:2], where=jnp.arange(3) > 0),
     "sample: temperature -1.0 is negative": lambda: categorical.sample(KEY, Z, temperature=jnp.array(-1.0)),
     "log_posterior: logits are probabilities": lambda: bayes.log_posterior(jnp.full((2, 2), 0.5), jnp.zeros(2)),
     "gaussian_posterior: prior_scale 0.0 is not positive": lambda: bayes.gaussian_posterior(0.0, 0.0, X, 1.0),
@@ -405,6 +416,8 @@ DATA_FAULTS = {
     "fit_temperature: logits are probabilities": lambda: calibration.fit_temperature(jax.nn.softmax(EYE), I),
     "expected_calibration_error: weight -1.0 is negative":
         lambda: calibration.expected_calibration_error(calibration.Reliability(-X, X, X, X)),
+    "distillation_loss: top_indices 9 is outside [0, 3)": lambda: linear.distillation_loss(
+        EYE, EYE, temperature=2.0, top_log_probs=X[:, None], top_indices=jnp.full((3, 1), 9)),
     "distillation_loss: top_indices has class 2 twice for one token": lambda: linear.distillation_loss(
         EYE, EYE, temperature=2.0, top_log_probs=EYE, top_indices=jnp.full((3, 3), 2)),
 }  # fmt: skip
@@ -415,11 +428,11 @@ def test_a_fault_of_the_data_is_named_under_checkify(message):
     """The value is NaN, unless it has a meaning."""
     error, value = jprob.checkify(DATA_FAULTS[message])()
     assert error.get().startswith(message)
-    if not re.search("probabilities|target|a class that|twice|^sample|^expected", message):
+    if not re.search("probabilities|target|twice|^sample|^expected", message):
         assert any(jnp.isnan(x).any() for x in jax.tree.leaves(value))
 
 
-BAD = (np.inf, -np.inf, np.nan, -1.0, 0.0, 2.0)
+BAD = (np.inf, -np.inf, np.nan, -1.0, 0.0, 2.0, 1e-38)
 
 
 # Categorical and Bernoulli losses have a law with labels and targets that are worse, in test_laws.py.
@@ -538,6 +551,13 @@ WRONG = {
     "entropy: softcap must be finite and above 0, got 0": lambda: linear.entropy(EYE, EYE, softcap=0),
     "log_prob: temperature must be finite and above 0, got 0": lambda: linear.log_prob(I, EYE, EYE, temperature=0),
     "plan: block_bytes must be a positive integer, got 0": lambda: linear.plan(EYE, EYE, block_bytes=0),
+    "mode: block_bytes must be a positive integer, got True": lambda: linear.mode(EYE, EYE, block_bytes=True),
+    "cross_entropy: has_aux must be True or False, got 'yes'": lambda: linear.cross_entropy(EYE, EYE, I, has_aux="yes"),
+    "sample: key must be one key, as jax.random.key makes it, got uint32[3]":
+        lambda: gaussian.sample(jnp.zeros(3, jnp.uint32)),
+    "cross_entropy: logits must be an array of real numbers, got a ShapeDtypeStruct":
+        lambda: categorical.cross_entropy(jax.eval_shape(lambda: EYE), I),
+    "entropy: scale must be an array of real numbers, got key<fry>[]": lambda: gaussian.entropy(KEY),
     "kl_divergence: q_hidden must have the tokens [3] of p_hidden": lambda: linear.kl_divergence(EYE, EYE, Z, EYE),
     "kl_divergence: both kernels must have the same classes, got 3": lambda: linear.kl_divergence(EYE, EYE, EYE, Z.T),
     "distillation_loss: expected either teacher_hidden": lambda: linear.distillation_loss(EYE, EYE, EYE, temperature=1),
@@ -570,6 +590,6 @@ def test_what_is_wrong_is_told_in_one_line(name):
         except Exception as error:
             faults.append(f"{parameter}={what}: {type(error).__name__}: {str(error).splitlines()[0]}")
         else:
-            if what in MEANINGLESS and parameter != "has_aux":
+            if what in MEANINGLESS:
                 faults.append(f"{parameter}={what}: taken")
     assert not faults, "\n".join(faults)

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +180,15 @@ def test_a_scale_that_is_not_positive_and_finite_is_nan_and_named(scale):
     error, value = jprob.checkify(gaussian.log_prob)(x, 0.0, scales)
     assert jnp.isnan(value).tolist() == [True, False]
     assert f"log_prob: scale {scale:.1f} is not positive" in error.get()
+
+
+@pytest.mark.parametrize("function", [gaussian.log_prob, gaussian.prob, gaussian.log_cdf])
+@pytest.mark.parametrize("scale", [1e-38, 1e-45])
+def test_a_subnormal_scale_is_not_positive(function, scale):
+    args = jnp.zeros(()), jnp.zeros(()), jnp.float32(scale)
+    assert jnp.isnan(function(*args))
+    slopes = jax.jit(jax.grad(lambda *args: jnp.where(False, function(*args), 0.0), (0, 1, 2)))(*args)
+    chex.assert_trees_all_equal(slopes, (jnp.zeros(()),) * 3)
 
 
 @pytest.mark.parametrize("name", ["log_prob", "prob", "nll"])

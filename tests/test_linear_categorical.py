@@ -443,6 +443,24 @@ def test_an_array_out_of_range_gives_nan_and_is_named_under_checkify(name, value
     error, loss = call(jnp.float32(value))
     assert error.get().startswith(f"cross_entropy: {name} {value} is not")
     assert np.isnan(loss)
+    others = [
+        lambda w, **numbers: linear.log_prob(Y, X, w, **numbers),
+        lambda w, **numbers: linear.entropy(X, w, **numbers),
+        lambda w, **numbers: linear.kl_divergence(X, w, X, W, **numbers),
+        lambda w, **numbers: linear.distillation_loss(X, w, X, W, **{"temperature": 1.0} | numbers),
+    ]
+
+    def masked(w, verb):
+        out = verb(w, **{name: jnp.float32(value)})
+        return jnp.where(False, out, 0).sum(), out
+
+    for verb in [
+        functools.partial(linear.cross_entropy, X, labels=Y),
+        *(others if name in ("softcap", "temperature") else ()),
+    ]:
+        slope, out = jax.grad(masked, has_aux=True)(W, verb)
+        assert np.isnan(out).all()
+        assert not slope.any()
 
 
 def test_top_indices_of_16_bits_name_65536_classes():

@@ -70,6 +70,7 @@ def test_kl_is_never_negative_and_keeps_its_digits_near_equality(dtype, gap):
     p_loc = jnp.asarray(gap * rng.normal(size=4), dtype)
     got = mvn.kl_divergence(p_loc, p, jnp.zeros(4, dtype), q)
     want = oracles.mvn_kl_divergence(oracles.exactly(p_loc), matrix(p), [oracles.mpf(0)] * 4, matrix(q))
+    chex.assert_trees_all_equal(got, mvn.kl_divergence(p_loc, p, 0, q))
     assert got >= 0
     assert (got == 0) == (gap == 0)
     # |Lq^-1| times the differences: what the substitution may cancel.
