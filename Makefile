@@ -9,7 +9,8 @@ help:  ## list the targets
 study: .venv/ready  ## run the study of configs/study.toml
 	@.venv/bin/python -m experiments run configs/study.toml
 
-pytest = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8
+# A file goes to one process, whose tests share what it compiles.
+pytest = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 # Arguments and results are checked against their annotations, but where a test hands over wrong ones on purpose.
 typed = --jaxtyping-packages=jprob,experiments,typecheck.checked -m "not wrong_types"
 # Compiling is most of the work of a test run. Kept inside .venv, the cache goes when jax changes.

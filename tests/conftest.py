@@ -38,8 +38,13 @@ def dtype(request):
         yield request.param
 
 
+# Laws of the loop: a program is compared with a program, and to make either fast takes longer than to run it.
+LAWS = {"test_checkpoint", "test_clients", "test_fit", "test_loop", "test_optimizers", "test_sharding"}
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _forget_programs():
-    """The programs of a module serve no other; kept, they fill gigabytes."""
+def _programs_of_a_module(request):
+    """Compiled without LLVM's optimisations for laws. They serve no other module; kept, they fill gigabytes."""
+    jax.config.update("jax_disable_most_optimizations", request.path.stem in LAWS)
     yield
     jax.clear_caches()
