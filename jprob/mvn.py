@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Key, Real
 
 from . import _accurate, _checks, _placement, _weights, gaussian
 
-_Loc = float | Float[Array, "*#batch #D"] | Float[Array, ""]  # one number may serve all dimensions
+_Loc = float | Float[Array, "*#batch #D"] | Real[Array, ""]  # one number may serve all dimensions
 
 
 class Parameters(NamedTuple):

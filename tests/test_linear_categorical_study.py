@@ -67,10 +67,11 @@ def test_both_lines_share_a_cell():
 
 def test_both_losses_train_the_same_model():
     with jax.numpy_dtype_promotion("standard"):  # optax's adam fails by itself under strict promotion
-        fused, plain = (np.asarray(study.train(CONFIG, way).values["loss"]) for way in (True, False))
-    assert fused.shape == (3,)
+        config = msgspec.structs.replace(CONFIG, steps=40)
+        fused, plain = (np.asarray(study.train(config, way).values["loss"]) for way in (True, False))
+    assert fused.shape == (40,)
     np.testing.assert_allclose(fused, plain, rtol=1e-5)
-    assert plain[-1] < plain[0]
+    assert plain[-10:].mean() < plain[:10].mean()
 
 
 def records(times=(0.9, 1.05), plain=1000, jprob=100, growth=1.0, beyond=1.0, power=1.0, apart=0.0):
