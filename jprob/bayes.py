@@ -220,7 +220,7 @@ def beta_posterior(
       labels: what was observed, in [0, 1]: integer or bool, or floating-point (a share of "yes").
       axis: the axis of the observations; it is summed away, and the prior broadcasts with what remains.
       weights: how often each observation counts, real numbers or bool, not negative, broadcast to the shape of the
-        labels. One of weight 0 does not count, whatever its label.
+        labels. One of weight 0 does not count, also with a bad label.
 
     Returns:
       Beta(alpha, beta), at least float32: the prior where there is no weight; NaN, with gradient 0, for a prior that is

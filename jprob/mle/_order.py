@@ -48,7 +48,7 @@ def batches(
 def _seeds(key):
     """Two numbers, one for the pivots and one for the salts.
 
-    They are hashed from the words of the key, whatever its implementation: some draw, under `vmap`, from the first key
+    They are hashed from the words of a key of any implementation: some draw, under `vmap`, from the first key
     alone; and a program of random bits would take most of the time to compile `run`.
     """
     begin = jnp.array([_GOLDEN, ~_GOLDEN % 2**32], jnp.uint32)

@@ -106,7 +106,7 @@ class Iterated:
         return json_copy("state_dict() of data", self.data.state_dict()) if self.has_position else None
 
     def seek(self, position: Any, step: int) -> None:
-        """Goes to a position, if there is one; else begins anew."""
+        """Goes to a position, if there is one; else begins again."""
         if self.once and not self.has_position:
             return  # an iterator goes on from where it is
         self.iterator = None
