@@ -534,6 +534,9 @@ def test_a_log_that_fails_leaves_what_was_reached(tmp_path):
         fitted(log=log, checkpoint_dir=tmp_path)
     assert_same_bits(fitted(checkpoint_dir=tmp_path)[:2], fitted()[:2])
     assert fitted(log=lambda report: np.bool_(report.step >= 20)).reason == "log"
+    steps = []
+    fitted(log=lambda report: steps.append(report.step))
+    assert steps == list(range(1, 61))  # the last one too
     assert fitted(log=lambda report: report.step).reason == "num_steps"  # what write() returns is no wish
 
 

@@ -25,7 +25,7 @@ CODE = [
 
 @pytest.mark.parametrize("code", CODE)
 def test_its_code_runs_and_prints_what_it_says(code):
-    assert len(code.strip().splitlines()) <= (10 if code in TEXT[: TEXT.index("## Two commands")] else 20)
+    assert len(code.strip().splitlines()) <= (10 if code in TEXT[: TEXT.index("## Two commands")] else 40)
     out = io.StringIO()
     # A program of a person who sets nothing.
     with contextlib.redirect_stdout(out), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

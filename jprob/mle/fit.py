@@ -491,7 +491,8 @@ def _train(plan, feed, held_out, store, start, caught, log, show):
         speed = pace.rows_per_second
         show(step, piece["loss"][-1], speed and speed * plan.record_every)
         try:
-            reason = reason or ("log" if _logged(log, step, piece, state) else "")
+            asked = _logged(log, step, piece, state)
+            reason = reason or ("log" if asked else "")
         except BaseException:
             _save(store, anchor, pieces[:of_anchor])
             raise
