@@ -278,7 +278,7 @@ class _Arrays:
 
 @partial(jax.jit, static_argnums=range(4))
 def _rows(update, record_every, batch_size, places, state, data, num_rows):
-    """Some rows of steps, at most `_MOST_ROWS`, by a loop of that length: so no length needs a program of its own."""
+    """Some rows of steps, at most `_MOST_ROWS`, by a loop of that length: one program serves all."""
     size = objective.num_examples("fit", "data", data)
     row_of = loop.row(update, record_every, batch_size, places, data)
     block = max(1, min(_MOST_ROWS, _NUMBERS // (record_every * batch_size)))
@@ -510,7 +510,7 @@ def _train(plan, feed, held_out, store, start, caught, log, show):
         name = signal.Signals(number).name
         stopped = f"stopped by {name} at step {anchor.step} of {plan.num_steps}"
         terminal.tell(f"{stopped}; {where}{advice}")
-        if number == signal.SIGINT:  # of no class of its own: Python ends a script with 130 for this one alone
+        if number == signal.SIGINT:  # no subclass: Python ends a script with 130 for this class alone
             raise ended(KeyboardInterrupt, f"{stopped}; ", name)
         raise SystemExit(128 + number)
     return result
@@ -649,7 +649,7 @@ def _description(plan, state, arrays, held_out, config):
     return {
         **_flat("config", config),
         **{name: getattr(plan, name) for name in names},
-        **{name: getattr(plan.evaluation, name) for name in ("monitor", "mode") if plan.evaluation},
+        **({"monitor": plan.evaluation.monitor, "monitor_mode": plan.evaluation.mode} if plan.evaluation else {}),
         **({"data": "batches"} if arrays[0] is None else marked("data", arrays[0]) | marked("weights", arrays[1])),
         **(marked("validation", held_out[0]) | marked("validation_weights", held_out[1]) if held_out else {}),
         **checkpoint.describe("", state),

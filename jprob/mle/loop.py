@@ -83,7 +83,7 @@ def step(
         replaced before `nll` runs, so NaN padding is safe. If all are 0, loss and gradient are 0. A negative weight
         makes the loss NaN.
       micro_batches: number of equal parts of the batch, which run one after the other to save memory. Loss, metrics
-        and gradient stay those of the whole batch, to rounding. Each part has a key of its own.
+        and gradient stay those of the whole batch, to rounding. Each part has another key.
       average_decay: decay d of the exponential average of the params, 0 < d < 1; it reaches back 1 / (1 - d) steps.
         None keeps none.
 
@@ -160,7 +160,7 @@ def run(
     with a short batch if `batch_size` does not divide the data; that batch counts its own examples alone. The position
     in the epoch follows from `state.step`, so that runs of a and of b steps one after the other are the run of a + b
     steps, bit for bit. `jax.vmap` trains many members at once, over keys, params, injected hyperparameters or data;
-    each has its own order, and stops by itself.
+    each has its own order and its own early stop.
 
     It is one program, which runs where its arguments lie. Data spread over a mesh by their leading axis give batches
     spread alike, if `batch_size` is a multiple of the devices there; params may be spread, too, and keys under `vmap`.

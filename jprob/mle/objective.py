@@ -138,7 +138,7 @@ def loss_and_gradient(
 ) -> tuple[Sums, PyTree, PyTree]:
     """Means over the batch, the gradient of the mean loss, and the new model state.
 
-    Micro-batches run one after the other, each with a key of its own, and hand on the model state.
+    Micro-batches run one after the other, each with another key, and hand on the model state.
     """
     if micro_batches == 1:
         (_, (sums, after)), gradient = jax.value_and_grad(objective.mean, has_aux=True)(
@@ -169,7 +169,10 @@ def loss_and_gradient(
 
 def means(sums: Sums) -> Sums:
     """The means that follow from sums, and the weight."""
-    divide = lambda total: total / or_one(sums.weight)  # noqa: E731
+
+    def divide(total):
+        return total / or_one(sums.weight)
+
     return Sums(divide(sums.loss), sums.weight, jax.tree.map(divide, sums.metrics))
 
 
