@@ -1,10 +1,10 @@
 """The accurate pieces that the public functions share.
 
 `z` is an array of logits in the dtype computed in, `axis` its class axis, counted from the front, or `Sharded` where
-several devices share the classes. A sum over classes keeps that axis with length 1. `gap` is z - max z, never positive;
-`rest` is the sum of exp(gap) over all classes but one maximum, so that 1 + rest is the normaliser and rest alone holds
-the digits that `1 + rest` rounds away. A row without a possible class (all -inf) is no distribution: its value is NaN,
-and its derivatives are finite.
+several devices share the classes. A sum over classes keeps that axis with length 1. `shifted` is z - max z, never
+positive. `sum_exp_below_max` is the sum of exp(shifted) over all classes but one maximum: 1 + that is the normaliser,
+and it holds the digits that the sum with 1 rounds away. A row without a possible class (all -inf) is no distribution:
+its value is NaN, and its derivatives are finite.
 
 Masks are arithmetic (factors 0 and 1, minimums) where they meet an exponential: XLA on CPU fuses exp into the sum over
 classes only while the expression holds no select, and otherwise writes all the exponentials to memory.
@@ -60,7 +60,7 @@ def undefined(z: Array, axis: int | Sharded) -> Array:
     return nan_unless(maximum(z, axis) != -jnp.inf, jnp.zeros((), z.dtype))
 
 
-def gap(z: Array, axis: int | Sharded) -> Array:
+def shifted(z: Array, axis: int | Sharded) -> Array:
     """z - max z; -inf for each class of a row without a possible one, so that no derivative meets a NaN."""
     return z - finite_maximum(z, axis)
 
@@ -70,8 +70,8 @@ def finite_maximum(z: Array, axis: int | Sharded) -> Array:
     return jnp.maximum(maximum(z, axis), jnp.finfo(z.dtype).min)
 
 
-def exp_gap(z: Array, axis: int | Sharded) -> Array:
-    """exp(gap): 1 for a maximum.
+def exp_shifted(z: Array, axis: int | Sharded) -> Array:
+    """exp(shifted): 1 for a maximum.
 
     Its plain derivative is right too, up to a common factor, also for classes that tie: where a scan is rematerialised,
     jax takes a second derivative of this, and not by the rules of those that call it.
@@ -79,28 +79,28 @@ def exp_gap(z: Array, axis: int | Sharded) -> Array:
     return jnp.exp(z - jax.lax.stop_gradient(finite_maximum(z, axis)))
 
 
-def below_top(gap: Array) -> Array:
+def below_top(shifted: Array) -> Array:
     """1 for each class below the maximum, 0 for the maximum itself and for all that tie with it.
 
     Never less than 0: a logit that XLA computes twice, in two fusions, may be above its own maximum by a rounding.
     """
-    return jax.lax.stop_gradient(jnp.clip(_lifted(gap), 0, 1))
+    return jax.lax.stop_gradient(jnp.clip(_lifted(shifted), 0, 1))
 
 
-def _lifted(gap: Array) -> Array:
-    """0 at the maximum, above 1 elsewhere: the largest finite number lifts even the smallest normal gap that far."""
-    return -gap * jnp.finfo(gap.dtype).max
+def _lifted(shifted: Array) -> Array:
+    """0 at the maximum, above 1 elsewhere: the largest finite number lifts the smallest normal difference above 1."""
+    return -shifted * jnp.finfo(shifted.dtype).max
 
 
-def rest(z: Array, axis: int | Sharded) -> Array:
-    """Sum of exp(gap) over all classes but one maximum, and 0 in a row without a possible class.
+def sum_exp_below_max(z: Array, axis: int | Sharded) -> Array:
+    """Sum of exp(shifted) over all classes but one maximum, and 0 in a row without a possible class.
 
     Logits that come from a tanh or a quotient XLA on CPU may compute anew for each sum, with another rounding, so that
-    a logit misses its own maximum. Below it, it is among the rest, is not counted as a tie, and 1 is taken off.
+    a logit misses its own maximum. Below it, it is in the sum, is not counted as a tie, and 1 is taken off.
     """
-    d = gap(z, axis)
+    d = shifted(z, axis)
     exponentials = jnp.exp(d)
-    # exp(gap) is at most 1, so that the minimum leaves every maximum out and changes no other class.
+    # exp(shifted) is at most 1, so that the minimum leaves every maximum out and changes no other class.
     below = total(jnp.minimum(jax.lax.stop_gradient(jnp.maximum(_lifted(d), 0)), exponentials), axis)
     at_top = total(exponentials, axis) - below
     ties = jax.lax.stop_gradient(jnp.round(at_top))
@@ -116,8 +116,8 @@ def softmax(z: Array, axis: int | Sharded) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def probs(z: Array, axis: int | Sharded) -> Array:
-    """p_i = exp(gap_i) / sum_j exp(gap_j), and 0 in a row without a possible class. d p_i = p_i (dz_i - <p, dz>)."""
-    e = exp_gap(z, axis)
+    """p_i = exp(z_i) / sum_j exp(z_j), and 0 in a row without a possible class. d p_i = p_i (dz_i - <p, dz>)."""
+    e = exp_shifted(z, axis)
     return e / jnp.maximum(total(e, axis), 0.5)  # a sum without its maximum is 0
 
 
@@ -131,8 +131,8 @@ def _probs_jvp(axis, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax(z: Array, axis: int | Sharded) -> Array:
-    """log p_i = gap_i - log1p(rest), both of one sign. d log p_i = dz_i - <p, dz>."""
-    return gap(z, axis) - (jnp.log1p(rest(z, axis)) + undefined(z, axis))
+    """log p_i = shifted_i - log1p(sum_exp_below_max), both of one sign. d log p_i = dz_i - <p, dz>."""
+    return shifted(z, axis) - (jnp.log1p(sum_exp_below_max(z, axis)) + undefined(z, axis))
 
 
 @log_softmax.defjvp
@@ -143,8 +143,8 @@ def _log_softmax_jvp(axis, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_complement(z: Array, axis: int | Sharded) -> Array:
-    """1 - max p = rest / (1 + rest), which 1 - p would round to 0 once p is within u of 1."""
-    others = rest(z, axis)
+    """1 - max p = s / (1 + s) with s = sum_exp_below_max, which 1 - p would round to 0 once p is within u of 1."""
+    others = sum_exp_below_max(z, axis)
     return others / (1 + others) + undefined(z, axis)
 
 
@@ -158,7 +158,7 @@ def _top_complement_jvp(axis, primals, tangents):
 
 def unique_top(z: Array, axis: int | Sharded) -> Array:
     """1 for the maximum where nothing ties with it, else 0 everywhere (then no class has p > 1/2)."""
-    top = 1 - below_top(gap(z, axis))
+    top = 1 - below_top(shifted(z, axis))
     return top * (total(top, axis) == 1).astype(top.dtype)
 
 
@@ -175,24 +175,24 @@ def centred(p: Array, v: Array, axis: int | Sharded) -> Array:
 
 
 @jax.custom_jvp
-def weigh(weight: Array, value: Array) -> Array:
+def multiply_no_nan(weight: Array, value: Array) -> Array:
     """weight * value, with 0 * inf = 0: what has weight 0 does not count, however impossible it is."""
     return jnp.where(weight == 0, 0, weight * value)
 
 
-@weigh.defjvp
-def _weigh_jvp(primals, tangents):
+@multiply_no_nan.defjvp
+def _multiply_no_nan_jvp(primals, tangents):
     """d(w v) = v dw + w dv, without what is infinite or NaN: a derivative is finite where the value is not."""
     weight, value = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
     dweight, dvalue = tangents
-    return weigh(*primals), value * dweight + weight * dvalue
+    return multiply_no_nan(*primals), value * dweight + weight * dvalue
 
 
-def weighed_gaps(weights: Array, gap: Array, axis: int | Sharded) -> Array:
-    """sum_i weight_i gap_i over classes with a positive weight, by arithmetic: `weigh` for a sum of many classes."""
-    largest = jnp.finfo(gap.dtype).max
+def dot_no_nan(weights: Array, shifted: Array, axis: int | Sharded) -> Array:
+    """sum_i weight_i shifted_i over classes of positive weight: `multiply_no_nan` by arithmetic."""
+    largest = jnp.finfo(shifted.dtype).max
     floor = -jnp.minimum(jnp.abs(weights) * largest, 4) * largest  # 0 where the weight is, else -inf
-    return total(weights * jnp.maximum(gap, floor), axis)
+    return total(weights * jnp.maximum(shifted, floor), axis)
 
 
 def exp_remainder(t: Array) -> Array:

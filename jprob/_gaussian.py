@@ -364,7 +364,7 @@ def fit(x: Array, w: Array, axis: int) -> tuple[Array, Array]:
     # In units of the largest: the square of 1e-30 is 0.
     unit = jnp.max(jnp.where(w == 0, 0, jnp.abs(deviation)), axis=axis, keepdims=True)
     scaled = deviation / jnp.where(unit == 0, 1, unit)
-    return loc, unit * jnp.sqrt(jnp.sum(_accurate.weigh(share, jnp.square(scaled)), axis=axis, keepdims=True))
+    return loc, unit * jnp.sqrt(jnp.sum(_accurate.multiply_no_nan(share, jnp.square(scaled)), axis=axis, keepdims=True))
 
 
 @fit.defjvp

@@ -186,7 +186,7 @@ def sample(
 
 def _cross_entropy(function, logits, labels):
     z, y, inside = _canonical(function, logits, labels)
-    loss = _accurate.weigh(y, _softplus(-z)) + _accurate.weigh(1 - y, _softplus(z))
+    loss = _accurate.multiply_no_nan(y, _softplus(-z)) + _accurate.multiply_no_nan(1 - y, _softplus(z))
     return _accurate.nan_unless(inside, loss)
 
 

@@ -106,7 +106,7 @@ def _reliability(num_bins, logits, labels, weights):
     values = jnp.stack([jnp.ones_like(confidence), confidence, correct, squared_error], axis=1)
     known = jnp.isfinite(confidence)
     index = jnp.where(known, jnp.ceil(confidence * num_bins) - 1, 0).astype(jnp.int32)
-    values = _accurate.weigh(w[:, None], jnp.where(known[:, None], values, 0))
+    values = _accurate.multiply_no_nan(w[:, None], jnp.where(known[:, None], values, 0))
     sums = _weights.sum_by(jnp.clip(index, 0, num_bins - 1), values, num_bins)
     return Reliability(*jnp.where(jnp.all(known | (w == 0)), sums, jnp.nan).T)
 
@@ -261,7 +261,7 @@ def _fit_temperature(logits, labels, weights):
 def _temperature(z, w, y):
     """The T > 0 at which the slope of the loss in b = 1 / T is 0, or the limit."""
     counted = (w != 0)[:, None]
-    gap = jnp.where(counted, _accurate.gap(z, 1), 0)
+    gap = jnp.where(counted, _accurate.shifted(z, 1), 0)
     valid = (y >= 0) & (y < z.shape[1])
     possible = gap > -jnp.inf
     no_row = jnp.any(jnp.isnan(gap), axis=1) | ~jnp.any(possible, axis=1)
@@ -321,7 +321,7 @@ def _temperature_jvp(primals, tangents):
     temperature = _temperature(z, w, y)
     inside = (temperature > 0) & (temperature < jnp.inf)
     label = jax.nn.one_hot(y, z.shape[1], dtype=z.dtype)
-    x = _accurate.gap(z, 1)
+    x = _accurate.shifted(z, 1)
     # A row that makes T infinite or NaN, had it any weight, has no slope.
     counts = ~jnp.any(jnp.isnan(x) | ((label > 0) & (x == -jnp.inf)), axis=1, keepdims=True)
     possible = x > -jnp.inf

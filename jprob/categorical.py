@@ -33,17 +33,12 @@ Corner cases, the same in all functions:
 Under `jprob.checkify` each function says which of its expectations the data break.
 """
 
-import math
-from functools import partial
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Int, Integer, Key
 
-from . import _accurate, _checks, _placement
+from . import _accurate, _categorical, _checks, _placement
 
 
 @_checks.public(static=("axis",), temperature=_checks.NOT_NEGATIVE)
@@ -156,13 +151,15 @@ def cross_entropy(
     [-2.0611537e-09  2.0611537e-09]
     """
     z, labels, valid, axis, where = _labelled("cross_entropy", logits, labels, axis, where)
-    loss = _target_loss(z, labels, axis) if valid is None else _class_loss(z, labels, axis)
+    loss = _categorical.target_loss(z, labels, axis) if valid is None else _categorical.class_loss(z, labels, axis)
     if valid is not None and where is not None:
         kept = _placement.entries(where, labels, axis)
         loss = jnp.where(kept, loss, 0)
     if not (isinstance(label_smoothing, float) and label_smoothing == 0):
         e = _checks.number("cross_entropy", "label_smoothing", label_smoothing, _checks.UNIT_INTERVAL, z.dtype)
-        loss = _accurate.weigh(1 - e, loss) + _accurate.weigh(e, _target_loss(z, _uniform(z, axis), axis))
+        loss = _accurate.multiply_no_nan(1 - e, loss) + _accurate.multiply_no_nan(
+            e, _categorical.target_loss(z, _categorical.uniform(z, axis), axis)
+        )
     return _per_example(loss, axis, where, valid)
 
 
@@ -203,8 +200,9 @@ def brier_score(
     0.375
     """
     z, labels, valid, axis, where = _labelled("brier_score", logits, labels, axis, where)
-    targets = labels if valid is None else _existing(jnp.maximum(1 - _distance(z, labels, axis), 0), where, 0)
-    return _per_example(_squared_error(z, targets, axis), axis, where, valid)
+    if valid is not None:
+        labels = _existing(jnp.maximum(1 - _categorical.class_distance(z, labels, axis), 0), where, 0)
+    return _per_example(_categorical.squared_error(z, labels, axis), axis, where, valid)
 
 
 @_checks.public(static=("axis", "base"))
@@ -239,7 +237,7 @@ def entropy(
     """
     unit = _checks.nats_to("entropy", base)
     z, axis, where = _canonical("entropy", logits, axis, where)
-    return _per_example(_entropy(z, axis), axis, where) * unit
+    return _per_example(_categorical.entropy(z, axis), axis, where) * unit
 
 
 @_checks.public(static=("axis", "base"))
@@ -279,7 +277,7 @@ def kl_divergence(
     """
     unit = _checks.nats_to("kl_divergence", base)
     p, q, axis, where = _canonical_pair("kl_divergence", axis, where, p_logits=p_logits, q_logits=q_logits)
-    return _per_example(_kl_divergence(p, q, axis), axis, where) * unit
+    return _per_example(_categorical.kl_divergence(p, q, axis), axis, where) * unit
 
 
 @_checks.public(static=("axis", "base"))
@@ -318,7 +316,7 @@ def js_divergence(
     """
     unit = _checks.nats_to("js_divergence", base)
     p, q, axis, where = _canonical_pair("js_divergence", axis, where, p_logits=p_logits, q_logits=q_logits)
-    return _per_example(_js_divergence(p, q, axis), axis, where) * unit
+    return _per_example(_categorical.js_divergence(p, q, axis), axis, where) * unit
 
 
 @_checks.public(static=("axis",), temperature=_checks.FINITE_POSITIVE)
@@ -362,8 +360,8 @@ def distillation_loss(
     # One of the two is 1. A quotient by the other would leave the range for huge logits.
     below, above = jnp.minimum(t, 1), jnp.maximum(t, 1)
     scaled = [z / above for z in (teacher, student)]
-    teacher, student = ((z - _top_and_shift(z, axis, below)[1]) / below for z in scaled)
-    loss = _per_example(_kl_divergence(teacher, student, axis), axis, where)
+    teacher, student = ((z - _categorical.top_and_shift(z, axis, below)[1]) / below for z in scaled)
+    loss = _per_example(_categorical.kl_divergence(teacher, student, axis), axis, where)
     return _accurate.nan_unless(given > 0, loss * jnp.square(t))
 
 
@@ -398,7 +396,7 @@ def log_prob(
         raise ValueError(f"log_prob: labels must be integer classes, got {_checks.describe(labels)}")
     z, labels, valid, axis, where = _labelled("log_prob", logits, labels, axis, where)
     there = None if where is None else _placement.entries(where, labels, axis)
-    return _per_example(_existing(-_class_loss(z, labels, axis), there, -jnp.inf), axis, None, valid)
+    return _per_example(_existing(-_categorical.class_loss(z, labels, axis), there, -jnp.inf), axis, None, valid)
 
 
 @_checks.public(static=("axis",))
@@ -461,7 +459,7 @@ def sample(
     """
     z, axis, _, undrawn = _tempered_logits("sample", logits, axis, where, temperature)
     shape = _checks.sample_shape("sample", shape, z.shape[:axis] + z.shape[axis + 1 :], "logits without the class axis")
-    z = _accurate.gap(z, axis)  # next to a large logit the noise would be rounded away
+    z = _accurate.shifted(z, axis)  # next to a large logit the noise would be rounded away
     draws = jax.random.categorical(key, z, axis - z.ndim, shape, mode="high").astype(jnp.int32)
     undrawn = jnp.broadcast_to(jnp.isnan(undrawn), (*z.shape[:axis], 1, *z.shape[axis + 1 :]))
     return jnp.where(jnp.broadcast_to(jnp.squeeze(undrawn, axis), shape), -1, draws)
@@ -521,16 +519,7 @@ def _tempered_logits(function, logits, axis, where, temperature):
     _checks.expect(temperature >= 0, temperature, f"{function}: temperature {{value}} is negative")
     temperature = temperature.astype(z.dtype).reshape((1,) * (z.ndim - temperature.ndim) + temperature.shape)
     cold = _accurate.nan_unless(temperature >= 0, jnp.zeros((), z.dtype))
-    return _tempered(z, axis, temperature), axis, where, cold
-
-
-def _tempered(z, axis, temperature):
-    """(z - max z) / T, and its limits: T = 0 leaves only the maximum, and no gradient; T = inf makes all equal."""
-    d = _accurate.gap(z, axis)
-    possible = d > -jnp.inf  # -inf / inf is NaN; the inner select keeps it out of the gradient
-    warm = jnp.where(possible, d, 0) / jnp.where(temperature > 0, temperature, 1)
-    cold = jax.lax.stop_gradient(jnp.where(d < 0, -jnp.inf, d))
-    return jnp.where(temperature == 0, cold, jnp.where(possible, warm, d))
+    return _categorical.tempered(z, axis, temperature), axis, where, cold
 
 
 def _labelled(function, logits, labels, axis, where):
@@ -552,363 +541,3 @@ def _labelled(function, logits, labels, axis, where):
     valid = _checks.in_range(function, "label", labels, logits.shape[axis])
     labels, valid = (jnp.expand_dims(x, axis) for x in (labels, valid))
     return z, jnp.where(valid, labels, 0), valid, axis, where
-
-
-def _uniform(z, axis):
-    """The uniform distribution over the possible classes."""
-    possible = (z > -jnp.inf).astype(z.dtype)
-    return possible / jnp.maximum(1, _accurate.total(possible, axis))
-
-
-def _distance(z, labels, axis):
-    """|class - label|: 0 at the label and at least 1 elsewhere, by arithmetic (see `_accurate`)."""
-    dtype = z.dtype if z.shape[axis] <= 2**24 else jnp.int32  # float32 counts no further
-    classes = jax.lax.broadcasted_iota(dtype, z.shape, axis, out_sharding=jax.typeof(z).sharding)
-    return jnp.abs(classes - labels.astype(dtype)).astype(z.dtype)
-
-
-def _label_terms(z, labels, axis):
-    """exp(gap), twice the distance, sum of the other exponentials, the label's gap.
-
-    exp(gap) is at most 1, so that min(distance, exp(gap)) leaves the label out and changes no other class.
-    """
-    exponentials = _accurate.exp_gap(z, axis)
-    distance = 2 * _distance(z, labels, axis)  # never equal to an exponential, where a minimum has half a slope
-    others = _accurate.total(jnp.minimum(distance, exponentials), axis)
-    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
-    label_logit = _placement.entries(z, labels, axis)
-    return exponentials, distance, others, label_logit - top
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _class_loss(z, labels, axis):
-    """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum where it is at the maximum.
-
-    Where it is not, p_y <= 1/2, and the loss is at least ln 2: there is no small number to keep. In a row without a
-    possible class it is log 0 - log 0, NaN.
-    """
-    _, _, others, label_gap = _label_terms(z, labels, axis)
-    at_top = jnp.log1p(others + jnp.expm1(label_gap))  # of 0: it adds the label's part to the plain derivative
-    return jnp.where(label_gap == 0, at_top, jnp.log(others + jnp.exp(label_gap))) - label_gap
-
-
-@_class_loss.defjvp
-def _class_loss_jvp(axis, primals, tangents):
-    (z, labels), (dz, _) = primals, tangents
-    slope = _accurate.total(_class_residual(z, labels, axis) * dz, axis)
-    return _class_loss(z, labels, axis), slope
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _class_residual(z, labels, axis):
-    """p - y for a class y: p_j for the others, and minus their sum for y, never p_y - 1."""
-    exponentials, distance, others, label_gap = _label_terms(z, labels, axis)
-    at_label = jnp.maximum(1 - distance, 0)
-    normaliser = others + jnp.exp(label_gap)  # at least 1, but 0 in a row without a possible class
-    return (jnp.minimum(distance, exponentials) - at_label * others) / jnp.where(normaliser == 0, 1, normaliser)
-
-
-@_class_residual.defjvp
-def _class_residual_jvp(axis, primals, tangents):
-    (z, labels), (dz, _) = primals, tangents
-    p = _accurate.probs(z, axis)
-    dp = p * _accurate.centred(p, dz, axis)
-    return _class_residual(z, labels, axis), dp
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _target_loss(z, targets, axis):
-    """-sum_i t_i log p_i = sum t log1p(rest) + sum_i t_i (m - z_i): no term is negative."""
-    log_total = jnp.log1p(_accurate.rest(z, axis)) + _accurate.undefined(z, axis)
-    gaps = _accurate.weighed_gaps(targets, _accurate.gap(z, axis), axis)
-    return _accurate.total(targets, axis) * log_total - gaps
-
-
-@partial(_target_loss.defjvp, symbolic_zeros=True)
-def _target_loss_jvp(axis, primals, tangents):
-    """-sum_i t_i (dz_i - <p, dz>) - sum_i log p_i dt_i, the latter over possible classes."""
-    (z, targets), (dz, dt) = primals, tangents
-    slope = jnp.zeros_like(out := _target_loss(z, targets, axis))
-    if type(dz) is not SymbolicZero:
-        targets = _finite_rows(targets, axis)
-        slope -= _accurate.total(targets * _accurate.centred(_accurate.probs(z, axis), dz, axis), axis)
-    if type(dt) is not SymbolicZero:
-        log_p = _accurate.log_softmax(z, axis)
-        slope -= _accurate.total(jnp.where(jnp.isfinite(log_p), log_p, 0) * dt, axis)
-    return out, slope
-
-
-def _finite_rows(targets, axis):
-    """0 for a row of targets with a NaN or an infinite one, whose loss has no gradient."""
-    return jnp.where(jnp.isfinite(_accurate.total(targets, axis)), targets, 0)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _squared_error(z, targets, axis):
-    """sum_i e_i^2."""
-    return _accurate.total(jnp.square(_probability_error(z, targets, axis)), axis) + _accurate.undefined(z, axis)
-
-
-@_squared_error.defjvp
-def _squared_error_jvp(axis, primals, tangents):
-    """d sum e^2 = 2 sum_i p_i (e_i - <p, e>) dz_i - 2 sum_i e_i dt_i."""
-    (z, targets), (dz, dt) = primals, tangents
-    finite = _finite_rows(targets, axis)
-    slope = _brier_slope(z, finite, axis) * dz - _probability_error(z, finite, axis) * dt
-    return _squared_error(z, targets, axis), 2 * _accurate.total(slope, axis)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _probability_error(z, targets, axis):
-    """e = p - t; for the one class with p > 1/2 it is (1 - t) - (1 - p), both known without cancellation."""
-    top, p = _accurate.unique_top(z, axis), _accurate.probs(z, axis)
-    return jnp.where(top == 1, (1 - targets) - _accurate.top_complement(z, axis), p - targets)
-
-
-@_probability_error.defjvp
-def _probability_error_jvp(axis, primals, tangents):
-    (z, targets), (dz, dt) = primals, tangents
-    p = _accurate.probs(z, axis)
-    dp = p * _accurate.centred(p, dz, axis)
-    return _probability_error(z, targets, axis), dp - dt
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _brier_slope(z, targets, axis):
-    """p_i c_i with c_i = e_i - <p, e>, without subtracting two close numbers for the classes near the maximum.
-
-    Any reference r gives c_i = c_r - (e_r - e_i) with c_r = <p, e_r - e>. With r a class at the maximum (the mean of
-    those that tie), e_r - e_i of a class near it is (t_i - t_r) - p_r expm1(gap_i). For the others e_i - <p, e> itself
-    will do, with <p, e> = sum_i p_i (p_i - <p, t>) and p_i - <p, t> = p_r (exp(gap_i) - <t, exp(gap)>).
-    """
-    d = _accurate.gap(z, axis)
-    top = 1 - _accurate.below_top(d)
-    total = partial(_accurate.total, axis=axis)
-    p, e, growth = _accurate.probs(z, axis), _probability_error(z, targets, axis), jnp.expm1(d)
-
-    p_r, t_r, e_r = (total(top * x) / jnp.maximum(total(top), 1) for x in (p, targets, e))
-    near = d > -math.log(2)
-    drop = jnp.where(near, (targets - t_r) - p_r * growth, e_r - e)
-    mean = p_r * total(p * (growth - (total(targets * growth) + (total(targets) - 1))))
-    return p * jnp.where(near, total(p * drop) - drop, e - mean)
-
-
-@_brier_slope.defjvp
-def _brier_slope_jvp(axis, primals, tangents):
-    """d(p_i c_i) = dp_i c_i + p_i (de_i - <dp, e> - <p, de>), dp_i c_i = (p_i c_i) (dz_i - <p, dz>)."""
-    (z, targets), (dz, dt) = primals, tangents
-    p, e = _accurate.probs(z, axis), _probability_error(z, targets, axis)
-    slope, centred = _brier_slope(z, targets, axis), _accurate.centred(p, dz, axis)
-    dp = p * centred
-    de = dp - dt
-    return slope, slope * centred + p * (de - _accurate.total(dp * e + p * de, axis))
-
-
-def _finite_gap(z, axis):
-    """gap, with 0 for an impossible class, whose probability of 0 it is about to meet."""
-    d = _accurate.gap(z, axis)
-    return jnp.where(d == -jnp.inf, 0, d)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _entropy(z, axis):
-    """H = log1p(rest) + sum p_i (m - z_i): no term is negative."""
-    p, d = _accurate.probs(z, axis), _finite_gap(z, axis)
-    log_total = jnp.log1p(_accurate.rest(z, axis)) + _accurate.undefined(z, axis)
-    return log_total - _accurate.total(p * d, axis)
-
-
-@_entropy.defjvp
-def _entropy_jvp(axis, primals, tangents):
-    """dH = -sum p_i (log p_i + H) dz_i, and log p_i + H = d_i - <p, d>."""
-    (z,), (dz,) = primals, tangents
-    p, d = _accurate.probs(z, axis), _finite_gap(z, axis)
-    slope = p * (_accurate.total(p * d, axis) - d)
-    return _entropy(z, axis), _accurate.total(slope * dz, axis)
-
-
-def _bounded(z, axis):
-    """The same distribution with finite logits, so that differences of them are finite, and its maximum.
-
-    Where the maximum is huge, the logits are measured from it. An impossible class gets minus `_room`; a row without a
-    possible class becomes uniform.
-    """
-    top, shift = _top_and_shift(z, axis)
-    return jnp.maximum(z - shift, -_room(z)), jnp.where(top > jnp.finfo(z.dtype).min, top - shift, -_room(z))
-
-
-def _top_and_shift(z, axis, scale: Any = 1.0):
-    """The maximum, and what the logits are measured from: the maximum where it is huge in units of `scale`, else 0."""
-    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
-    return top, jnp.where(jnp.abs(top) > scale * math.sqrt(jnp.finfo(z.dtype).max), top, 0)
-
-
-def _room(z):
-    """A size of logits beyond all use, differences of which are finite."""
-    return float(jnp.finfo(z.dtype).max / 8)
-
-
-class _Pair(NamedTuple):
-    """Two distributions over the same classes, and how they differ.
-
-    Attributes:
-      gap_p, gap_q: logits less their maximum, finite: that of an impossible class has an exponential of 0.
-      total_p, total_q: sums of these exponentials.
-      d: z^q - z^p less its mean under p.
-      mean: that mean, of the difference of the gaps: exp(gap_q - mean) = exp(gap_p + d).
-      excluded: whether q excludes a class that p does not.
-    """
-
-    gap_p: Array
-    gap_q: Array
-    total_p: Array
-    total_q: Array
-    d: Array
-    mean: Array
-    excluded: Array
-
-
-def _pair(p_logits, q_logits, axis) -> _Pair:
-    """By arithmetic alone where a sum over classes follows, see `_accurate`."""
-    (p_logits, p_top), (q_logits, q_top) = _bounded(p_logits, axis), _bounded(q_logits, axis)
-    gap_p, gap_q = p_logits - p_top, q_logits - q_top
-    total_p, total_q = (_accurate.total(jnp.exp(gap), axis) for gap in (gap_p, gap_q))
-    high, low = _accurate.difference(q_logits, p_logits)
-
-    def mean_from(reference):
-        d = (high - reference) + low
-        return _accurate.total(jnp.exp(gap_p) * d, axis) / total_p
-
-    # Measured from near its mean, the difference keeps its digits whatever shift is common to all logits.
-    top_high, top_low = _accurate.difference(q_top, p_top)
-    reference = top_high + mean_from(top_high)
-    mean = mean_from(reference)
-    room = _room(gap_p)
-    excluded = _accurate.maximum(jnp.minimum(-q_logits, p_logits + room), axis) > room / 2
-    shift = ((reference - top_high) - top_low) + mean
-    return _Pair(gap_p, gap_q, total_p, total_q, ((high - reference) + low) - mean, shift, excluded)
-
-
-def _kl_divergence(p_logits, q_logits, axis):
-    undefined = _accurate.undefined(p_logits, axis) + _accurate.undefined(q_logits, axis)
-    return _finite_kl(p_logits, q_logits, axis) + undefined
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _finite_kl(p_logits, q_logits, axis):
-    """KL = log sum_i p_i exp(d_i) = log1p(sum_i p_i (exp(d_i) - 1 - d_i)) with <p, d> = 0: no term is negative.
-
-    An error of the mean reaches the divergence in second order only. exp(d) is taken from d where d is small, and from
-    the logits of q elsewhere, also where p is 0. A divergence above 1 has no small difference to lose.
-    """
-    pair = _pair(p_logits, q_logits, axis)
-    near = jnp.clip(pair.d, -1, 2)
-    beyond = pair.d - near
-    shifted = pair.gap_q - pair.mean
-    # Where d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
-    term = jnp.exp(pair.gap_p) * (_accurate.near_exp_remainder(near) - beyond)
-    term += jnp.exp(shifted) - jnp.exp(shifted - beyond)
-    excess = _accurate.total(term, axis) / pair.total_p
-    far = jnp.log(pair.total_q / pair.total_p) - pair.mean
-    return jnp.where(pair.excluded, jnp.inf, jnp.where(far > 1, far, jnp.log1p(excess)))
-
-
-@partial(_finite_kl.defjvp, symbolic_zeros=True)
-def _finite_kl_jvp(axis, primals, tangents):
-    """dKL = sum_i -p_i d_i dz^p_i + (q_i - p_i) dz^q_i."""
-    slopes = (partial(slope, *primals, axis) for slope in (_kl_slope_p, _kl_slope_q))
-    out = _finite_kl(*primals, axis)
-    return out, _along(out, slopes, tangents, axis)
-
-
-def _along(out, slopes, tangents, axis):
-    """The derivative of `out`: the sum of slope * tangent over classes. Of what is constant no slope is computed."""
-    pairs = zip(slopes, tangents, strict=True)
-    terms = [_accurate.total(slope() * dz, axis) for slope, dz in pairs if type(dz) is not SymbolicZero]
-    return sum(terms, jnp.zeros_like(out))
-
-
-def _kl_slope_p(p_logits, q_logits, axis):
-    """-p d, and 0 where the divergence is infinite."""
-    pair = _pair(p_logits, q_logits, axis)
-    p = jnp.exp(pair.gap_p) / pair.total_p
-    return _balanced(jnp.where((p == 0) | pair.excluded, 0, -p * pair.d), p_logits, axis)
-
-
-def _kl_slope_q(p_logits, q_logits, axis):
-    """q - p, through expm1 where they are close."""
-    pair = _pair(p_logits, q_logits, axis)
-    p, q = jnp.exp(pair.gap_p) / pair.total_p, jnp.exp(pair.gap_q) / pair.total_q
-    t = _log_ratio(p_logits, q_logits, axis)
-    slope = jnp.where((p > 0) & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
-    return _balanced(slope, p_logits, axis)
-
-
-def _excluded(p_logits, q_logits):
-    """Classes that q excludes and p does not."""
-    return (q_logits == -jnp.inf) & (p_logits > -jnp.inf)
-
-
-def _log_ratio(p_logits, q_logits, axis):
-    """t = log q - log p = d - KL(p || q) over the classes possible under both, of no meaning for the others."""
-    pair, divergence = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
-    # Beside an excluded class d has no mean. A large divergence has no small difference to lose.
-    plain = (pair.gap_q - pair.gap_p) - jnp.log(pair.total_q / pair.total_p)
-    return jnp.where(divergence > 1, plain, pair.d - divergence)
-
-
-def _balanced(slope, logits, axis):
-    """Slopes that add up to 0: that of the one class with p > 1/2 is taken from the others, whose digits it lacks."""
-    top = _accurate.unique_top(logits, axis)
-    others = jnp.where(top == 1, 0, slope)
-    return others - top * _accurate.total(others, axis)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _js_divergence(p_logits, q_logits, axis):
-    """sum_i m_i h(t_i), t = log q - log p, with h >= 0 even: h = ln 2 where only one of p and q is 0."""
-    p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
-    one_sided = _excluded(p_logits, q_logits) | _excluded(q_logits, p_logits)
-    t = jnp.where(one_sided, jnp.inf, _log_ratio(p_logits, q_logits, axis))
-    return jnp.minimum(_accurate.total((p + q) / 2 * _js_term(t), axis), math.log(2))
-
-
-# A log-ratio at which the smaller probability is nothing beside the larger, in every dtype.
-_LARGE_GAP = 800.0
-
-
-def _js_term(t):
-    """h(t) = (log(1 / (1 - u^2)) / -2 + u artanh u) with u = tanh(t / 2): the divergence of a class per unit of m_i.
-
-    Near 0 it is u^2 / 2 + u^4 / 12 + u^6 / 30 + ...; far from it, ln 2 - log1p(e^-|t|) - |t| / (e^|t| + 1).
-    """
-    near, size = jnp.abs(t) < 1, jnp.minimum(jnp.abs(t), 80)  # an infinite one would make inf / inf; e^-80 is nothing
-    u = jnp.tanh(jnp.where(near, t, 0) / 2)
-    series = jnp.zeros_like(u)
-    for k in range(24 if t.dtype == jnp.float64 else 12, 0, -1):
-        series = 1 / (2 * k * (2 * k - 1)) + u * u * series
-    far = math.log(2) - jnp.log1p(jnp.exp(-size)) - size / (jnp.exp(size) + 1)
-    return jnp.where(near, u * u * series, far)
-
-
-@partial(_js_divergence.defjvp, symbolic_zeros=True)
-def _js_divergence_jvp(axis, primals, tangents):
-    """dJS = sum_i p_i (log(p_i / m_i) - KL(p || m)) / 2 dz^p_i, and the same for q."""
-    slopes = (partial(_js_slope, *logits, axis) for logits in (primals, primals[::-1]))
-    out = _js_divergence(*primals, axis)
-    return out, _along(out, slopes, tangents, axis)
-
-
-def _js_slope(p_logits, q_logits, axis):
-    """p_i (l_i - <p, l>) / 2 with l_i = log(p_i / m_i) = ln 2 - log(1 + exp(t_i)), up to a constant that cancels.
-
-    l itself is 0 for t = 0, where p and q agree; l - ln 2 is 0 where q is far below p. The one that is small where p
-    lies keeps the digits of the differences.
-    """
-    p, t = _accurate.probs(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
-    t = jnp.where(_excluded(p_logits, q_logits), -_LARGE_GAP, t)
-    # log1p(tanh(|t| / 2)), not -log1p(expm1(-|t|) / 2), whose argument lies where XLA's float64 log1p errs by 240 u.
-    near = jnp.log1p(jnp.tanh(jnp.abs(t) / 2)) - jnp.maximum(t, 0)
-    below = -jnp.maximum(t, 0) - jnp.log1p(jnp.exp(-jnp.abs(t)))
-    far = _accurate.total(p * t, axis) < -1
-    return p * _accurate.centred(p, jnp.where(far, below, near), axis) / 2

@@ -163,7 +163,7 @@ def _centre(v, z, axis):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _mean(v, z, axis):
     centre = _centre(v, z, axis)
-    return centre + _accurate.total(_accurate.weigh(_accurate.softmax(z, axis), v - centre), axis)
+    return centre + _accurate.total(_accurate.multiply_no_nan(_accurate.softmax(z, axis), v - centre), axis)
 
 
 @_mean.defjvp
@@ -171,14 +171,14 @@ def _mean_jvp(axis, primals, tangents):
     """sum_i p_i (dv_i + (v_i - mean) dz_i)."""
     (v, z), (dv, dz) = primals, tangents
     p = _accurate.softmax(z, axis)
-    return _mean(v, z, axis), _accurate.total(p * dv + _accurate.weigh(p, _spread(v, z, axis)) * dz, axis)
+    return _mean(v, z, axis), _accurate.total(p * dv + _accurate.multiply_no_nan(p, _spread(v, z, axis)) * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _spread(v, z, axis):
     """v_i - mean, from distances to the most probable value: for that one minus a sum over the others alone."""
     distance = v - _centre(v, z, axis)
-    return distance - _accurate.total(_accurate.weigh(_accurate.softmax(z, axis), distance), axis)
+    return distance - _accurate.total(_accurate.multiply_no_nan(_accurate.softmax(z, axis), distance), axis)
 
 
 @_spread.defjvp
@@ -186,12 +186,12 @@ def _spread_jvp(axis, primals, tangents):
     """d (v_i - mean) = dv_i - sum_j p_j dv_j - sum_j p_j (v_j - mean) dz_j."""
     (v, z), (dv, dz) = primals, tangents
     p, spread = _accurate.softmax(z, axis), _spread(v, z, axis)
-    return spread, _accurate.centred(p, dv, axis) - _accurate.total(_accurate.weigh(p, spread) * dz, axis)
+    return spread, _accurate.centred(p, dv, axis) - _accurate.total(_accurate.multiply_no_nan(p, spread) * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _variance(v, z, axis):
-    return _accurate.total(_accurate.weigh(_accurate.softmax(z, axis), jnp.square(_spread(v, z, axis))), axis)
+    return _accurate.total(_accurate.multiply_no_nan(_accurate.softmax(z, axis), jnp.square(_spread(v, z, axis))), axis)
 
 
 @_variance.defjvp
@@ -199,5 +199,5 @@ def _variance_jvp(axis, primals, tangents):
     """sum_i p_i (2 (v_i - mean) dv_i + ((v_i - mean)^2 - variance) dz_i)."""
     (v, z), (dv, dz) = primals, tangents
     p, spread, out = _accurate.softmax(z, axis), _spread(v, z, axis), _variance(v, z, axis)
-    slope = _accurate.weigh(p, jnp.square(spread) - out)
-    return out, _accurate.total(2 * _accurate.weigh(p, spread) * dv + slope * dz, axis)
+    slope = _accurate.multiply_no_nan(p, jnp.square(spread) - out)
+    return out, _accurate.total(2 * _accurate.multiply_no_nan(p, spread) * dv + slope * dz, axis)

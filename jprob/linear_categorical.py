@@ -35,23 +35,20 @@ another psum, and gradients taken inside are wrong.
 
 import math
 from functools import partial
-from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Int, Integer, Key, Real
 
-from . import _accurate, _checks, _placement, _weights, categorical
+from . import _accurate, _blocks, _categorical, _checks, _linear_categorical, _placement, _vocabulary, _weights
+from ._blocks import Plan as Plan
 
-_BLOCK_BYTES, _BLOCK_TOKENS = 2**26, 512
 _REDUCTIONS = ("mean", "sum", "none")
 _FORM = ("transposed_kernel", "block_bytes", "axis_name")
 _CAP = {"softcap": _checks.FINITE_POSITIVE, "temperature": _checks.FINITE_POSITIVE}
 _LOSS = {"label_smoothing": _checks.UNIT_INTERVAL, "z_loss": _checks.FINITE_NOT_NEGATIVE}
-_NOISE = 128  # classes that draw with one key
 
 
 class Aux(NamedTuple):
@@ -68,41 +65,6 @@ class Aux(NamedTuple):
     logsumexp: Float[Array, "*tokens"]
     correct: Bool[Array, "*tokens"]
     weight: Float[Array, ""]
-
-
-class Plan(NamedTuple):
-    """How `cross_entropy` goes through its tokens.
-
-    Attributes:
-      blocks: number of blocks of `block_size` tokens.
-      block_size: tokens a block.
-      remainder: tokens of the last, smaller block, which is no part of the loop; 0 for none.
-      bytes: of the logits of one block.
-    """
-
-    blocks: int
-    block_size: int
-    remainder: int
-    bytes: int
-
-
-class _Form(NamedTuple):
-    """How logits follow from hidden and kernel, how many at once, and what the loss needs; static."""
-
-    transposed: bool = False
-    block_bytes: int | None = None
-    axis: int | _accurate.Sharded = 1
-    has_aux: bool = False
-    has_bias: bool = False
-
-
-class _Numbers(NamedTuple):
-    """Options that are traced; None leaves out what the option switches on."""
-
-    softcap: Array | None = None
-    temperature: Array | None = None
-    label_smoothing: Array | None = None
-    z_loss: Array | None = None
 
 
 @_checks.public(static=(*_FORM, "reduction", "has_aux"), **_CAP, **_LOSS)
@@ -176,7 +138,7 @@ def cross_entropy(
         weights = _checks.weights(name, "hidden without its last axis", hidden.shape[:-1], weights)
     labels, inside = _labels(name, form, hidden, kernel, labels, weights)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "temperature": temperature}
-    numbers = _numbers(name, _dtype(hidden, kernel, bias, weights), **options)
+    numbers = _numbers(name, _blocks.dtype_of(hidden, kernel, bias, weights), **options)
     return _placed(partial(_cross_entropy, form, reduction), [hidden, kernel, bias], numbers, labels, inside, weights)
 
 
@@ -219,12 +181,12 @@ def log_prob(
     form = _form("log_prob", transposed_kernel, block_bytes, axis_name)
     _check_operands("log_prob", form, hidden, kernel, bias)
     labels, inside = _labels("log_prob", form, hidden, kernel, labels)
-    numbers = _numbers("log_prob", _dtype(hidden, kernel, bias), softcap=softcap, temperature=temperature)
+    numbers = _numbers("log_prob", _blocks.dtype_of(hidden, kernel, bias), softcap=softcap, temperature=temperature)
 
     def rows(z, labels, inside):
-        return _accurate.nan_unless(inside, -_nll(z, labels[:, None], form.axis)[0][:, 0])
+        return _accurate.nan_unless(inside, -_vocabulary.nll_terms(z, labels[:, None], form.axis)[0][:, 0])
 
-    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], numbers, labels, inside)
+    return _placed(partial(_blocks.per_token, rows, form), [(hidden, kernel, bias)], numbers, labels, inside)
 
 
 @_checks.public(static=(*_FORM, "base"), **_CAP)
@@ -266,12 +228,12 @@ def entropy(
     unit = _checks.nats_to("entropy", base)
     form = _form("entropy", transposed_kernel, block_bytes, axis_name)
     _check_operands("entropy", form, hidden, kernel, bias)
-    numbers = _numbers("entropy", _dtype(hidden, kernel, bias), softcap=softcap, temperature=temperature)
+    numbers = _numbers("entropy", _blocks.dtype_of(hidden, kernel, bias), softcap=softcap, temperature=temperature)
 
     def rows(z):
-        return categorical._entropy(z, form.axis)[:, 0] * unit
+        return _categorical.entropy(z, form.axis)[:, 0] * unit
 
-    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], numbers)
+    return _placed(partial(_blocks.per_token, rows, form), [(hidden, kernel, bias)], numbers)
 
 
 @_checks.public(static=(*_FORM, "base"), **_CAP)
@@ -320,9 +282,13 @@ def kl_divergence(
     unit = _checks.nats_to("kl_divergence", base)
     form = _form("kl_divergence", transposed_kernel, block_bytes, axis_name)
     sides = _two_sides("kl_divergence", form, "pq", (p_hidden, p_kernel, p_bias), (q_hidden, q_kernel, q_bias))
-    numbers = _numbers("kl_divergence", _dtype(*sides[0], *sides[1]), softcap=softcap, temperature=temperature)
+    numbers = _numbers(
+        "kl_divergence", _blocks.dtype_of(*sides[0], *sides[1]), softcap=softcap, temperature=temperature
+    )
 
-    return _placed(partial(_per_token, partial(_divergence, form), form), sides, numbers) * unit
+    return (
+        _placed(partial(_blocks.per_token, partial(_linear_categorical.divergence, form), form), sides, numbers) * unit
+    )
 
 
 @_checks.public(static=_FORM, **_CAP)
@@ -386,23 +352,23 @@ def distillation_loss(
     by_top = top_log_probs is not None or top_indices is not None
     if teacher_hidden is not None and teacher_kernel is not None and not by_top:
         sides, top = _two_sides(name, form, ("student", "teacher"), student, teacher), ()
-        rows = partial(_divergence, reverse=True)
+        rows = partial(_linear_categorical.divergence, reverse=True)
     elif top_log_probs is not None and top_indices is not None and all(x is None for x in teacher):
         _check_operands(name, form, *student, "student_")
-        sides, rows = [student], _top_divergence
+        sides, rows = [student], _linear_categorical.top_divergence
         top = (top_log_probs, *_check_top(form, student_hidden, student_kernel, top_log_probs, top_indices))
     else:
         names = "teacher_hidden", "teacher_kernel", "teacher_bias", "top_log_probs", "top_indices"
         got = [name for name, x in zip(names, (*teacher, top_log_probs, top_indices), strict=True) if x is not None]
         expected = "either teacher_hidden and teacher_kernel or top_log_probs and top_indices"
         raise ValueError(f"{name}: expected {expected}, got {', '.join(got) or 'none of them'}")
-    dtype = _dtype(*student, *teacher)
+    dtype = _blocks.dtype_of(*student, *teacher)
     numbers = _numbers(name, dtype, softcap=softcap, temperature=jnp.asarray(temperature))
 
     def loss(sides, numbers, *top):
         t = numbers.temperature
         top = [x.astype(dtype) / t for x in top[:1]] + [*top[1:]]
-        return _per_token(partial(rows, form), form, sides, numbers, *top) * jnp.square(t)
+        return _blocks.per_token(partial(rows, form), form, sides, numbers, *top) * jnp.square(t)
 
     return _placed(loss, sides, numbers, *top)
 
@@ -440,9 +406,9 @@ def mode(
     _check_operands("mode", form, hidden, kernel, bias)
 
     def rows(z):
-        return _mode(z, form.axis)[:, 0]
+        return _vocabulary.mode(z, form.axis)[:, 0]
 
-    return _placed(partial(_per_token, rows, form), [(hidden, kernel, bias)], _Numbers())
+    return _placed(partial(_blocks.per_token, rows, form), [(hidden, kernel, bias)], _blocks.Numbers())
 
 
 @_checks.public(static=_FORM, softcap=_checks.FINITE_POSITIVE, temperature=_checks.NOT_NEGATIVE)
@@ -490,17 +456,17 @@ def sample(
     """
     form = _form("sample", transposed_kernel, block_bytes, axis_name)
     _check_operands("sample", form, hidden, kernel, bias)
-    dtype = _dtype(hidden, kernel, bias)
+    dtype = _blocks.dtype_of(hidden, kernel, bias)
     temperature = _checks.number("sample", "temperature", temperature, _checks.NOT_NEGATIVE, dtype)
     numbers = _numbers("sample", dtype, softcap=softcap)._replace(temperature=temperature)
     number = jnp.arange(math.prod(hidden.shape[:-1]), dtype=jnp.uint32).reshape(hidden.shape[:-1])
 
     def draw(sides, numbers, number, key):
         def rows(z, number):
-            noise = _noise(_folded(key, number), z, form.axis)
-            return _mode(categorical._tempered(z, form.axis, numbers.temperature) + noise, form.axis)[:, 0]
+            noise = _vocabulary.noise(_vocabulary.folded(key, number), z, form.axis)
+            return _vocabulary.mode(_categorical.tempered(z, form.axis, numbers.temperature) + noise, form.axis)[:, 0]
 
-        return _per_token(rows, form, sides, numbers._replace(temperature=None), number)
+        return _blocks.per_token(rows, form, sides, numbers._replace(temperature=None), number)
 
     return _placed(draw, [(hidden, kernel, bias)], numbers, number, key)
 
@@ -536,26 +502,16 @@ def plan(
     """
     form = _form("plan", transposed_kernel, block_bytes)
     _check_operands("plan", form, hidden, kernel, None)
-    return _plan(form, hidden, kernel, _dtype(hidden, kernel))
+    return _blocks.plan(form, hidden, kernel, _blocks.dtype_of(hidden, kernel))
 
 
-def _plan(form, hidden, kernel, dtype, per_token=1) -> Plan:
-    """`per_token` rows of logits belong to a token."""
-    num_tokens, row = math.prod(hidden.shape[:-1]), _num_classes(form, kernel) * dtype.itemsize * per_token
-    most = form.block_bytes // row if form.block_bytes else max(_BLOCK_BYTES // row, _BLOCK_TOKENS)
-    size = min(num_tokens, max(1, most))
-    size = next((n for n in range(size, size // 2, -1) if num_tokens % n == 0), size)
-    blocks, remainder = divmod(num_tokens, size) if size else (1, 0)
-    return Plan(blocks, size, remainder, size * row)
-
-
-def _form(function, transposed, block_bytes, axis_name=None, has_aux=False) -> _Form:
+def _form(function, transposed, block_bytes, axis_name=None, has_aux=False) -> _blocks.Form:
     for name, value in {"transposed_kernel": transposed, "has_aux": has_aux}.items():
         if value not in (True, False):
             raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
     if block_bytes is not None and (type(block_bytes) is not int or block_bytes <= 0):
         raise ValueError(f"{function}: block_bytes must be a positive integer, got {block_bytes!r}")
-    form = _Form(transposed, block_bytes, has_aux=has_aux)
+    form = _blocks.Form(transposed, block_bytes, has_aux=has_aux)
     if axis_name is None:
         return form
     try:
@@ -565,12 +521,12 @@ def _form(function, transposed, block_bytes, axis_name=None, has_aux=False) -> _
     return form._replace(axis=_accurate.Sharded(1, axis_name))
 
 
-def _numbers(function, dtype, **options) -> _Numbers:
+def _numbers(function, dtype, **options) -> _blocks.Numbers:
     """Constants to a derivative. A default, which `public` never traces, becomes None."""
     defaults = {"softcap": None, "temperature": 1, "label_smoothing": 0, "z_loss": 0}
     kept = {name: x for name, x in options.items() if hasattr(x, "dtype") or x != defaults[name]}
     numbers = {name: _checks.number(function, name, x, (_CAP | _LOSS)[name], dtype) for name, x in kept.items()}
-    return jax.lax.stop_gradient(_Numbers(**numbers))
+    return jax.lax.stop_gradient(_blocks.Numbers(**numbers))
 
 
 def _check_operands(function, form, hidden, kernel, bias, side=""):
@@ -579,7 +535,7 @@ def _check_operands(function, form, hidden, kernel, bias, side=""):
         expected = f"[{'V, H' if form.transposed else 'H, V'}] with {side}hidden [..., H]"
         got = f"{_checks.describe(kernel)} with {_checks.describe(hidden)}"
         raise ValueError(f"{function}: {side}kernel must be {expected}, got {got}")
-    num_classes = _num_classes(form, kernel)
+    num_classes = _blocks.num_classes(form, kernel)
     if num_classes == 0:
         raise ValueError(f"{function}: expected at least one class, got {side}kernel {_checks.describe(kernel)}")
     if bias is not None:
@@ -593,21 +549,23 @@ def _two_sides(function, form, names, first, second):
     (one, other), (tokens, others) = names, (list(side[0].shape[:-1]) for side in (first, second))
     if tokens != others:
         raise ValueError(f"{function}: {other}_hidden must have the tokens {tokens} of {one}_hidden, got {others}")
-    classes = [_num_classes(form, operands[1]) for operands in (first, second)]
+    classes = [_blocks.num_classes(form, operands[1]) for operands in (first, second)]
     if classes[0] != classes[1]:
         raise ValueError(f"{function}: both kernels must have the same classes, got {classes[0]} and {classes[1]}")
     return [first, second]
 
 
-def _num_classes(form, kernel):
-    return kernel.shape[1 - int(form.transposed)]
+def _size_of_vocabulary(form, kernel):
+    return _blocks.num_classes(form, kernel) * _vocabulary.shards(form.axis)
 
 
 def _labels(function, form, hidden, kernel, labels, weights=None):
     """Labels in range, 0 in the place of any other, and which of them were."""
     labels = _checks.classes(function, "labels", labels, "hidden without its last axis", hidden.shape[:-1])
     counted = True if weights is None else weights != 0
-    inside = _checks.in_range(function, "label", labels, _num_classes(form, kernel) * _shards(form.axis), counted)
+    inside = _checks.in_range(
+        function, "label", labels, _blocks.num_classes(form, kernel) * _vocabulary.shards(form.axis), counted
+    )
     return jnp.where(inside, labels, 0), inside
 
 
@@ -618,15 +576,13 @@ def _check_top(form, hidden, kernel, log_probs, indices):
         expected = f"the shape {[*hidden.shape[:-1], 'k']}"
         raise ValueError(f"{name}: top_log_probs must have {expected}, got {_checks.describe(log_probs)}")
     indices = _checks.classes(name, "top_indices", indices, "top_log_probs", log_probs.shape)
-    inside = _checks.in_range(name, "top_indices", indices, _num_classes(form, kernel) * _shards(form.axis))
+    inside = _checks.in_range(
+        name, "top_indices", indices, _blocks.num_classes(form, kernel) * _vocabulary.shards(form.axis)
+    )
     ordered = jnp.sort(indices, axis=-1)
     message = f"{name}: top_indices has class {{value}} twice for one token"
     _checks.expect(ordered[..., 1:] != ordered[..., :-1], ordered[..., 1:], message)
     return jnp.where(inside, indices, 0), jnp.all(inside, axis=-1)
-
-
-def _dtype(*operands):
-    return _accurate.compute_dtype(*(operand.dtype for operand in operands if operand is not None))
 
 
 def _placed(function, sides, numbers, *operands) -> Any:
@@ -644,396 +600,26 @@ def _placed(function, sides, numbers, *operands) -> Any:
     return jax.tree.map(lambda x: nan_unless.get(x.dtype.kind, lambda x: x)(x), out)
 
 
-def _cross_entropy(form: _Form, reduction, operands, numbers, labels, inside, weights):
+def _cross_entropy(form: _blocks.Form, reduction, operands, numbers, labels, inside, weights):
     hidden, kernel, bias = operands
     tokens = hidden.shape[:-1]
-    dtype = _dtype(hidden, kernel, bias, weights)
+    dtype = _blocks.dtype_of(hidden, kernel, bias, weights)
     w = jnp.ones(tokens, dtype) if weights is None else weights.astype(dtype)
     if weights is not None:
-        w = _counted(w, w)  # of no slope where it is 0
+        w = _linear_categorical.counted(w, w)  # of no slope where it is 0
         hidden = jnp.where((w == 0)[..., None], 0, hidden)
     total, known = jnp.sum(w), inside | (w == 0)
     if reduction == "none":
-        loss, *aux = _losses(form, numbers, hidden, kernel, bias, labels, dtype)
-        loss = _accurate.nan_unless(known, _accurate.weigh(w, _counted(w, loss)))
+        loss, *aux = _linear_categorical.losses(form, numbers, hidden, kernel, bias, labels, dtype)
+        loss = _accurate.nan_unless(known, _accurate.multiply_no_nan(w, _linear_categorical.counted(w, loss)))
     else:
         # Shares of the weight, not a quotient of two sums: so the gradients leave the loop as they are returned.
         share = jnp.where(inside, _weights.ratio(w, total) if reduction == "mean" else w, 0)
         flat = (hidden.reshape(-1, hidden.shape[-1]), kernel, bias, labels.reshape(-1), share.reshape(-1))
-        loss, aux = _weighted_sum(form, numbers, *flat)
+        loss, aux = _linear_categorical.weighted_sum(form, numbers, *flat)
         loss += _accurate.nan_unless(jnp.all(known), jnp.zeros_like(loss))
         aux = [x.reshape(tokens) for x in aux]
     if not form.has_aux:
         return loss
-    nll, logsumexp, correct = (_counted(w, x) for x in aux)
+    nll, logsumexp, correct = (_linear_categorical.counted(w, x) for x in aux)
     return loss, Aux(_accurate.nan_unless(known, nll), logsumexp, (correct == 1) & inside, total)
-
-
-def _counted(weights, x):
-    """0 where the weight is: what stands in for such a token has a loss too, and with it a slope in the weight."""
-    return jnp.where(weights == 0, 0, x)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _weighted_sum(form: _Form, numbers, hidden, kernel, bias, labels, weights):
-    """sum_i w_i loss_i, and of each token what `Aux` holds."""
-    loss, *aux = _losses(form, numbers, hidden, kernel, bias, labels, weights.dtype)
-    return jnp.sum(_accurate.weigh(weights, _counted(weights, loss))), aux
-
-
-@partial(_weighted_sum.defjvp, symbolic_zeros=True)
-def _weighted_sum_jvp(form: _Form, primals, tangents):
-    """d sum_i w_i loss_i = <dX, d hidden> + <dW, d kernel> + <db, d bias> + sum_i loss_i d w_i, dX, dW, db at once.
-
-    So the gradients are made where the loss is, with its logits, and reverse mode only scales them.
-    """
-    numbers, *operands, labels, weights = primals
-    _, *directions, _, dweights = tangents
-    moved = [x is not None and type(dx) is not SymbolicZero for x, dx in zip(operands, directions, strict=True)]
-    loss, aux, slopes = _loss_and_slopes(form, moved, *primals)
-    loss = _counted(weights, loss)
-    slope = jnp.zeros_like(out := jnp.sum(_accurate.weigh(weights, loss)))
-    for d, dx in zip(slopes, compress(directions, moved), strict=True):
-        slope += _psum(jnp.sum(d * dx.astype(d.dtype)), form.axis)
-    if type(dweights) is not SymbolicZero:
-        slope += jnp.sum(jnp.where(jnp.isfinite(loss), loss, 0) * dweights)
-    return (out, aux), (slope, _aux_tangents(form, numbers, moved, aux, operands, directions, labels))
-
-
-def _losses(form: _Form, numbers, hidden, kernel, bias, labels, dtype):
-    """Of each token, by `_loss_rows`: differentiable by the way that makes the logits again."""
-
-    def rows(z, labels):
-        return _loss_rows(form, numbers, z, labels)[0]
-
-    return _per_token(rows, form, [(hidden, kernel, bias)], numbers, labels, dtype=dtype)
-
-
-def _aux_tangents(form: _Form, numbers, moved, aux, operands, directions, labels):
-    """Of nll and logsumexp, by the way that makes the logits again; unused, they cost nothing under `jit`."""
-    if not (aux and any(moved)):
-        return [jnp.zeros_like(x) for x in aux]
-
-    def smooth(*values):
-        values = iter(values)
-        hidden, kernel, bias = (next(values) if move else x for x, move in zip(operands, moved, strict=True))
-        return _losses(form, numbers, hidden, kernel, bias, labels, aux[0].dtype)[1:3]
-
-    _, (nll, logsumexp) = jax.jvp(smooth, [*compress(operands, moved)], [*compress(directions, moved)])
-    return [nll, logsumexp, 0 * aux[2]]
-
-
-def _loss_and_slopes(form: _Form, moved, numbers, hidden, kernel, bias, labels, weights):
-    """Loss and aux per token, and the gradients of the weighted sum in those operands that move."""
-    dtype = weights.dtype
-    shape = _plan(form, hidden, kernel, dtype)
-    varying = jax.tree.leaves((numbers, hidden, kernel, bias, labels, weights))
-
-    def body(sums, block):
-        x, y, w = block
-
-        z, uncap = jax.vjp(partial(_cap, numbers), _plus(bias, _product(form, x, kernel, dtype)))
-        (loss, *aux), slope = _loss_rows(form, numbers, z, y)
-        (dz,) = uncap(w[:, None] * slope)
-        steps = [_kernel_slope(form, x, dz), jnp.sum(dz, axis=0)]
-        sums = [total + step for total, step in zip(sums, compress(steps, moved[1:]), strict=True)]
-        return sums, (loss, aux, *([_hidden_slope(form, dz, kernel)] if moved[0] else []))
-
-    starts = [jnp.zeros(kernel.shape, dtype), jnp.zeros(_num_classes(form, kernel), dtype)]
-    starts = [_varying(start, *varying) for start in compress(starts, moved[1:])]
-    sums, (loss, aux, *dx) = _scan(shape, body, starts, (hidden, labels, weights), in_place=True)
-    return loss, aux, [*dx, *sums]
-
-
-def _per_token(rows, form: _Form, sides, numbers, *arrays, dtype=None):
-    """`rows(*logits, *arrays)` of all tokens, block by block. Each side (hidden, kernel, bias) gives logits."""
-    hidden, kernel, _ = sides[0]
-    tokens = hidden.shape[:-1]
-    dtype = dtype or _dtype(*(x for side in sides for x in side))
-    shape = _plan(form, hidden, kernel, dtype, len(sides))
-    # The biases, and a copy of the kernels, in the dtype computed in, so that gradients of blocks are added up in it.
-    fixed = [(kernel, kernel.astype(dtype), None if bias is None else bias.astype(dtype)) for _, kernel, bias in sides]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(tokens) :]), ([side[0] for side in sides], arrays))
-
-    def body(_, block):
-        hiddens, arrays = block
-        pairs = zip(hiddens, fixed, strict=True)
-        logits = [_cap(numbers, _plus(bias, _wide_product(form, x, *kernels))) for x, (*kernels, bias) in pairs]
-        return None, rows(*logits, *arrays)
-
-    _, out = _scan(shape, body, None, flat)
-    return jax.tree.map(lambda x: x.reshape(tokens), out)
-
-
-def _scan(shape: Plan, body, carry, arrays, *, in_place: bool = False) -> Any:
-    """`body(carry, block)` over blocks of arrays, whose results are put together; all at once where one block is all.
-
-    A block takes every `blocks`-th token, so that tokens that lie on different devices stay there. Read and written in
-    place, no array is copied into the order of the blocks; a derivative of that would go over whole arrays a block.
-    """
-    if shape.blocks == 1 and not shape.remainder:
-        return body(carry, arrays)
-    whole = shape.blocks * shape.block_size
-    kept = jax.checkpoint(body, prevent_cse=False)  # a derivative makes the logits anew and keeps none
-    columns = jax.tree.map(lambda x: x[:whole].reshape(shape.block_size, shape.blocks, *x.shape[1:]), arrays)
-    carry, out = (_scan_in_place if in_place else _scan_columns)(kept, carry, columns)
-    out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
-    if shape.remainder:
-        carry, last = kept(carry, jax.tree.map(lambda x: x[whole:], arrays))
-        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, last)
-    return carry, out
-
-
-def _scan_columns(body, carry, arrays):
-    turned = partial(jax.tree.map, lambda x: jnp.swapaxes(x, 0, 1))
-    carry, out = jax.lax.scan(body, carry, turned(arrays))
-    return carry, turned(out)
-
-
-def _scan_in_place(body, carry, arrays):
-    blocks = jax.tree.leaves(arrays)[0].shape[1]
-
-    def column(number):
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 1, keepdims=False), arrays)
-
-    def step(state, number):
-        carry, out = state
-        carry, results = body(carry, column(number))
-        return (carry, jax.tree.map(partial(_put, number), out, results)), None
-
-    # A result is one number per token, or one vector like that of the token: laid out as such an array is. Of the first
-    # block only nothing is taken, so that the compiler leaves it out.
-    like, (_, first) = {x.ndim: x for x in jax.tree.leaves(arrays)}, body(carry, column(0))
-    out = jax.tree.map(lambda x: _varying(jnp.zeros_like(like[x.ndim + 1], x.dtype), x), first)
-    return jax.lax.scan(step, (carry, out), jnp.arange(blocks))[0]
-
-
-def _put(number, all, x):
-    return jax.lax.dynamic_update_index_in_dim(all, x, number, 1)
-
-
-def _dot(a, b, axes, dtype):
-    return jax.lax.dot_general(a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=dtype)
-
-
-def _product(form: _Form, hidden, kernel, dtype):
-    """hidden @ kernel. Two operands of a smaller dtype are multiplied as they are."""
-    common = hidden.dtype if hidden.dtype == kernel.dtype else _dtype(hidden, kernel)
-    return _dot(hidden.astype(common), kernel.astype(common), (1, int(form.transposed)), dtype)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _wide_product(form: _Form, hidden, kernel, wide):
-    """hidden @ kernel. `wide`, the kernel in the dtype computed in, is there for the derivative alone."""
-    return _product(form, hidden, kernel, wide.dtype)
-
-
-@_wide_product.defjvp
-def _wide_product_jvp(form, primals, tangents):
-    (hidden, kernel, wide), (dhidden, _, dwide) = primals, tangents
-    slope = _product(form, dhidden, wide, wide.dtype) + _product(form, hidden, dwide, wide.dtype)
-    return _wide_product(form, hidden, kernel, wide), slope
-
-
-def _plus(bias, z):
-    return z if bias is None else z + bias.astype(z.dtype)[None]
-
-
-def _hidden_slope(form: _Form, dz, kernel):
-    return _dot(dz, kernel.astype(dz.dtype), (1, 1 - int(form.transposed)), dz.dtype)
-
-
-def _kernel_slope(form: _Form, hidden, dz):
-    pair = (dz, hidden.astype(dz.dtype)) if form.transposed else (hidden.astype(dz.dtype), dz)
-    return _dot(*pair, (0, 0), dz.dtype)
-
-
-def _varying(x, *others):
-    """x as it would be after meeting the others: in `shard_map` different on each device where one of them is."""
-    # Sums of nothing, which the compiler takes for the 0 that they are.
-    return x + sum(jnp.sum(other.ravel()[:0]).astype(x.dtype) for other in others)
-
-
-def _cap(numbers: _Numbers, z):
-    """The logits of a product. A class that the bias makes impossible stays so: 0 is added to any other."""
-    if numbers.softcap is not None:
-        impossible = jnp.minimum(z + jnp.finfo(z.dtype).max, 0)
-        z = numbers.softcap * _tanh(z / numbers.softcap) + jax.lax.stop_gradient(impossible)
-    return z if numbers.temperature is None else z / numbers.temperature
-
-
-_tanh = jax.custom_jvp(jnp.tanh)
-
-
-@_tanh.defjvp
-def _tanh_jvp(primals, tangents):
-    """d tanh(x) = 4 e / (1 + e)^2 dx with e = exp(-2 |x|): no digit cancels, as they do in 1 - tanh^2.
-
-    In a rematerialised scan jax takes a second derivative of what is written here. So the value has the plain
-    derivative of 2 / (1 + e) - 1 = tanh |x|, and |x| that of sign * x, which is right at 0 too.
-    """
-    (x,), (dx,) = primals, tangents
-    sign = jnp.where(x < 0, -1, 1).astype(x.dtype)
-    e = jnp.exp(-2 * sign * x)
-    plain = 2 * sign / (1 + e)
-    value = jax.lax.stop_gradient(jnp.tanh(x)) + (plain - jax.lax.stop_gradient(plain))
-    return value, 4 * e / jnp.square(1 + e) * dx
-
-
-def _loss_rows(form: _Form, numbers: _Numbers, z, labels):
-    """What is wanted of each row: loss, and with `has_aux` nll, logsumexp and 1 for a label that is the mode.
-
-    And the gradient of the loss, (1 - e) (p - y) + e (p - 1 / V) + 2 z_loss logsumexp p: written out, since the
-    transpose of a psum is another psum in a `shard_map` that does not check what varies.
-    """
-    axis, e, z_loss, labels = form.axis, numbers.label_smoothing, numbers.z_loss, labels[:, None]
-    nll, residual, log_total, p = _nll(z, labels, axis)
-    loss, slope, outputs = nll, residual, ()
-    if e is not None or z_loss is not None or form.has_aux:
-        top = _top(z, axis)
-        logsumexp = top + log_total
-        outputs = (nll, logsumexp, (_mode(z, axis).astype(labels.dtype) == labels).astype(z.dtype))
-        if e is not None:
-            count, gaps = z.shape[1] * _shards(axis), z - top
-            target = e / count
-            if form.has_bias:  # which may exclude classes; to count them costs two passes
-                possible = z > -jnp.inf
-                count = jnp.maximum(_accurate.total(possible.astype(z.dtype), axis), 1)
-                target, gaps = jnp.where(possible, e / count, 0), jnp.where(possible, gaps, 0)
-            smooth = log_total - _accurate.total(gaps, axis) / count
-            # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
-            loss = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll) + e * smooth
-            slope = (1 - e) * residual + (e * p - target)
-        if z_loss is not None:
-            loss += z_loss * jnp.square(logsumexp)
-            slope += 2 * z_loss * logsumexp * p
-    return [x[:, 0] for x in (loss, *(outputs if form.has_aux else ()))], slope
-
-
-def _shards(axis):
-    return 1 if isinstance(axis, int) else jax.lax.axis_size(axis.name)
-
-
-def _offset(z, axis):
-    """The number of the first class of this shard."""
-    return 0 if isinstance(axis, int) else jax.lax.axis_index(axis.name) * z.shape[1]
-
-
-def _psum(x, axis):
-    return x if isinstance(axis, int) else jax.lax.psum(x, axis.name)
-
-
-def _top(z, axis):
-    return jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
-
-
-def _mode(z, axis):
-    """The first class at the maximum; the first NaN, where one is."""
-    place = jax.lax.argmax(z, 1, jnp.int32)[:, None] + _offset(z, axis)
-    if isinstance(axis, int):
-        return place
-    local = jax.lax.stop_gradient(jnp.max(z, axis=1, keepdims=True))
-    # A NaN is above +inf; the maximum of several devices may drop it.
-    is_nan = jnp.isnan(local)
-    nowhere = jax.lax.pmax(is_nan.astype(jnp.int32), axis.name) == 0
-    first = is_nan | (nowhere & (local == jax.lax.pmax(local, axis.name)))
-    return jax.lax.pmin(jnp.where(first, place, 2**31 - 1), axis.name)
-
-
-def _folded(key, numbers):
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
-
-
-def _noise(keys, z, axis):
-    """Gumbel noise for each token, by its key, and class: that of a class does not depend on the shard that has it.
-
-    `_NOISE` classes, counted from the first of all, draw with one key. A shard may begin and end within them.
-    """
-    size, first = z.shape[1], _offset(z, axis)
-    count = size // _NOISE
-    if size % _NOISE:
-        count += 1 if isinstance(axis, int) else 2
-    draw = partial(jax.random.gumbel, shape=(_NOISE,), dtype=z.dtype, mode="high")
-
-    def row(key):
-        noise = jax.vmap(draw)(_folded(key, first // _NOISE + jnp.arange(count)))
-        return jax.lax.dynamic_slice_in_dim(noise.ravel(), first % _NOISE, size)
-
-    return jax.vmap(row)(keys)
-
-
-def _label_terms(z, labels, axis):
-    """exp(gap) with 0 for the label, where that is, the sum of these, and the label's gap.
-
-    One pass over z: a mask of its own size would be written to memory for each sum that it enters.
-    """
-    top = _top(z, axis)
-    place, here, label_logit = _logits_at(z, labels, axis)
-    at_label = jnp.arange(z.shape[1], dtype=place.dtype)[None] == place
-    never = jnp.minimum(top, -jnp.inf)  # a constant would be an array of the size of z, kept through the loop
-    others = jnp.exp(jnp.where(at_label, never, z - top))
-    return others, at_label, _accurate.total(others, axis), _psum(jnp.where(here, label_logit - top, 0), axis)
-
-
-def _logits_at(z, classes, axis):
-    """Where these classes of each row are in this shard, whether they are, and their logits."""
-    place = classes - jnp.asarray(_offset(z, axis), classes.dtype)
-    here = (place >= 0) & (place < z.shape[1])
-    return place, here, jnp.take_along_axis(z, jnp.where(here, place, 0), axis=1, mode="promise_in_bounds")
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _nll(z, labels, axis):
-    """-log p_y = log1p(others exp(-gap)) = log_total - gap with y left out of the others, and its gradient p - y.
-
-    And log_total = log1p(others + (exp(gap) - 1)), the logarithm of the sum of all exponentials, and its gradient p.
-
-    Near the maximum the first form keeps the digits of the others, also where XLA computes a tanh or a quotient again
-    for the label alone, which then misses its own maximum by a rounding. Far below it, others is at least 1, and there
-    is no small number to keep. p - y is p_j for the others, and minus their sum for y, never p_y - 1. All are plainly
-    differentiable, since in a rematerialised scan jax takes a second derivative of what is written here, and not by
-    the rule.
-    """
-    exponentials, at_label, others, gap = _label_terms(z, labels, axis)
-    log_total, total = jnp.log1p(others + jnp.expm1(gap)), jnp.maximum(others + jnp.exp(gap), 0.5)
-    nll = jnp.where(gap > -1, jnp.log1p(others * jnp.exp(-jnp.maximum(gap, -1))), log_total - gap)
-    p, residual = (jnp.where(at_label, x, exponentials) / total for x in (jnp.exp(gap), -others))
-    return nll, residual, log_total, p
-
-
-@_nll.defjvp
-def _nll_jvp(axis, primals, tangents):
-    """d(p_j - y_j) = p_j (dz_j - <p, dz>): measured from the class with p > 1/2, if there is one, no 1 - p cancels."""
-    (z, labels), (dz, _) = primals, tangents
-    nll, residual, log_total, p = _nll(z, labels, axis)
-    dp = p * _accurate.centred(p, dz, axis)
-    dnll, dlog_total = (_accurate.total(x * dz, axis) for x in (residual, p))
-    return (nll, residual, log_total, p), (dnll, dp, dlog_total, dp)
-
-
-def _divergence(form: _Form, p, q, *, reverse=False):
-    return categorical._kl_divergence(*((q, p) if reverse else (p, q)), form.axis)[:, 0]
-
-
-def _normaliser(z, axis):
-    """Maximum and log sum_j exp(z_j - max). The value is that of `rest`, the derivative that of the plain logarithm."""
-    plain = jnp.log(_accurate.total(_accurate.exp_gap(z, axis), axis))
-    value = jnp.log1p(_accurate.rest(z, axis))
-    return _top(z, axis), jax.lax.stop_gradient(value) + (plain - jax.lax.stop_gradient(plain))
-
-
-def _top_divergence(form: _Form, z, log_probs, indices, inside):
-    """KL(t || s) of a teacher t over k classes: within them, and log1p of the odds against them."""
-    place, here, logits = _logits_at(z, indices, form.axis)
-    within = _psum(jnp.where(here, logits, 0), form.axis)
-    # Where the student excludes all of them, they are no distribution that a divergence could be taken from.
-    excluded = jnp.all(within == -jnp.inf, axis=1, keepdims=True)
-    within = jnp.where(excluded, 0, within)
-    # A finite logit beyond all use, since a row without any class is no distribution.
-    place = jnp.where(here, place, z.shape[1])
-    outside = z.at[jnp.arange(z.shape[0])[:, None], place].set(jnp.finfo(z.dtype).min / 8, mode="drop")
-    (top_in, log_in), (top_out, log_out) = _normaliser(within, 1), _normaliser(outside, form.axis)
-    odds = (top_out - top_in) + (log_out - log_in)
-    loss = categorical._kl_divergence(log_probs, within, 1) + jax.nn.softplus(odds)
-    loss = jnp.where(excluded, jnp.inf + _accurate.undefined(z, form.axis), loss)
-    return _accurate.nan_unless(inside, loss[:, 0])

@@ -248,7 +248,7 @@ def _perplexity(nll, weights):
     # Shares of the weight, not a quotient of two sums, which may overflow.
     w = w.astype(dtype)
     share = _weights.ratio(w, jnp.sum(w))
-    mean = jnp.sum(_accurate.weigh(share, nll.astype(dtype)))
+    mean = jnp.sum(_accurate.multiply_no_nan(share, nll.astype(dtype)))
     constant = jax.lax.stop_gradient(mean)
     return jnp.exp(jnp.where(jnp.exp(constant) < jnp.inf, mean, constant))
 

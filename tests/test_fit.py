@@ -115,11 +115,11 @@ def nll_of_a_list():
     return Unhashable()
 
 
-VALIDATION = {"validation": (X[:7], Y[:7]), "validate_every": 12, "record_every": 3}
+VALIDATION = {"validation": (X[:7], Y[:7]), "validate_every": 12, "log_every": 3}
 OPTIONS = {
     "plain": {},
-    "rows, short batches, parts": {"batch_size": 10, "record_every": 6, "micro_batches": 2},
-    "validation, average": VALIDATION | {"average_decay": 0.9},
+    "rows, short batches, parts": {"batch_size": 10, "log_every": 6, "micro_batches": 2},
+    "validation, average": VALIDATION | {"ema_decay": 0.9},
 }
 
 
@@ -181,18 +181,18 @@ def test_chunks_of_all_lengths_are_one_program():
     assert once <= 4  # for the type of a row, and for its program; not once a chunk
 
 
-@pytest.mark.parametrize("record_every", [1, 6])
+@pytest.mark.parametrize("log_every", [1, 6])
 @pytest.mark.parametrize("data", [batch_at, Batches()], ids=["function", "iterable"])
-def test_batches_go_through_step(data, record_every):
+def test_batches_go_through_step(data, log_every):
     state, losses = mle.init(PARAMS, ADAM, KEY), []
     one = jax.jit(mle.step, static_argnums=(0, 1))
     for number in range(60):
         state, metrics = one(nll, ADAM, state, batch_at(number if data is batch_at else number % 5))
         losses.append(metrics.loss)
-    result = fitted(data, record_every=record_every)
+    result = fitted(data, log_every=log_every)
     assert_same_bits(result.state, state)
     # A row's mean is a sum of at most 6 products, in an order of the compiler's.
-    np.testing.assert_allclose(result.history.loss, np.reshape(losses, (-1, record_every)).mean(1), rtol=8 * 2.0**-24)
+    np.testing.assert_allclose(result.history.loss, np.reshape(losses, (-1, log_every)).mean(1), rtol=8 * 2.0**-24)
 
 
 def test_batches_are_validated_as_arrays_are():
@@ -203,7 +203,7 @@ def test_batches_are_validated_as_arrays_are():
     and a gradient, sums over 5 and 4 of these, differ by 10 times as much.
     """
     rows = _order.batches(KEY, jnp.array(0), SIZE, 600, 4)
-    options = VALIDATION | {"average_decay": 0.9, "patience": 2, "num_steps": 600, "optimizer": optax.sgd(0.05)}
+    options = VALIDATION | {"ema_decay": 0.9, "patience": 2, "num_steps": 600, "optimizer": optax.sgd(0.05)}
     got, want = fitted(lambda step: (X[rows[step]], Y[rows[step]]), **options), fitted(**options)
     assert got.reason == want.reason == "patience"
     assert got.state.step == want.state.step
@@ -355,8 +355,8 @@ def test_an_iterable_goes_on_after_the_batches_that_were_used(stops, tmp_path):
     for stop in stops:  # noqa: B007  `Stopping` reads it
         given = []
         with pytest.raises(SystemExit):
-            fitted(Stopping(), record_every=3, checkpoint_dir=tmp_path)
-    got, want = fitted(Batches(), record_every=3, checkpoint_dir=tmp_path), fitted(Batches(), record_every=3)
+            fitted(Stopping(), log_every=3, checkpoint_dir=tmp_path)
+    got, want = fitted(Batches(), log_every=3, checkpoint_dir=tmp_path), fitted(Batches(), log_every=3)
     assert_same_bits(got[:2], want[:2])
 
 
@@ -364,14 +364,12 @@ BROKEN = {leaf: broken_from(21, leaf) for leaf in ("kernel", "bias")}
 
 
 @pytest.mark.parametrize(
-    ("data", "first", "record_every", "leaf"),
+    ("data", "first", "log_every", "leaf"),
     [(with_step, 21, 1, "kernel"), (with_step, 21, 3, "bias")],
     ids=["rows of 1", "rows of 3"],
 )
-def test_steps_that_stay_non_finite_end_it_with_the_leaf_and_the_state_before(
-    data, first, record_every, leaf, tmp_path
-):
-    options = {"record_every": record_every, "max_skipped": 6, "checkpoint_dir": tmp_path}
+def test_steps_that_stay_non_finite_end_it_with_the_leaf_and_the_state_before(data, first, log_every, leaf, tmp_path):
+    options = {"log_every": log_every, "max_skipped": 6, "checkpoint_dir": tmp_path}
     with pytest.raises(FloatingPointError) as caught:
         fitted(data, BROKEN[leaf], **options)
     pattern = (
@@ -382,7 +380,7 @@ def test_steps_that_stay_non_finite_end_it_with_the_leaf_and_the_state_before(
     # The same call fails in the same way, from what was saved.
     with pytest.raises(FloatingPointError, match=re.escape(str(caught.value))):
         fitted(data, BROKEN[leaf], **options)
-    got, want = fitted(sound, BROKEN[leaf], **options), fitted(sound, BROKEN[leaf], record_every=record_every)
+    got, want = fitted(sound, BROKEN[leaf], **options), fitted(sound, BROKEN[leaf], log_every=log_every)
     assert_same_bits(got[:2], want[:2])
 
 
@@ -417,7 +415,7 @@ def test_series_of_failures_are_found_across_chunks(cuts, max_skipped):
     for seed in range(20):
         fails = np.random.default_rng(seed).random(20) < 0.6
         want = next((i for i in range(20) if i + max_skipped <= 20 and fails[i : i + max_skipped].all()), None)
-        plan, before, done, got = SimpleNamespace(max_skipped=max_skipped, record_every=1), 0, 0, None
+        plan, before, done, got = SimpleNamespace(max_skipped=max_skipped, log_every=1), 0, 0, None
         for length in cuts:
             first, before = host._failing_rows(fails[done : done + length], before, plan)
             if first is not None:
@@ -541,7 +539,7 @@ def test_a_log_that_fails_leaves_what_was_reached(tmp_path):
 
 
 def test_the_step_of_a_row_that_fails_is_found(capfd):
-    result = fitted(with_step, nll=broken_at(7), record_every=5)
+    result = fitted(with_step, nll=broken_at(7), log_every=5)
     assert result.skipped.startswith(
         "1 of 60 steps skipped: loss nan, the gradient is not finite in params['dense']['k"
     )
@@ -670,8 +668,8 @@ class Empty(Batches):
     [
         ({"num_steps": 0}, "fit: num_steps must be a whole number of at least 1, got 0"),
         ({"max_skipped": 0}, "fit: max_skipped must be a whole number of at least 1, got 0"),
-        ({"keep": 0}, "fit: keep must be a whole number of at least 1, got 0"),
-        ({"record_every": 7}, "fit: num_steps must be a multiple of record_every = 7, got 60"),
+        ({"max_to_keep": 0}, "fit: max_to_keep must be a whole number of at least 1, got 0"),
+        ({"log_every": 7}, "fit: num_steps must be a multiple of log_every = 7, got 60"),
         (VALIDATION | {"validate_every": 9}, "fit: num_steps must be a multiple of validate_every = 9, got 60"),
         ({"validate_every": 6}, "fit: validation and validate_every must be given together, got validate_every alone"),
         ({"patience": 6}, "fit: patience needs validation and validate_every, got neither"),

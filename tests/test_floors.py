@@ -42,6 +42,28 @@ def test_imports_point_downwards(path):
             assert not name.startswith("jprob.mle"), f"{path.name} imports {name} from the floor above"
 
 
+def private_names(path: Path) -> set[str]:
+    """Names with an underscore that a file takes from other modules. A private module is none: it is there to share."""
+    tree, modules, found = ast.parse(path.read_text()), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                modules.add(alias.asname or alias.name.split(".")[0])
+                folder = ROOT / (node.module or "").replace(".", "/") if isinstance(node, ast.ImportFrom) else ROOT
+                folders = folder, *path.parents[: getattr(node, "level", 0)]
+                if alias.name.startswith("_") and not any((f / f"{alias.name}.py").exists() for f in folders):
+                    found.add(alias.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and isinstance(node.value, ast.Name):
+            found |= {f"{node.value.id}.{node.attr}"} if node.value.id in modules else set()
+    return found
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("jprob/**/*.py"), *ROOT.glob("experiments/**/*.py")], ids=str)
+def test_no_module_takes_another_ones_private_name(path):
+    assert private_names(path) <= {"os._exit"}
+
+
 def test_importing_jprob_is_light():
     heavy = {"optax", "orbax", "scipy", "matplotlib", "chex", "sklearn", "msgspec"}
     # jax itself imports scipy.special lazily; what counts is what jprob adds to it.

@@ -49,7 +49,7 @@ class Batches:
 
 
 STEPS_OF_A_SAVE = 60  # three chunks, each from one validation to the next
-KINDS = {"arrays": {"data": (X, Y), "record_every": 5}, "batches": {"data": Batches(), "record_every": 4}}
+KINDS = {"arrays": {"data": (X, Y), "log_every": 5}, "batches": {"data": Batches(), "log_every": 4}}
 
 
 def nll(params, batch, key):
@@ -96,7 +96,7 @@ def train(kind, num_steps, folder, cache, ending, death=None):
         key=jax.random.key(0),
         batch_size=4,
         validation=(X[:9], Y[:9]),
-        average_decay=0.99,
+        ema_decay=0.99,
         checkpoint_dir=folder,
         num_steps=num_steps,
         validate_every=20,

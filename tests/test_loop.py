@@ -21,7 +21,7 @@ X = jnp.asarray(_rng.normal(size=(SIZE, FEATURES)), jnp.float32)
 Y = jnp.asarray(_rng.integers(0, CLASSES, SIZE))
 PARAMS = {"kernel": jnp.asarray(_rng.normal(size=(FEATURES, CLASSES)), jnp.float32), "bias": jnp.zeros((1, CLASSES))}
 OPTIMIZERS = {"sgd": optax.sgd(0.1, momentum=0.9), "adam": lenient(optax.adam(1e-2))}
-step = jax.jit(mle.step, static_argnums=(0, 1), static_argnames=("micro_batches", "average_decay"))
+step = jax.jit(mle.step, static_argnums=(0, 1), static_argnames=("micro_batches", "ema_decay"))
 
 
 def nll(params, batch, key):
@@ -62,11 +62,11 @@ def order(seed, epochs=2):
 
 
 @cache
-def loop_of_steps(name, micro_batches=1, average_decay=None):
+def loop_of_steps(name, micro_batches=1, ema_decay=None):
     """Two epochs of `run` with batches of 4, written by hand: final state, metrics of all steps, sizes of batches."""
     optimizer = OPTIMIZERS[name]
     state, metrics, sizes = start(optimizer), [], []
-    options = {"micro_batches": micro_batches, "average_decay": average_decay}
+    options = {"micro_batches": micro_batches, "ema_decay": ema_decay}
     for epoch in order(0):
         for ids in np.split(epoch, range(4, SIZE, 4)):
             filled, weights = np.pad(ids, (0, 4 - len(ids))), jnp.arange(4) < len(ids)
@@ -156,7 +156,7 @@ def test_no_weight_at_all_gives_loss_0_and_gradient_0():
     assert_same_bits(state.params, PARAMS)
 
 
-VALIDATED = {"record_every": 2, "validation": (X[:5], Y[:5]), "validate_every": 4, "average_decay": 0.9}
+VALIDATED = {"log_every": 2, "validation": (X[:5], Y[:5]), "validate_every": 4, "ema_decay": 0.9}
 ALL = {**VALIDATED, "patience": 1, "micro_batches": 2, "num_steps": 8, "batch_size": 4}
 TUNED = optax.inject_hyperparams(optax.sgd)(learning_rate=1e-2, momentum=0.9)
 
@@ -187,7 +187,7 @@ def test_so_they_are_with_every_option(rate):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("sgd", {}), ("adam", {"micro_batches": 2, "average_decay": 0.9})], ids=["plain", "options"]
+    ("name", "options"), [("sgd", {}), ("adam", {"micro_batches": 2, "ema_decay": 0.9})], ids=["plain", "options"]
 )
 def test_run_is_a_loop_of_steps(name, options):
     optimizer = OPTIMIZERS[name]
@@ -202,20 +202,20 @@ def test_run_is_a_loop_of_steps(name, options):
 
 def test_a_row_is_the_mean_over_its_steps():
     """Of the loss by examples, of the norms by steps; each epoch ends with a batch of 3."""
-    optimizer, record_every = OPTIMIZERS["sgd"], 2
+    optimizer, log_every = OPTIMIZERS["sgd"], 2
     _, steps, sizes = loop_of_steps("sgd")
-    options = {"num_steps": 12, "batch_size": 4, "record_every": record_every}
+    options = {"num_steps": 12, "batch_size": 4, "log_every": log_every}
     _, history = mle.run(nll, optimizer, start(optimizer), (X, Y), **options)
-    cut = lambda x: x.reshape(-1, record_every)  # noqa: E731
+    cut = lambda x: x.reshape(-1, log_every)  # noqa: E731
     loss = np.average(cut(steps.loss), axis=1, weights=cut(sizes))
     want = loss, cut(steps.gradient_norm).mean(axis=1), cut(steps.update_norm).mean(axis=1)
     assert_close(history[:3], want, 12 * 16)
-    assert history.skipped.tolist() == [0] * (12 // record_every)
+    assert history.skipped.tolist() == [0] * (12 // log_every)
 
 
 def test_the_row_of_an_epoch_is_the_mean_over_all_data():
     optimizer = optax.sgd(0.0)
-    _, history = mle.run(nll, optimizer, start(optimizer), (X, Y), num_steps=12, batch_size=4, record_every=6)
+    _, history = mle.run(nll, optimizer, start(optimizer), (X, Y), num_steps=12, batch_size=4, log_every=6)
     np.testing.assert_allclose(history.loss, jnp.mean(nll(PARAMS, (X, Y), None)), rtol=8 * U)
 
 
@@ -233,7 +233,9 @@ def test_vmap_over_seeds_is_each_seed_alone():
         alone, alone_history = train(key)
         mine, mine_history = jax.tree.map(lambda x, i=i: x[i], (together, history))
         assert_close((mine.params, mine.average, mine.best), (alone.params, alone.average, alone.best), 12 * 8)
-        assert_same_bits((mine.key, mine.step, mine.stale), (alone.key, alone.step, alone.stale))
+        assert_same_bits(
+            (mine.key, mine.step, mine.validations_since_best), (alone.key, alone.step, alone.validations_since_best)
+        )
         assert_close(mine_history, alone_history, 12 * 64)
     assert not np.allclose(history.loss[0], history.loss[1]), "each seed has an order of its own"
 
@@ -281,7 +283,7 @@ def test_each_step_has_a_key_of_its_own():
 def test_no_program_has_an_effect():
     """An effect, be it a callback or a check, would cost every call its fast dispatch."""
     optimizer = OPTIMIZERS["adam"]
-    for train in (partial(mle.run, **ALL), partial(mle.step, micro_batches=2, average_decay=0.9)):
+    for train in (partial(mle.run, **ALL), partial(mle.step, micro_batches=2, ema_decay=0.9)):
         assert not jax.make_jaxpr(partial(train, nll, optimizer))(start(optimizer), (X[:12], Y[:12])).effects
 
 
@@ -311,13 +313,13 @@ def test_it_fits_by_maximum_likelihood():
 # Validation, the best params, and stopping early
 
 
-@pytest.mark.parametrize(("batch_size", "average_decay"), [(4, 0.5), (40, None)])
-def test_a_score_is_the_mean_over_the_validation_data(batch_size, average_decay):
+@pytest.mark.parametrize(("batch_size", "ema_decay"), [(4, 0.5), (40, None)])
+def test_a_score_is_the_mean_over_the_validation_data(batch_size, ema_decay):
     """Whatever is left over in the last batch; by the average where there is one."""
     optimizer, data = OPTIMIZERS["sgd"], (X[:7], Y[:7])
     options = {"num_steps": 6, "batch_size": batch_size, "validation": data, "validate_every": 3}
-    state, history = mle.run(nll, optimizer, start(optimizer), (X, Y), average_decay=average_decay, **options)
-    scored = state.params if average_decay is None else state.average.ema
+    state, history = mle.run(nll, optimizer, start(optimizer), (X, Y), ema_decay=ema_decay, **options)
+    scored = state.params if ema_decay is None else state.average.ema
     np.testing.assert_allclose(history.validation[1], jnp.mean(nll(scored, data, None)), rtol=16 * U)
     assert history.validation[0] != history.validation[1]
 
@@ -343,12 +345,12 @@ TABLES = {
 
 def judged(scores, patience):
     """Best score, its step, validations since, steps taken: by a loop on the host."""
-    best, at, stale, taken = np.inf, 0, 0, 0
+    best, at, waited, taken = np.inf, 0, 0, 0
     for taken, score in enumerate(scores, 1):
-        best, at, stale = (score, taken, 0) if score < best else (best, at, stale + 1)
-        if stale == patience:
+        best, at, waited = (score, taken, 0) if score < best else (best, at, waited + 1)
+        if waited == patience:
             break
-    return best, at, stale, taken
+    return best, at, waited, taken
 
 
 @pytest.mark.parametrize("patience", [None, 2])
@@ -357,10 +359,10 @@ def test_the_best_params_are_kept_and_patience_ends(patience):
     tables = jnp.array(list(TABLES.values()))
     state, history = jax.jit(jax.vmap(lambda table: climb(table, 8, patience=patience)))(tables)
     for i, table in enumerate(TABLES.values()):
-        best, at, stale, taken = judged(table[1:], patience)
+        best, at, waited, taken = judged(table[1:], patience)
         mine = jax.tree.map(lambda x, i=i: x[i], state)
         assert (mine.best.score, mine.best.step, mine.best.params) == (best, at, at)
-        assert (mine.stale, mine.step, mine.params) == (stale, taken, taken)
+        assert (mine.validations_since_best, mine.step, mine.params) == (waited, taken, taken)
         np.testing.assert_array_equal(history.validation[i], table[1 : taken + 1] + [np.inf] * (8 - taken))
         np.testing.assert_array_equal(history.loss[i], [-w for w in range(taken)] + [np.inf] * (8 - taken))
         assert history.skipped[i].tolist() == [0] * 8
@@ -460,7 +462,7 @@ FAULTS = ["loss NaN", "loss inf", "loss -inf", "gradient NaN", "gradient inf", "
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fault):
     """Adam's count too stays where it was."""
-    optimizer, options = OPTIMIZERS["adam"], {"average_decay": 0.9}
+    optimizer, options = OPTIMIZERS["adam"], {"ema_decay": 0.9}
     state = start(optimizer, params=jnp.ones(()))
     state, _ = mle.step(lambda w, x, key: 0 * w + x, optimizer, state, jnp.ones(2), **options)
     after, metrics = mle.step(spoilt(fault), optimizer, state, jnp.array([0.0, 2.0]), **options)
@@ -489,11 +491,11 @@ def test_a_run_goes_on_after_what_is_not_finite(fault):
     assert (after.skipped, after.step, after.optimizer_state[0].count) == (2, 10, 8)
     assert history.skipped.sum() == 2
     # A row of both kinds is the mean of the sound steps; one of skipped steps alone shows what is not finite.
-    _, rows = mle.run(spoilt(fault), optimizer, state, x, num_steps=10, batch_size=1, record_every=5)
+    _, rows = mle.run(spoilt(fault), optimizer, state, x, num_steps=10, batch_size=1, log_every=5)
     sound = np.where(history.skipped == 0, history.loss, 0).reshape(2, 5).sum(axis=1) / 4
     np.testing.assert_allclose(rows.loss, sound, rtol=16 * U)
     assert rows.skipped.tolist() == [1, 1]
-    _, rows = mle.run(spoilt(fault), optimizer, state, x[:1], num_steps=4, batch_size=1, record_every=2)
+    _, rows = mle.run(spoilt(fault), optimizer, state, x[:1], num_steps=4, batch_size=1, log_every=2)
     assert not np.isfinite(rows.loss + rows.gradient_norm).any()
     assert rows.skipped.tolist() == [2, 2]
 
@@ -505,7 +507,7 @@ def test_a_run_goes_on_after_what_is_not_finite(fault):
 def test_the_average_is_the_closed_form(decay):
     """Of the params 1 ... n: sum d^(n - i) i / sum d^(n - i)."""
     n = 40
-    state, _ = climb([0.0], n, validation=None, validate_every=None, average_decay=decay)
+    state, _ = climb([0.0], n, validation=None, validate_every=None, ema_decay=decay)
     weights = decay ** np.arange(n - 1, -1.0, -1)
     want = np.average(np.arange(1.0, n + 1), weights=weights)
     # Each of n pulls towards a param rounds three times, and shrinks what was there.
@@ -518,7 +520,7 @@ def test_the_average_of_bfloat16_is_kept_in_float32():
     optimizer = optax.sgd(2.0**-7)
     state = start(optimizer, params=jnp.ones((), jnp.bfloat16))
     down = lambda w, x, key: -w + x  # noqa: E731
-    options = {"num_steps": 2, "batch_size": 1, "average_decay": 0.5}
+    options = {"num_steps": 2, "batch_size": 1, "ema_decay": 0.5}
     state, _ = mle.run(down, optimizer, state, jnp.zeros(1, jnp.bfloat16), **options)
     want = 1 + (1 * 0.5 + 2) / 1.5 * 2.0**-7
     np.testing.assert_allclose(state.average.ema, want, rtol=6 * U)
@@ -578,7 +580,7 @@ def test_step_and_run_pass_in_every_mode_of_jax(mode):
     options = {**VALIDATED, "num_steps": 4, "batch_size": 12, "patience": 1}
     data, weights = (np.asarray(X), np.asarray(Y, np.int64)), jnp.arange(SIZE) < 20
     with MODES[mode]():
-        state, _ = step(drawing, optimizer, start(optimizer), data, weights=weights, average_decay=0.9)
+        state, _ = step(drawing, optimizer, start(optimizer), data, weights=weights, ema_decay=0.9)
         for _ in range(2 if mode == "reuse of keys" else 1):
             after, history = mle.run(drawing, optimizer, state, data, **options)
             chex.assert_tree_all_finite((after.params, history))
@@ -641,19 +643,19 @@ OTHER = start(optax.sgd(0.1))
         ({"num_steps": 0}, "run: num_steps must be a whole number of at least 1, got 0"),
         pytest.param({"batch_size": 2.0}, "run: batch_size must be a whole number of at least 1, got 2.0",
                      marks=pytest.mark.wrong_types),
-        ({"record_every": 0}, "run: record_every must be a whole number of at least 1, got 0"),
+        ({"log_every": 0}, "run: log_every must be a whole number of at least 1, got 0"),
         ({"validate_every": -1}, "run: validate_every must be a whole number of at least 1, got -1"),
         ({"patience": 0}, "run: patience must be a whole number of at least 1, got 0"),
         ({"micro_batches": 0}, "run: micro_batches must be a whole number of at least 1, got 0"),
-        ({"record_every": 4}, "run: num_steps must be a multiple of record_every = 4, got 6"),
+        ({"log_every": 4}, "run: num_steps must be a multiple of log_every = 4, got 6"),
         ({"validation": (X, Y), "validate_every": 4}, "run: num_steps must be a multiple of validate_every = 4, got 6"),
-        ({"record_every": 2, "validation": (X, Y), "validate_every": 3},
-         "run: validate_every must be a multiple of record_every = 2, got 3"),
+        ({"log_every": 2, "validation": (X, Y), "validate_every": 3},
+         "run: validate_every must be a multiple of log_every = 2, got 3"),
         ({"micro_batches": 3}, "run: batch_size must be a multiple of micro_batches = 3, got 4"),
         ({"validation": (X, Y)}, "run: validation and validate_every must be given together, got validation alone"),
         ({"validate_every": 2}, "run: validation and validate_every must be given together, got validate_every alone"),
         ({"patience": 2}, "run: patience needs validation and validate_every, got neither"),
-        ({"average_decay": 1.0}, "run: average_decay must lie between 0 and 1, got 1.0"),
+        ({"ema_decay": 1.0}, "run: ema_decay must lie between 0 and 1, got 1.0"),
         ({"validation": (X, Y[:5]), "validate_every": 3},
          "run: expected validation with one leading axis of examples, got shapes [(23, 5), (5,)]"),
         ({"data": (X, Y[:5])}, "run: expected data with one leading axis of examples, got shapes [(23, 5), (5,)]"),
@@ -666,7 +668,7 @@ OTHER = start(optax.sgd(0.1))
                      marks=pytest.mark.wrong_types),
         ({"state": OTHER}, "run: state.optimizer_state must be of this optimizer, PyTreeDef("),
         ({"state": start(OPTIMIZERS["sgd"])._replace(average=optax.EmaState(jnp.array(1), PARAMS))},
-         "run: average_decay must be given, since the state has an average, got None"),
+         "run: ema_decay must be given, since the state has an average, got None"),
     ],
 )  # fmt: skip
 def test_a_fault_says_what_was_expected(change, message):
@@ -769,12 +771,12 @@ def test_weights_of_examples_are_repetitions():
 def test_a_step_with_an_average_is_the_body_of_a_scan():
     optimizer = OPTIMIZERS["sgd"]
     state = mle.init(PARAMS, optimizer, jax.random.key(0), average=True)
-    body = lambda state, batch: mle.step(nll, optimizer, state, batch, average_decay=0.9)  # noqa: E731
+    body = lambda state, batch: mle.step(nll, optimizer, state, batch, ema_decay=0.9)  # noqa: E731
     batches = jax.tree.map(lambda a: a[:20].reshape(5, 4, *a.shape[1:]), (X, Y))
     after, metrics = jax.lax.scan(body, state, batches)
     want = mle.init(PARAMS, optimizer, jax.random.key(0))
     for number in range(5):
-        want, _ = mle.step(nll, optimizer, want, jax.tree.map(lambda a: a[number], batches), average_decay=0.9)  # noqa: B023
+        want, _ = mle.step(nll, optimizer, want, jax.tree.map(lambda a: a[number], batches), ema_decay=0.9)  # noqa: B023
     assert_close(after.average, want.average, 5 * 8)
     assert metrics.loss.shape == (5,)
 

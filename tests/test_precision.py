@@ -75,9 +75,9 @@ def test_params_in_float32_are_trained_as_they_are():
 
 def test_a_skipped_step_leaves_the_copy_as_it_was():
     optimizer = mle.master_weights(lenient(optax.adam(0.1)))
-    state, _ = train(optimizer, jnp.bfloat16, average_decay=0.5)
+    state, _ = train(optimizer, jnp.bfloat16, ema_decay=0.5)
     lost = lambda params, x, key: linear(params, x, key) + jnp.nan  # noqa: E731
-    after, metrics = mle.step(lost, optimizer, state, X, average_decay=0.5)
+    after, metrics = mle.step(lost, optimizer, state, X, ema_decay=0.5)
     assert metrics.skipped == 1
     kept = (state.params, state.optimizer_state, state.average)
     assert_same_bits((after.params, after.optimizer_state, after.average), kept)

@@ -42,7 +42,7 @@ def lenient(optimizer):
 # With an epsilon of 1 an update errs no more than its gradient. A usual one divides a gradient near 0 by itself.
 ADAM = lenient(optax.adam(0.1, eps=1.0))
 OPTIONS = {"num_steps": 12, "batch_size": 16}
-VALIDATED = {"validate_every": 6, "average_decay": 0.9}
+VALIDATED = {"validate_every": 6, "ema_decay": 0.9}
 AUTOMATIC = (AxisType.Auto,)
 ROWS, COLUMNS = {"kernel": ("d",), "out": ("d",)}, {"kernel": (None, "d"), "out": ("d",)}
 

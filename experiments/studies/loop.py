@@ -226,7 +226,7 @@ def fit_once(t: Task, num_steps: int, directory: str | None = None) -> Callable[
     def train():
         with contextlib.redirect_stderr(io.StringIO()):
             result = mle.fit(nll, OPTIMIZER, params, examples, jax.random.key(0), num_steps=num_steps,
-                                batch_size=t.batch_size, record_every=RECORD_EVERY, checkpoint_dir=directory,
+                                batch_size=t.batch_size, log_every=RECORD_EVERY, checkpoint_dir=directory,
                                 progress="none")  # fmt: skip
         return jax.block_until_ready(result.state)
 
@@ -240,7 +240,7 @@ def measure_fit(t: Task, num_steps: int, rounds: int) -> Record:
     def run_once():
         state = mle.init(arguments[0], OPTIMIZER, jax.random.key(0))
         return jax.block_until_ready(mle.run(nll, OPTIMIZER, state, arguments[1], num_steps=num_steps,
-                                             batch_size=t.batch_size, record_every=RECORD_EVERY))  # fmt: skip
+                                             batch_size=t.batch_size, log_every=RECORD_EVERY))  # fmt: skip
 
     times = dict(zip(("fit", "run"), timing.race([fit_once(t, num_steps), run_once], rounds), strict=True))
     if importlib.util.find_spec("orbax") is not None:

@@ -11,14 +11,14 @@ from jaxtyping import PyTree
 from .._checks import describe
 
 _MULTIPLES = {
-    "num_steps": ("record_every", "validate_every"),
-    "validate_every": ("record_every",),
+    "num_steps": ("log_every", "validate_every"),
+    "validate_every": ("log_every",),
     "batch_size": ("micro_batches",),
 }
 
 
 def options(
-    function: str, *, validation: PyTree | None = None, average_decay: float | None = None, **counts: int | None
+    function: str, *, validation: PyTree | None = None, ema_decay: float | None = None, **counts: int | None
 ) -> None:
     """The options that `run`, `step` and `fit` share: whole numbers, some of them multiples of others, and a decay."""
     given = {name: value for name, value in counts.items() if value is not None}
@@ -35,22 +35,22 @@ def options(
         raise ValueError(f"{function}: validation and validate_every must be given together, got {only} alone")
     if "patience" in given and validation is None:
         raise ValueError(f"{function}: patience needs validation and validate_every, got neither")
-    if average_decay is not None and not 0 < average_decay < 1:
-        raise ValueError(f"{function}: average_decay must lie between 0 and 1, got {average_decay!r}")
+    if ema_decay is not None and not 0 < ema_decay < 1:
+        raise ValueError(f"{function}: ema_decay must lie between 0 and 1, got {ema_decay!r}")
 
 
 def state(function: str, value: Any) -> None:
     """It is a `State`."""
-    if not hasattr(value, "stale"):
+    if not hasattr(value, "validations_since_best"):
         raise ValueError(f"{function}: state must be a State, as init gives it, got {describe(value)}")
 
 
 def optimizer_state(
-    function: str, value: Any, optimizer: optax.GradientTransformation, average_decay: float | None
+    function: str, value: Any, optimizer: optax.GradientTransformation, ema_decay: float | None
 ) -> None:
     """The state is one that this optimizer goes on from, and its average, if it has one, is kept."""
-    if average_decay is None and value.average is not None:
-        raise ValueError(f"{function}: average_decay must be given, since the state has an average, got None")
+    if ema_decay is None and value.average is not None:
+        raise ValueError(f"{function}: ema_decay must be given, since the state has an average, got None")
     expected = jax.tree.structure(jax.eval_shape(optimizer.init, value.params))
     if (got := jax.tree.structure(value.optimizer_state)) != expected:
         raise ValueError(f"{function}: state.optimizer_state must be of this optimizer, {expected}, got {got}")

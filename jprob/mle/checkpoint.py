@@ -62,7 +62,7 @@ class Store(NamedTuple):
       handler: orbax's own, of arrays.
       run: names and values of JSON that describe this run. A checkpoint of another run is refused.
       versions: names and values that may differ. A checkpoint with others is used, and that is told.
-      keep: how many of the newest checkpoints to keep. Each holds the best params so far.
+      max_to_keep: how many of the newest checkpoints to keep. Each holds the best params so far.
       found: the steps of the checkpoints that were there, sound or not.
       sound: the steps of the checkpoints that are sound as far as is known.
     """
@@ -71,7 +71,7 @@ class Store(NamedTuple):
     handler: Any
     run: Mapping[str, Any]
     versions: Mapping[str, str]
-    keep: int
+    max_to_keep: int
     found: list[int]
     sound: set[int]
 
@@ -189,7 +189,10 @@ def _some_arrays(store, step, numbers):
 
 @contextlib.contextmanager
 def opened(
-    directory: str | os.PathLike[str], run: Mapping[str, Any], keep: int, versions: Mapping[str, str] | None = None
+    directory: str | os.PathLike[str],
+    run: Mapping[str, Any],
+    max_to_keep: int,
+    versions: Mapping[str, str] | None = None,
 ) -> Iterator[Store]:
     """Opens a folder, made if need be, for this run alone; all its processes open it together.
 
@@ -212,7 +215,7 @@ def opened(
                 _remove_unfinished(directory)
         handler = stack.enter_context(contextlib.closing(ocp.StandardCheckpointHandler()))
         found = _of_the_first(_steps(directory))
-        store = Store(directory, handler, run, versions or {}, keep, found, set(found))
+        store = Store(directory, handler, run, versions or {}, max_to_keep, found, set(found))
         for step in found:
             _attempt(store, step, _description)
         yield store
@@ -539,7 +542,7 @@ def _sum(path):
 
 
 def _drop_old(store):
-    kept = set(sorted(store.sound)[-store.keep :])
+    kept = set(sorted(store.sound)[-store.max_to_keep :])
     store.sound.intersection_update(kept)
     if jax.process_index() == 0:
         for step in _steps(store.directory):

@@ -84,7 +84,7 @@ def fit(
     batch_size: int,
     model_state: PyTree = None,
     weights: Real[Array, " n"] | Bool[Array, " n"] | None = None,
-    record_every: int = 1,
+    log_every: int = 1,
     validation: PyTree | None = None,
     validation_weights: Real[Array, " m"] | Bool[Array, " m"] | None = None,
     validation_nll: Nll | None = None,
@@ -94,11 +94,11 @@ def fit(
     monitor_mode: str = "min",
     patience: int | None = None,
     micro_batches: int = 1,
-    average_decay: float | None = None,
+    ema_decay: float | None = None,
     max_skipped: int = 20,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     save_every_seconds: float = 60.0,
-    keep: int = 3,
+    max_to_keep: int = 3,
     config: Mapping[str, Any] | None = None,
     log: Callable[[Report], bool | None] | None = None,
     progress: str = "auto",
@@ -126,26 +126,26 @@ def fit(
         (torchdata), or whose iterator has `get_state` and `set_state` (Grain), is resumed at the next batch. Of several
         processes each gives its share of a batch, as `jax.make_array_from_process_local_data` takes it.
       key: random key of the run.
-      num_steps: steps from the first one on, a multiple of `record_every` and of `validate_every`.
+      num_steps: steps from the first one on, a multiple of `log_every` and of `validate_every`.
       batch_size: examples per step; if `data` are batches, it is for validation alone.
       model_state: what the model updates itself, as for `init`.
       weights: how much each example of arrays counts, as for `run`.
-      record_every: steps that make a row of history. Only between rows is training shown, saved and stopped.
+      log_every: steps that make a row of history. Only between rows is training shown, saved and stopped.
       validation: examples to validate with, as for `run`.
       validation_weights: how much each of them counts.
       validation_nll: what to validate, as for `run`: with dropout off and running statistics in use.
-      validate_every: steps from one validation to the next, a multiple of `record_every`.
+      validate_every: steps from one validation to the next, a multiple of `log_every`.
       evaluation_params: from a state to the params to score, as for `run`.
       monitor: what the best params and `patience` follow, as for `run`.
       monitor_mode: "min" or "max", as for `run`.
       patience: training ends after so many validations in a row that are not better than the best.
       micro_batches: parts to cut each batch into, as for `run`.
-      average_decay: decay of the average of the params, as for `run`.
+      ema_decay: decay of the average of the params, as for `run`.
       max_skipped: steps in a row, counted in whole rows, whose loss or gradient may not be finite.
       checkpoint_dir: folder for checkpoints of this run alone, on a disk that is mounted here; needs the extra
         `checkpoint`. `load_params` reads it.
       save_every_seconds: time between checkpoints. There is one more at the end.
-      keep: how many checkpoints stay: the last ones, and the one with the best validation score.
+      max_to_keep: how many checkpoints stay: the last ones, and the one with the best validation score.
       config: what else tells this run from others, in values of JSON. A checkpoint with other ones is refused.
       log: called with a `Report` after each chunk, about three times a second, on process 0. A bool that is true ends
         training in order; an error ends it with what was reached saved.
@@ -174,19 +174,19 @@ def fit(
     """
     _arguments.functions("fit", nll=nll, optimizer=optimizer, validation_nll=validation_nll or nll,
                          evaluation_params=evaluation_params, log=log or print)  # fmt: skip
-    _arguments.options("fit", num_steps=num_steps, batch_size=batch_size, record_every=record_every,
+    _arguments.options("fit", num_steps=num_steps, batch_size=batch_size, log_every=log_every,
                        validation=validation, validate_every=validate_every, patience=patience,
-                       micro_batches=micro_batches, average_decay=average_decay, max_skipped=max_skipped,
-                       keep=keep)  # fmt: skip
+                       micro_batches=micro_batches, ema_decay=ema_decay, max_skipped=max_skipped,
+                       max_to_keep=max_to_keep)  # fmt: skip
     _arguments.of_validation("fit", validation, validation_weights, validation_nll, monitor, monitor_mode)
     config = sources.json_copy("config", config or {})
     if progress not in ("auto", "none"):
         raise ValueError(f'fit: progress must be "auto" or "none", got {progress!r}')
     evaluation = Evaluation(Objective("fit", validation_nll or nll), evaluation_params, monitor, monitor_mode,
                             batch_size // micro_batches) if validation is not None else None  # fmt: skip
-    plan = _Plan(Objective("fit", nll), optimizer, num_steps, batch_size, record_every, evaluation, validate_every,
-                 patience, micro_batches, average_decay, max_skipped, save_every_seconds)  # fmt: skip
-    given = loop.begin(init(params, optimizer, key, model_state=model_state), average_decay, evaluation)
+    plan = _Plan(Objective("fit", nll), optimizer, num_steps, batch_size, log_every, evaluation, validate_every,
+                 patience, micro_batches, ema_decay, max_skipped, save_every_seconds)  # fmt: skip
+    given = loop.begin(init(params, optimizer, key, model_state=model_state), ema_decay, evaluation)
     given = jax.tree.map(strong, given)
     has_source, outer = sources.is_source(data), jax.sharding.get_abstract_mesh()
     if has_source and weights is not None:
@@ -205,7 +205,7 @@ def fit(
         store, saved = None, None
         if checkpoint_dir is not None:
             description, versions = _description(plan, state, arrays, held_out, config), _versions(optimizer, state)
-            store = stack.enter_context(checkpoint.opened(checkpoint_dir, description, keep, versions))
+            store = stack.enter_context(checkpoint.opened(checkpoint_dir, description, max_to_keep, versions))
             saved = _resumed(plan, feed, store, state)
         start = [saved or checkpoint.Saved(0, state, _NO_HISTORY, feed.position())]
         del given, state, saved
@@ -227,18 +227,18 @@ class _Plan(NamedTuple):
     optimizer: optax.GradientTransformation
     num_steps: int
     batch_size: int
-    record_every: int
+    log_every: int
     evaluation: Evaluation | None
     validate_every: int | None
     patience: int | None
     micro_batches: int
-    average_decay: float | None
+    ema_decay: float | None
     max_skipped: int
     save_every_seconds: float
 
     def update(self) -> tuple[Any, ...]:
         """The arguments of a step, static."""
-        return self.nll, self.optimizer, self.micro_batches, self.average_decay
+        return self.nll, self.optimizer, self.micro_batches, self.ema_decay
 
 
 _NO_HISTORY: dict[str, Any] = {
@@ -260,11 +260,11 @@ class _Arrays:
     def advance(self, state: State, num_rows: int, stop: Callable[[], bool]) -> tuple[State, list[Metrics]]:
         """The state after some rows of steps, and what they measured; at most `_MOST_ROWS`."""
         plan = self.plan
-        static = plan.update(), plan.record_every, plan.batch_size, self.places
+        static = plan.update(), plan.log_every, plan.batch_size, self.places
         state, buffers = _rows(*static, state, self.data, jnp.int32(num_rows))
         return state, [jax.tree.map(lambda x: x[:num_rows], jax.device_get(buffers))]
 
-    def batch(self, state: State, step: int, anchor: Any = None) -> tuple[PyTree, Array | None] | None:
+    def batch(self, state: State, step: int, last_good: Any = None) -> tuple[PyTree, Array | None] | None:
         """The batch of a step, and its weights."""
         row = _order.batches(state.key, jnp.int32(step), self.size, 1, self.plan.batch_size)[0]
         return loop.take(self.data, row, self.size)
@@ -277,15 +277,15 @@ class _Arrays:
 
 
 @partial(jax.jit, static_argnums=range(4))
-def _rows(update, record_every, batch_size, places, state, data, num_rows):
+def _rows(update, log_every, batch_size, places, state, data, num_rows):
     """Some rows of steps, at most `_MOST_ROWS`, by a loop of that length: one program serves all."""
     size = objective.num_examples("fit", "data", data)
-    row_of = loop.row(update, record_every, batch_size, places, data)
-    block = max(1, min(_MOST_ROWS, _NUMBERS // (record_every * batch_size)))
+    row_of = loop.row(update, log_every, batch_size, places, data)
+    block = max(1, min(_MOST_ROWS, _NUMBERS // (log_every * batch_size)))
 
     def numbers(state):
-        order = _order.batches(state.key, state.step, size, block * record_every, batch_size)
-        return order.reshape(block, record_every, batch_size)
+        order = _order.batches(state.key, state.step, size, block * log_every, batch_size)
+        return order.reshape(block, log_every, batch_size)
 
     measured = jax.eval_shape(lambda state: row_of(state, numbers(state)[0])[1], state)
     buffers = jax.tree.map(lambda x: jnp.zeros((_MOST_ROWS, *x.shape), x.dtype), measured)
@@ -332,13 +332,13 @@ class _Batches:
             steps.append(metrics)
             jax.block_until_ready(before)  # the host is one batch ahead, and no more
             before = metrics.loss
-            if len(steps) == self.plan.record_every:
+            if len(steps) == self.plan.log_every:
                 rows.append(steps[0] if len(steps) == 1 else _summed_up(steps))
                 steps = []
         return state, [jax.tree.map(np.atleast_1d, row) for row in jax.device_get(rows)]
 
-    def batch(self, state: State, step: int, anchor: Any = None) -> tuple[PyTree, Array | None] | None:
-        """The batch of a step: of a function, or of a source that may go back to the anchor, since training ends."""
+    def batch(self, state: State, step: int, last_good: Any = None) -> tuple[PyTree, Array | None] | None:
+        """The batch of a step: of a function, or of a source that may go back to the last_good, since training ends."""
         if isinstance(self.source, sources.Function):
             there = self.source.step
             self.source.seek(None, step)
@@ -346,10 +346,10 @@ class _Batches:
                 return self._fetched(), None
             finally:
                 self.source.seek(None, there)
-        if anchor is None or not self.source.has_position:
+        if last_good is None or not self.source.has_position:
             return None
-        self.seek(anchor.position, anchor.step)
-        for _ in range(anchor.step, step):
+        self.seek(last_good.position, last_good.step)
+        for _ in range(last_good.step, step):
             self._fetched()
         return self._fetched(), None
 
@@ -371,8 +371,8 @@ class _Batches:
 
 
 @partial(jax.jit, static_argnums=range(4), donate_argnums=4)
-def _given_step(nll, optimizer, micro_batches, average_decay, state, batch, weights):
-    return loop.one_step(nll, optimizer, micro_batches, average_decay, state, batch, weights)
+def _given_step(nll, optimizer, micro_batches, ema_decay, state, batch, weights):
+    return loop.one_step(nll, optimizer, micro_batches, ema_decay, state, batch, weights)
 
 
 @jax.jit
@@ -383,7 +383,7 @@ def _summed_up(steps):
 @partial(jax.jit, static_argnums=(0, 3))
 def _validated(evaluation, state, held_out, places):
     state, means = loop.validate(evaluation, state, held_out, places)
-    return state.best, state.stale, means
+    return state.best, state.validations_since_best, means
 
 
 class _Pace:
@@ -433,82 +433,82 @@ def _resumed(plan, feed, store, state):
 
 def _train(plan, feed, held_out, store, start, caught, log, show):
     """Trains from the start, which it takes out of its list, so that no state is kept alive but two."""
-    anchor = start.pop()  # the last state that training may be taken up from
-    like, pieces, of_anchor = sharding.layout(anchor.state), [anchor.history], 1
-    step, pace, failing, saved_at, told = anchor.step, _Pace(), 0, time.monotonic(), ""
-    interval, reason = plan.validate_every or plan.num_steps, _end(plan, anchor.step, anchor.state)
-    places, state = sharding.places(held_out and held_out[0]), anchor.state
+    last_good = start.pop()  # the last state that training may be taken up from
+    like, pieces, of_last_good = sharding.layout(last_good.state), [last_good.history], 1
+    step, pace, failing, saved_at, told = last_good.step, _Pace(), 0, time.monotonic(), ""
+    interval, reason = plan.validate_every or plan.num_steps, _end(plan, last_good.step, last_good.state)
+    places, state = sharding.places(held_out and held_out[0]), last_good.state
 
     def reached(reason):
-        history = jax.tree.map(jnp.asarray, nested_history(_joined(pieces[:of_anchor])))
-        return Result(anchor.state, history, reason, _skipped_in_words(anchor, told))
+        history = jax.tree.map(jnp.asarray, nested_history(_joined(pieces[:of_last_good])))
+        return Result(last_good.state, history, reason, _skipped_in_words(last_good, told))
 
     def ended(kind, message, reason):
         """An error that says what is saved, with the result as its attribute."""
-        error = kind(message + _save(store, anchor, pieces[:of_anchor]))
+        error = kind(message + _save(store, last_good, pieces[:of_last_good]))
         setattr(error, "result", reached(reason))  # noqa: B010, which no class of Python's has a field for
         return error
 
     while not reason:
-        num_rows = pace.num_rows(min(interval - step % interval, plan.num_steps - step) // plan.record_every)
+        num_rows = pace.num_rows(min(interval - step % interval, plan.num_steps - step) // plan.log_every)
         try:
             state, rows = feed.advance(state, num_rows, partial(_stops, caught, time.monotonic()))
         except sources.EndedError as error:
             if error.__cause__ is not None:
-                message = f"fit: {error}, at step {anchor.step} of {plan.num_steps}; "
+                message = f"fit: {error}, at step {last_good.step} of {plan.num_steps}; "
                 raise ended(RuntimeError, message, "data") from error.__cause__
-            terminal.tell(f"{error}, at step {anchor.step} of {plan.num_steps}")
+            terminal.tell(f"{error}, at step {last_good.step} of {plan.num_steps}")
             reason = "data"
             break
         piece = _piece(rows)
         num_rows = piece["loss"].size
         pace.done(num_rows)
-        first, step = step, step + num_rows * plan.record_every
+        first, step = step, step + num_rows * plan.log_every
         if plan.evaluation and step % interval == 0:
-            best, stale, means = _validated(plan.evaluation, state, held_out, places)
-            state = state._replace(best=best, stale=stale)
+            best, validations_since_best, means = _validated(plan.evaluation, state, held_out, places)
+            state = state._replace(best=best, validations_since_best=validations_since_best)
             piece |= _scores(plan, means, step)
             pace.paused()
         state = sharding.put_back(loop.spread_as(like, state), state)
         pieces.append(piece)
         if not told and piece["skipped"].any():
             row = int(np.argmax(piece["skipped"] > 0))
-            at = first + row * plan.record_every
+            at = first + row * plan.log_every
             plain = f"loss {piece['loss'][row]}, gradient norm {piece['gradient_norm'][row]}"
-            told = _why(plan, feed, state, range(at, at + plan.record_every)) or plain
-            which = f"step {at}" if plan.record_every == 1 else f"a step in the row from {at} on"
+            told = _diagnosis(plan, feed, state, range(at, at + plan.log_every)) or plain
+            which = f"step {at}" if plan.log_every == 1 else f"a step in the row from {at} on"
             terminal.tell(f"{which} is skipped: {told}")
             pace.paused()
-        failed, failing = _failing_rows(piece["skipped"] == plan.record_every, failing, plan)
+        failed, failing = _failing_rows(piece["skipped"] == plan.log_every, failing, plan)
         if failed is not None:
-            at = first + failed * plan.record_every
-            why = _why(plan, feed, state, range(at, at + 1), anchor) or "the batches cannot be had again"
+            at = first + failed * plan.log_every
+            why = _diagnosis(plan, feed, state, range(at, at + 1), last_good) or "the batches cannot be had again"
             message = f"fit: {plan.max_skipped} steps in a row failed, from step {at} on: {why}"
-            raise ended(FloatingPointError, f"{message}; the state of step {anchor.step} is ", "skipped")
+            raise ended(FloatingPointError, f"{message}; the state of step {last_good.step} is ", "skipped")
         reason = _end(plan, step, state)
         if reason or not failing:
-            anchor, of_anchor = checkpoint.Saved(step, state, {}, feed.position()), len(pieces)
+            last_good, of_last_good = checkpoint.Saved(step, state, {}, feed.position()), len(pieces)
         speed = pace.rows_per_second
-        show(step, piece["loss"][-1], speed and speed * plan.record_every)
+        show(step, piece["loss"][-1], speed and speed * plan.log_every)
         try:
             asked = _logged(log, step, piece, state)
             reason = reason or ("log" if asked else "")
         except BaseException:
-            _save(store, anchor, pieces[:of_anchor])
+            _save(store, last_good, pieces[:of_last_good])
             raise
         if reason or _caught_by_any(caught):
             break
         if _of_the_first(time.monotonic() - saved_at) >= plan.save_every_seconds:
-            _save(store, anchor, pieces[:of_anchor])
+            _save(store, last_good, pieces[:of_last_good])
             saved_at = time.monotonic()
             pace.paused()
-    where, result = _save(store, anchor, pieces[:of_anchor]), reached(reason)
+    where, result = _save(store, last_good, pieces[:of_last_good]), reached(reason)
     if result.skipped:
         terminal.tell(result.skipped)
     if number := _caught_by_any(caught):
         advice = "; the same call goes on from there" if store else ""
         name = signal.Signals(number).name
-        stopped = f"stopped by {name} at step {anchor.step} of {plan.num_steps}"
+        stopped = f"stopped by {name} at step {last_good.step} of {plan.num_steps}"
         terminal.tell(f"{stopped}; {where}{advice}")
         if number == signal.SIGINT:  # no subclass: Python ends a script with 130 for this class alone
             raise ended(KeyboardInterrupt, f"{stopped}; ", name)
@@ -544,17 +544,17 @@ def _of_the_first(number):
 
 
 def _end(plan, step, state):
-    if plan.patience is not None and state.stale >= plan.patience:
+    if plan.patience is not None and state.validations_since_best >= plan.patience:
         return "patience"
     return "num_steps" if step == plan.num_steps else ""
 
 
-def _save(store, anchor, pieces):
+def _save(store, last_good, pieces):
     """Saves what is not saved yet; says in words where it is."""
     if store is None:
         return "not saved: there is no checkpoint_dir"
-    if anchor.step not in store.sound:
-        checkpoint.save(store, anchor._replace(history=_joined(pieces)))
+    if last_good.step not in store.sound:
+        checkpoint.save(store, last_good._replace(history=_joined(pieces)))
     return f"saved in {store.directory}"
 
 
@@ -587,19 +587,19 @@ def _failing_rows(fails, before, plan):
     """
     sound = np.concatenate([[-1 - before], np.flatnonzero(~fails), [fails.size]])
     lengths = np.diff(sound) - 1
-    too_long = np.flatnonzero(lengths * plan.record_every >= plan.max_skipped)
+    too_long = np.flatnonzero(lengths * plan.log_every >= plan.max_skipped)
     return (int(sound[too_long[0]]) + 1 if too_long.size else None), int(lengths[-1])
 
 
-def _why(plan, feed, state, steps, anchor=None):
+def _diagnosis(plan, feed, state, steps, last_good=None):
     """What is not finite in the first of these steps where something is, by the params of the state, or nothing.
 
     A step that is skipped changes no params, so that these are those of the step. Its batch is asked for again.
     """
     try:
         for step in steps:
-            examples = feed.batch(state, step, anchor)
-            found = examples and _diagnosis(plan, state._replace(step=jnp.int32(step)), *examples)
+            examples = feed.batch(state, step, last_good)
+            found = examples and _diagnose_non_finite(plan, state._replace(step=jnp.int32(step)), *examples)
             if found:
                 return found
     except Exception:  # of any class: the source is the caller's, and its fault here must end nothing
@@ -607,7 +607,7 @@ def _why(plan, feed, state, steps, anchor=None):
     return ""
 
 
-def _diagnosis(plan, state, batch, weights):
+def _diagnose_non_finite(plan, state, batch, weights):
     means, gradient, update_norm, message = _step_seen(plan, state, batch, weights)
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
     names = [jax.tree_util.keystr(path) for path, leaf in leaves if not jnp.all(jnp.isfinite(leaf))]
@@ -631,21 +631,21 @@ def _step_seen(plan, state, batch, weights):
     seen = jax.jit(objective.loss_and_gradient, static_argnums=(0, 6))
     means, gradient, _ = seen(plan.nll, fast(state.params), *arguments, plan.micro_batches)
     _, metrics = loop.step(plan.nll.nll, plan.optimizer, state, batch, weights=weights,
-                           micro_batches=plan.micro_batches, average_decay=plan.average_decay)  # fmt: skip
+                           micro_batches=plan.micro_batches, ema_decay=plan.ema_decay)  # fmt: skip
     error, _ = _checks.checkify(plan.nll.mean)(fast(state.params), *arguments)
     message = (error.get() or "").split(" (`check` failed)")[0]
     return means, gradient, metrics.update_norm, message
 
 
-def _skipped_in_words(anchor, told):
-    number = int(anchor.state.skipped)
-    return f"{number} of {anchor.step} steps skipped" + (f": {told}" if told else "") if number else ""
+def _skipped_in_words(last_good, told):
+    number = int(last_good.state.skipped)
+    return f"{number} of {last_good.step} steps skipped" + (f": {told}" if told else "") if number else ""
 
 
 def _description(plan, state, arrays, held_out, config):
     """What a checkpoint must have in common with the run that goes on from it."""
     marked = partial(checkpoint.describe, fingerprint=True)
-    names = ("batch_size", "record_every", "validate_every", "micro_batches", "average_decay")
+    names = ("batch_size", "log_every", "validate_every", "micro_batches", "ema_decay")
     return {
         **_flat("config", config),
         **{name: getattr(plan, name) for name in names},

@@ -186,7 +186,7 @@ class _Search(NamedTuple):
     gradient_norm: Array
     memory: optax.OptState
     steps: Array
-    stale: Array  # steps since the loss or the gradient norm was last below all before it
+    steps_since_best: Array  # steps since the loss or the gradient norm was last below all before it
     lowest: Array  # those two
     flattest: Array
 
@@ -203,7 +203,7 @@ def _fitted(nll, max_steps, params, data, weights, key, tolerance):
 
     def goes_on(search):
         finite = jnp.isfinite(search.loss) & jnp.isfinite(search.gradient_norm)
-        in_time = (search.steps < max_steps) & (search.stale < _PATIENCE)
+        in_time = (search.steps < max_steps) & (search.steps_since_best < _PATIENCE)
         return finite & in_time & (search.gradient_norm > tolerance)
 
     def one(search):
@@ -252,8 +252,8 @@ def _line_search(solver, objective, search):
     flat, loss, gradient, memory = jax.tree.map(partial(jnp.where, failed), old, new)
     norm = jnp.linalg.norm(gradient)
     lowest, flattest = jnp.minimum(loss, search.lowest), jnp.minimum(norm, search.flattest)
-    stale = jnp.where((loss < search.lowest) | (norm < search.flattest), 0, search.stale + 1)
-    return _Search(flat, loss, gradient, norm, memory, search.steps + 1, stale, lowest, flattest)
+    steps_since_best = jnp.where((loss < search.lowest) | (norm < search.flattest), 0, search.steps_since_best + 1)
+    return _Search(flat, loss, gradient, norm, memory, search.steps + 1, steps_since_best, lowest, flattest)
 
 
 def _flat(function, params):

@@ -65,7 +65,7 @@ def step(
     *,
     weights: Real[Array, " batch"] | Bool[Array, " batch"] | None = None,
     micro_batches: int = 1,
-    average_decay: float | None = None,
+    ema_decay: float | None = None,
 ) -> tuple[State, Metrics]:
     """One step of the optimizer down the mean negative log-likelihood of a batch.
 
@@ -84,7 +84,7 @@ def step(
         makes the loss NaN.
       micro_batches: number of equal parts of the batch, which run one after the other to save memory. Loss, metrics
         and gradient stay those of the whole batch, to rounding. Each part has another key.
-      average_decay: decay d of the exponential average of the params, 0 < d < 1; it reaches back 1 / (1 - d) steps.
+      ema_decay: decay d of the exponential average of the params, 0 < d < 1; it reaches back 1 / (1 - d) steps.
         None keeps none.
 
     Returns:
@@ -94,7 +94,7 @@ def step(
     Raises:
       ValueError: the arrays of `batch` differ in their leading axis or hold no example, `weights` is not one number per
         example, `nll` or `optimizer` is not hashable, `nll` does not return losses or an `Output`, `micro_batches` does
-        not divide the batch, `average_decay` is out of range or missing though the state has an average, the state is
+        not divide the batch, `ema_decay` is out of range or missing though the state has an average, the state is
         not one of this optimizer, or the optimizer changes the types of it.
 
     >>> from jprob.mle import init
@@ -106,28 +106,28 @@ def step(
     """
     size = objective.num_examples("step", "batch", batch)
     _arguments.functions("step", nll=nll, optimizer=optimizer)
-    _arguments.options("step", batch_size=size, micro_batches=micro_batches, average_decay=average_decay)
+    _arguments.options("step", batch_size=size, micro_batches=micro_batches, ema_decay=ema_decay)
     _arguments.state("step", state)
     if weights is not None:
         weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
-    if average_decay is not None:
+    if ema_decay is not None:
         state = with_average(state)
     mesh = sharding.explicit_mesh((state, batch, weights))
     with sharding.automatic_axes(mesh):
         arguments = sharding.automatic((state, batch, weights), mesh)
-        after, metrics = _step(Objective("step", nll), optimizer, micro_batches, average_decay, *arguments)
+        after, metrics = _step(Objective("step", nll), optimizer, micro_batches, ema_decay, *arguments)
     return sharding.put_back(state, after, mesh), sharding.explicit(metrics, mesh)
 
 
 def one_step(
-    nll: Objective, optimizer: Any, micro_batches: int, average_decay: float | None, state: State, batch: PyTree,
+    nll: Objective, optimizer: Any, micro_batches: int, ema_decay: float | None, state: State, batch: PyTree,
     weights: Array | None,
 ) -> tuple[State, Metrics]:  # fmt: skip
     """A step, counted."""
-    _arguments.optimizer_state(nll.function, state, optimizer, average_decay)
+    _arguments.optimizer_state(nll.function, state, optimizer, ema_decay)
     if weights is not None:
         batch = objective.without_weightless(batch, weights)
-    return _count(*_update(nll, optimizer, micro_batches, average_decay, state, batch, weights))
+    return _count(*_update(nll, optimizer, micro_batches, ema_decay, state, batch, weights))
 
 
 _step = jax.jit(one_step, static_argnums=range(4))
@@ -142,7 +142,7 @@ def run(
     num_steps: int,
     batch_size: int,
     weights: Real[Array, " n"] | Bool[Array, " n"] | None = None,
-    record_every: int = 1,
+    log_every: int = 1,
     validation: PyTree | None = None,
     validation_weights: Real[Array, " m"] | Bool[Array, " m"] | None = None,
     validation_nll: Nll | None = None,
@@ -152,7 +152,7 @@ def run(
     monitor_mode: str = "min",
     patience: int | None = None,
     micro_batches: int = 1,
-    average_decay: float | None = None,
+    ema_decay: float | None = None,
 ) -> tuple[State, History]:
     """Takes `num_steps` steps over minibatches of `data`, as a `lax.scan` on the device.
 
@@ -177,19 +177,19 @@ def run(
       state: where training stands: from `init`, or from an earlier `run` with the same data and batch size. The first
         run with validation adds `State.best` to it, the first with an average `State.average`.
       data: all examples, a pytree of arrays with the same leading axis. They stay on their device.
-      num_steps: how many steps to take, static; a multiple of `record_every` and `validate_every`. The numbers of their
+      num_steps: how many steps to take, static; a multiple of `log_every` and `validate_every`. The numbers of their
         examples take 4 bytes each; to save that memory, run in pieces, which costs no more.
       batch_size: examples per step, static.
       weights: how much each example counts, as for `step`. A model that mixes examples, as batch norm does, sees those
         that replace the ones of weight 0; a short batch it sees as it is.
-      record_every: steps that make a row of the history, static.
+      log_every: steps that make a row of the history, static.
       validation: examples to validate with, a pytree like `data`. They are scored in batches of
         `batch_size / micro_batches`, with the same key each time.
       validation_weights: how much each of them counts.
       validation_nll: what to validate, static: a function like `nll`, with dropout off and running statistics in use.
         Its new model state is dropped. None validates `nll` itself.
       validate_every: steps from one validation to the next, counted from the start of this run, static; a multiple of
-        `record_every`.
+        `log_every`.
       evaluation_params: from a state to the params to score, static. By default the average if one is kept, else the
         params (of a lookahead, the slow ones). Use it for optimizers that evaluate elsewhere, such as schedule-free.
       monitor: what the best params and `patience` follow, static: "loss", or the name of a metric.
@@ -197,10 +197,10 @@ def run(
       patience: stop after so many validations in a row that were not better than the best, static. Nothing of the state
         changes any more then, nor does it in later runs with this patience. A NaN is never better.
       micro_batches: parts to cut each batch into, as for `step`, static; a divisor of `batch_size`.
-      average_decay: decay of the average of the params, as for `step`, static.
+      ema_decay: decay of the average of the params, as for `step`, static.
 
     Returns:
-      The state after the last step, and the `History`: [num_steps / record_every] rows, [num_steps / validate_every]
+      The state after the last step, and the `History`: [num_steps / log_every] rows, [num_steps / validate_every]
       scores. A step whose loss, gradient or update is not finite is skipped, as by `step`. Params and the state of the
       optimizer lie where they lay, spread as they were; the average and the best of the params, as these.
 
@@ -226,9 +226,9 @@ def run(
                          evaluation_params=evaluation_params)  # fmt: skip
     _arguments.state("run", state)
     objective.num_examples("run", "data", data)
-    _arguments.options("run", num_steps=num_steps, batch_size=batch_size, record_every=record_every,
+    _arguments.options("run", num_steps=num_steps, batch_size=batch_size, log_every=log_every,
                        validation=validation, validate_every=validate_every, patience=patience,
-                       micro_batches=micro_batches, average_decay=average_decay)  # fmt: skip
+                       micro_batches=micro_batches, ema_decay=ema_decay)  # fmt: skip
     _arguments.of_validation("run", validation, validation_weights, validation_nll, monitor, monitor_mode)
     evaluation = Evaluation(Objective("run", validation_nll or nll), evaluation_params, monitor, monitor_mode,
                             batch_size // micro_batches)  # fmt: skip
@@ -239,25 +239,25 @@ def run(
     places, mesh = (sharding.places(data), sharding.places(validation)), sharding.explicit_mesh(arguments)
     with sharding.automatic_axes(mesh):
         after, history = _run(Objective("run", nll), optimizer, *sharding.automatic(arguments, mesh), places, num_steps,
-                              batch_size, record_every, evaluation, validate_every, patience, micro_batches,
-                              average_decay)  # fmt: skip
+                              batch_size, log_every, evaluation, validate_every, patience, micro_batches,
+                              ema_decay)  # fmt: skip
     return sharding.put_back(spread_as(state, after), after, mesh), sharding.explicit(history, mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 1, *range(5, 14)))
-def _run(nll, optimizer, state, data, validation, places, num_steps, batch_size, record_every, evaluation,
-         validate_every, patience, micro_batches, average_decay):  # fmt: skip
-    _arguments.optimizer_state("run", state, optimizer, average_decay)
+def _run(nll, optimizer, state, data, validation, places, num_steps, batch_size, log_every, evaluation,
+         validate_every, patience, micro_batches, ema_decay):  # fmt: skip
+    _arguments.optimizer_state("run", state, optimizer, ema_decay)
     size = objective.num_examples("run", "data", data)
-    state = begin(state, average_decay, None if validation is None else evaluation)
+    state = begin(state, ema_decay, None if validation is None else evaluation)
     rows = _order.batches(state.key, state.step, size, num_steps, batch_size)
-    update = nll, optimizer, micro_batches, average_decay
+    update = nll, optimizer, micro_batches, ema_decay
 
     def train(state, rows):
-        if record_every == 1:
+        if log_every == 1:
             return _steps(update, places[0], data, state, rows)
-        one_row = row(update, record_every, batch_size, places[0], data)
-        return jax.lax.scan(one_row, state, rows.reshape(-1, record_every, batch_size))
+        one_row = row(update, log_every, batch_size, places[0], data)
+        return jax.lax.scan(one_row, state, rows.reshape(-1, log_every, batch_size))
 
     def train_and_validate(state, rows):
         state, metrics = train(state, rows)
@@ -290,15 +290,15 @@ def _steps(update: Any, places: Any, data: Any, state: State, rows: Array) -> tu
     return _count(*jax.lax.scan(one, state, rows))
 
 
-def row(update: tuple[Any, ...], record_every: int, batch_size: int, places: Any, data: Any) -> Callable[..., Any]:
-    """A function of the state and the numbers of the examples, [record_every, batch_size], that takes these steps.
+def row(update: tuple[Any, ...], log_every: int, batch_size: int, places: Any, data: Any) -> Callable[..., Any]:
+    """A function of the state and the numbers of the examples, [log_every, batch_size], that takes these steps.
 
     It gives the new state, and the metrics of the row.
     """
 
     def steps(state, numbers):
         state, metrics = _steps(update, places, data, state, numbers)
-        return state, summary(metrics) if record_every > 1 else jax.tree.map(lambda x: x[0], metrics)
+        return state, summary(metrics) if log_every > 1 else jax.tree.map(lambda x: x[0], metrics)
 
     return steps
 
@@ -318,9 +318,9 @@ def take(
     return batch if of_all is None else objective.without_weightless(batch, weights), weights
 
 
-def begin(state: State, average_decay: float | None, evaluation: Evaluation | None) -> State:
+def begin(state: State, ema_decay: float | None, evaluation: Evaluation | None) -> State:
     """The state with an average and a best, if they are asked for and not there yet."""
-    if average_decay is not None:
+    if ema_decay is not None:
         state = with_average(state)
     return state if evaluation is None else with_best(state, evaluation.params(state), evaluation.worst)
 
@@ -357,10 +357,10 @@ def validate(evaluation: Evaluation, state: State, validation: Any, places: Any)
     sums = jax.lax.scan(one, None, jnp.arange(-(-size // length)))[1]
     means = objective.means(jax.tree.map(partial(jnp.sum, axis=0), sums))
     means = means._replace(loss=jnp.where(means.weight == 0, jnp.nan, means.loss))  # no score, and not the best one
-    return _judge(evaluation, state, scored, means), means
+    return _update_best(evaluation, state, scored, means), means
 
 
-def _judge(evaluation, state, scored, means):
+def _update_best(evaluation, state, scored, means):
     named = {"loss": means.loss} | means.metrics
     if evaluation.monitor not in named:
         names = ", ".join(named)
@@ -369,7 +369,7 @@ def _judge(evaluation, state, scored, means):
     better = score < state.best.score if evaluation.mode == "min" else score > state.best.score
     new = Best(scored, state.model_state, score, state.step)
     best = jax.tree.map(partial(jnp.where, better), new, state.best)
-    return state._replace(best=best, stale=jnp.where(better, 0, state.stale + 1))
+    return state._replace(best=best, validations_since_best=jnp.where(better, 0, state.validations_since_best + 1))
 
 
 def _unless_stale(block, patience):
@@ -378,13 +378,15 @@ def _unless_stale(block, patience):
     def guarded(state, rows):
         measured = jax.eval_shape(block, state, rows)[1]
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, 0 if x.dtype == jnp.int32 else jnp.inf, x.dtype), measured)
-        return jax.lax.cond(state.stale < patience, block, lambda state, rows: (state, nothing), state, rows)
+        return jax.lax.cond(
+            state.validations_since_best < patience, block, lambda state, rows: (state, nothing), state, rows
+        )
 
     return guarded
 
 
 def _update(
-    nll: Objective, optimizer: Any, micro_batches: int, average_decay: float | None, state: State, batch: PyTree,
+    nll: Objective, optimizer: Any, micro_batches: int, ema_decay: float | None, state: State, batch: PyTree,
     weights: Array | None,
 ) -> tuple[State, Metrics]:  # fmt: skip
     """A step, but for counting it if it is skipped: `_count` does, for all steps at once and outside of the loop."""
@@ -400,7 +402,7 @@ def _update(
     # In one dtype, since strict promotion refuses the sum of two.
     sums = optax.apply_updates(*jax.tree.map(wide, (state.params, updates)))
     params = jax.tree.map(lambda p, new: new.astype(p.dtype), state.params, sums)
-    average = state.average if average_decay is None else _averaged(state.average, params, average_decay)
+    average = state.average if ema_decay is None else _averaged(state.average, params, ema_decay)
     measured = Metrics(means.loss, _norm(gradient), _norm(updates), state.skipped, means.weight, means.metrics)
     new = (params, model_state, optimizer_state, average)
     old = (state.params, state.model_state, state.optimizer_state, state.average)

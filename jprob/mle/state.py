@@ -45,7 +45,7 @@ class State(NamedTuple):
         `average.count` steps since that were not skipped, in float32 at least. It is free of the bias of its start:
         sum d^(n - i) p_i / sum d^(n - i), with decay d, over the params p_1 ... p_n after these steps.
       best: None until validation data are first given; then the best params since.
-      stale: validations since the best one, int32. With `patience`, training ends when `stale` reaches it.
+      validations_since_best: int32. With `patience`, training ends when it reaches that number.
     """
 
     params: PyTree
@@ -56,7 +56,7 @@ class State(NamedTuple):
     skipped: Int[Array, "*members"]
     average: optax.EmaState | None
     best: Best | None
-    stale: Int[Array, "*members"]
+    validations_since_best: Int[Array, "*members"]
 
 
 class Metrics(NamedTuple):
@@ -81,7 +81,7 @@ class Metrics(NamedTuple):
 
 
 class History(NamedTuple):
-    """What a run measured: a row for every `record_every` steps, a score for every `validate_every`.
+    """What a run measured: a row for every `log_every` steps, a score for every `validate_every`.
 
     A row sums up those of its steps that were not skipped. If all were, the row is the last one as it was: a NaN stays
     visible. Rows and scores after an early stop are inf, with no step skipped; a row that was measured has an
@@ -123,7 +123,7 @@ def init(
       key: random key of the run: it orders the data and seeds whatever `nll` draws.
       model_state: what the model updates itself, any pytree of arrays. `nll` then receives it as a fourth argument.
       average: whether to keep an average of the params from the start, so that the state has one structure throughout
-        and `step(average_decay=...)` may be the body of a scan. Otherwise the first step with a decay adds it.
+        and `step(ema_decay=...)` may be the body of a scan. Otherwise the first step with a decay adds it.
 
     Returns:
       A `State` with the params as given, step 0, and no best. It holds the arrays of the params and the key themselves:
