@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: help study test test-slow lint lock clean force
+.PHONY: help study test test-slow docs lint lock clean force
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1 /p' Makefile | while read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
@@ -24,16 +24,21 @@ test: .venv/ready  ## run the tests and the examples in the docstrings
 test-slow: .venv/ready  ## run the tests marked slow, which make test leaves out
 	@$(pytest) --slow -m slow tests
 
+docs: .cache/docs/ready  ## build the documentation into build/docs
+	@NO_MKDOCS_2_WARNING=1 .cache/docs/bin/mkdocs build --quiet && echo "build/docs/index.html"
+
 lint: .venv/ready  ## check style, format and types
 	@.venv/bin/python -m ruff check
 	@.venv/bin/python -m ruff format --check
 	@.venv/bin/python -m pyright
 
 # One file serves every Python and platform; pip can resolve only for its own, so uv does it.
-lock: .cache/uv/bin/uv  ## re-make requirements.lock with the newest versions pyproject.toml allows
-	@.cache/uv/bin/uv pip compile pyproject.toml --extra checkpoint --extra study --extra explore --extra dev \
-	  --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make lock' \
-	  --upgrade --quiet --output-file requirements.lock
+compile = .cache/uv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
+  --custom-compile-command 'make lock' --upgrade --quiet
+docs_extra = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+lock: .cache/uv/bin/uv  ## re-make both locks with the newest versions pyproject.toml allows
+	@$(compile) pyproject.toml --extra checkpoint --extra study --extra explore --extra dev --output-file requirements.lock
+	@.cache/uv/bin/python -c '$(docs_extra)' | $(compile) - --output-file docs.lock
 
 clean:  ## remove .venv, caches and builds, and keep results/
 	@rm -rf .venv .cache .hypothesis build dist
@@ -64,6 +69,11 @@ problem = $(shell exec 2>/dev/null; \
 
 .venv/ready: .venv/locked pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation --editable . && touch $@
+
+.cache/docs/ready: docs.lock
+	$(if $(problem),$(error $(problem)))
+	@"$(PYTHON)" -m venv --clear .cache/docs && .cache/docs/bin/python -m pip install -qq --disable-pip-version-check \
+	  --no-input --require-hashes -r docs.lock && touch $@
 
 .cache/uv/bin/uv:
 	$(if $(problem),$(error $(problem)))

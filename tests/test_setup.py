@@ -21,7 +21,7 @@ import jprob
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-LOCK = (ROOT / "requirements.lock").read_text()
+LOCKS = ["requirements.lock", "docs.lock"]
 MAKE = shutil.which("make")
 needs_make = pytest.mark.skipif(MAKE is None, reason="make is not installed")
 
@@ -45,26 +45,30 @@ def test_the_sdist_holds_jprob_and_what_builds_it(tmp_path):
     assert top - {".gitignore"} == {"jprob", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO"}
 
 
-def pins():
-    """Each entry of the lock: the requirement as pip reads it, and its hashes."""
-    lines = [line for line in LOCK.replace("\\\n", "").splitlines() if not line.startswith("#")]
+def pins(lock):
+    """Each entry of a lock: the requirement as pip reads it, and its hashes."""
+    text = (ROOT / lock).read_text().replace("\\\n", "")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
     return [(Requirement(re.sub(r"\s--hash=\S+", "", line)), re.findall(r"--hash=(\S+)", line)) for line in lines]
 
 
-def test_every_pin_has_one_version_and_its_hashes():
-    assert pins()
-    for requirement, hashes in pins():
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_pin_has_one_version_and_its_hashes(lock):
+    assert pins(lock)
+    for requirement, hashes in pins(lock):
         assert [spec.operator for spec in requirement.specifier] == ["=="], requirement
         assert hashes, requirement
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in hashes), requirement
 
 
-def test_the_lock_names_no_host_and_no_path():
-    assert not re.search(r"://|@ |^-|(^|\s)/\w", LOCK, re.MULTILINE)
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_names_no_host_and_no_path(lock):
+    assert not re.search(r"://|@ |^-|(^|\s)/\w", (ROOT / lock).read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-def test_the_lock_serves_each_dependency_on_each_python(python):
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_serves_each_dependency_on_each_python(lock, python):
     here = default_environment() | {
         "implementation_name": "cpython",
         "platform_python_implementation": "CPython",
@@ -73,13 +77,16 @@ def test_the_lock_serves_each_dependency_on_each_python(python):
         "python_version": python,
         "sys_platform": "linux",
     }
-    active = [pin for pin, _ in pins() if pin.marker is None or pin.marker.evaluate(here)]
+    active = [pin for pin, _ in pins(lock) if pin.marker is None or pin.marker.evaluate(here)]
     versions = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in active}
     assert len(versions) == len(active), "two pins of one package"
 
-    locked = {extra: needs for extra, needs in PROJECT["optional-dependencies"].items() if extra != "bench"}
+    extras = PROJECT["optional-dependencies"]
+    locked = {extra: needs for extra, needs in extras.items() if extra not in ("bench", "docs")}
     assert locked.keys() == set(re.findall(r"--extra (\w+)", (ROOT / "Makefile").read_text()))
     groups = [PYPROJECT["build-system"]["requires"], PROJECT["dependencies"], *locked.values()]
+    if lock == "docs.lock":  # whose environment holds nothing else
+        groups = [extras["docs"]]
     for need in map(Requirement, itertools.chain(*groups)):
         version = versions.get(canonicalize_name(need.name))
         assert version is not None, need
@@ -91,7 +98,7 @@ def workplace(tmp_path):
     """A copy of the files that the set-up reads, with a bin/ that is all of PATH."""
     folder = tmp_path / "a folder"
     (folder / "bin").mkdir(parents=True)
-    for name in ["Makefile", "pyproject.toml", "requirements.lock"]:
+    for name in ["Makefile", "pyproject.toml", *LOCKS]:
         shutil.copyfile(ROOT / name, folder / name)
     for tool in ["cat", "cp", "mkdir", "rm", "touch"]:
         (folder / "bin" / tool).symlink_to(shutil.which(tool))
@@ -125,7 +132,7 @@ BARE = "sys.modules['ensurepip'] = None"
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["study", "test", "lint", "lock"])
+@pytest.mark.parametrize("target", ["study", "test", "docs", "lint", "lock"])
 @pytest.mark.parametrize(("python", "says"), [(None, "missing"), (OLD, "too old"), (BARE, "python3-venv")])
 def test_a_python_that_will_not_do_is_one_line(workplace, target, python, says):
     if python:
