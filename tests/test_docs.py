@@ -1,0 +1,99 @@
+"""The README and the pages of docs/ tell the truth: their code prints what it says, and what they name exists."""
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from cases import PLANS, public_functions
+
+import experiments.__main__
+from experiments import studies
+from jprob import mle
+
+ROOT = Path(__file__).parent.parent
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]}
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = {page: BLOCK.findall(text) for page, text in PAGES.items() if BLOCK.search(text)}
+
+
+@pytest.fixture(autouse=True)
+def _as_a_user(tmp_path, monkeypatch):
+    """A program of a person who sets nothing, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("page", CODE)
+def test_the_code_of_a_page_runs_in_order_and_prints_what_it_says(page):
+    names = {"__name__": "__main__"}
+    for code in CODE[page]:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, page, "exec"), names)
+        assert out.getvalue().splitlines() == re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+
+
+def test_the_first_block_of_the_readme_is_short_and_prints():
+    first = CODE["README.md"][0]
+    assert len(first.splitlines()) <= 10
+    assert "print(" in first
+    assert len(PAGES["README.md"].splitlines()) <= 180
+
+
+def test_the_table_of_functions_is_the_public_interface():
+    listed = set(re.findall(r"^\| \[`(\w+\.\w+)", PAGES["docs/reference/index.md"], re.MULTILINE))
+    loop = {f"mle.{name}" for name, value in vars(mle).items() if callable(value) and name.islower()}
+    assert listed == set(public_functions()) | PLANS | loop
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_files_and_commands_of_a_page_exist(page):
+    blocks = re.findall(r'^``` ?\w+ title="(.*?)"', PAGES[page], re.MULTILINE)  # the files that a page tells to write
+    for path in re.findall(r"(?<![\w/])(?:configs|experiments|tests|jprob|docs)/[\w/\-]+\.\w+", PAGES[page]):
+        assert (ROOT / path).is_file() or path in blocks, path
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make ([a-z-]+)", PAGES[page]):
+        assert re.search(rf"^{target}\b.*:", makefile, re.MULTILINE), target
+
+
+BANNED = (
+    r"beside|anew|whatever|whoever|of its own|by itself|in the place of|is dear|in vain|takes part|surprise|slopes?"
+    r"|(?<=[.:?!] )(?:Where|What|Of|With|In)|^(?:Where|What|Of|With|In)"
+)
+
+
+def prose(text):
+    """The paragraphs and list items of a page as plain text: no code, tables, headings or comments."""
+    text = re.sub(r"^```.*?^```$|^(?:#|\||:::|!|    options| *\S+ = |<!--|\[).*?$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`]*`", "code", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text))
+    return [" ".join(part.split()).strip("-* ") for part in re.split(r"\n\s*\n|\n *(?:[-*]|\d+\.) ", text)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_prose_of_a_page_keeps_its_rule(page):
+    for paragraph in prose(PAGES[page]):
+        assert not (found := re.search(rf"\b(?:{BANNED})\b", paragraph)), (found[0], paragraph)
+        for sentence in re.split(r"(?<=[.:?!;])\s", paragraph):
+            assert len(sentence.split()) <= 20, sentence
+
+
+def test_the_skeleton_of_a_study_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("experiments.findings")
+    files = re.findall(r'^``` ?\w+ title="(.*?)"\n(.*?)^```$', PAGES["docs/writing-a-study.md"], re.MULTILINE | re.DOTALL)
+    for path, text in files:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (study, text), (config, _) = files
+    assert len(text.splitlines()) <= 44
+    monkeypatch.setattr(studies, "__path__", [str((tmp_path / study).parent)])
+    try:
+        assert experiments.__main__.main(["run", config, "--out", "run"]) == 0
+    finally:
+        sys.modules.pop(f"experiments.studies.{Path(study).stem}", None)
+    assert (tmp_path / "run/report.html").exists()
+    assert "holds" in capsys.readouterr().out
