@@ -5,6 +5,7 @@ finds its folder again and continues; anything else gets a folder of its own, so
 """
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -70,7 +71,7 @@ def _sources(names: Iterable[str]) -> Iterator[Path]:
     """The Python files that can change a number: of jprob, of the harness, and of the studies that run."""
     harness = _package_folder("experiments")
     yield from [*_package_folder("jprob").rglob("*.py"), *harness.glob("*.py")]
-    yield from map(studies.path, names)
+    yield from itertools.chain.from_iterable(map(studies.files, names))
 
 
 def source_digest(paths: Iterable[Path]) -> str:

@@ -7,61 +7,19 @@ results folder alone, by the studies' own `report` functions.
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import msgspec
-import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from experiments import folders, plots, studies
 from experiments.errors import InputError
 from experiments.export import print_table
+from experiments.findings import VERDICTS, Hypothesis, Section
 from experiments.folders import Run
 
 PAGE, FIGURES = "report.html", "figures"
-VERDICTS = ("holds", "falsified", "undecided")
-
-
-class Hypothesis(NamedTuple):
-    """A claim that could have failed, and how it fared."""
-
-    claim: str  # one sentence
-    measured: str  # the figures with their interval, formatted for people: "-0.9998 [-1.0003, -0.9994]"
-    falsified_if: str  # the rule, in words with its numbers
-    verdict: str  # one of VERDICTS
-
-
-def decided(holds: bool | np.bool_) -> str:
-    """Of a claim that has been decided."""
-    return "holds" if holds else "falsified"
-
-
-class Plot(NamedTuple):
-    """A figure made by `plots.figure`, and what to see in it."""
-
-    figure: Figure
-    caption: str
-
-
-class Table(NamedTuple):
-    """Numbers, formatted for people."""
-
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-class Section(NamedTuple):
-    """What a study has to say."""
-
-    title: str
-    text: str  # plain paragraphs, separated by blank lines
-    plots: list[Plot]
-    hypotheses: list[Hypothesis]
-    tables: list[Table]
-    counter_evidence: list[str]  # what speaks against the claim, one sentence with figures each
 
 
 def build(run: Run) -> dict[str, Section]:

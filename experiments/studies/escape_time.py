@@ -38,7 +38,7 @@ from matplotlib import colormaps
 
 from experiments import plots
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table, decided
+from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import categorical
 

@@ -33,7 +33,7 @@ from matplotlib.ticker import LogLocator
 
 from experiments import data, plots, timing
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.findings import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record, Value
 from jprob import categorical, linear_categorical, mle
 

@@ -29,7 +29,7 @@ from matplotlib.ticker import LogLocator
 
 from experiments import data, plots, stats, timing
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.findings import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record, Setting
 from jprob import categorical, mle
 

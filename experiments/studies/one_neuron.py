@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Float64
 
 from experiments import plots
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table, decided
+from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import bernoulli
 

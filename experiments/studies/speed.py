@@ -28,7 +28,7 @@ import optax
 
 from experiments import plots, timing
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.findings import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record, Setting
 from jprob import categorical
 

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 from experiments import data, plots, stats
 from experiments.config import distinct, split
-from experiments.report import Hypothesis, Plot, Section, Table, decided
+from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import categorical, mle
 

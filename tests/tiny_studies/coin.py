@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from experiments import plots
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.findings import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
 
 

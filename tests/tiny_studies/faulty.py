@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from experiments.report import Section
+from experiments.findings import Section
 from experiments.results import Progress, Record
 
 

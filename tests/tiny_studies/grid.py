@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from experiments import config as configs
-from experiments.report import Section
+from experiments.findings import Section
 from experiments.results import Progress, Record
 
 
