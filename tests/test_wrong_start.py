@@ -88,7 +88,9 @@ def test_the_grid_grows_until_the_best_rate_lies_inside():
 
 
 def test_of_equally_good_rates_the_middle_one_is_taken():
-    assert wrong_start.best({0: 1.0, 1: 2.0, 2: 2.0, 3: 2.0, 4: 0.0}) == 2
+    assert wrong_start.best({0: (1.0, 0.1), 1: (2.0, 0.1), 2: (2.0, 0.1), 3: (2.0, 0.1), 4: (0.0, 0.1)}) == 2
+    # A rate within one standard error of the best ties with it, however small its own error is.
+    assert wrong_start.best({0: (1.0, 0.0), 1: (1.9, 0.0), 2: (1.95, 0.0), 3: (2.0, 0.2), 4: (1.7, 0.0)}) == 2
 
 
 def test_a_diverged_run_has_accuracy_0():

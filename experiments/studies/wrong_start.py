@@ -11,13 +11,15 @@ are wrong: with s = 4 most examples start confidently wrong. The arms:
 How many examples take part in the first step is told by the participation ratio (sum g)^2 / (n sum g^2) of the norms g
 of their gradients in the logits: 1 if all pull alike, 1 / n if one does.
 
-Protocol: the learning rate is tuned for each arm, optimizer, model and s by itself, on a validation split, over a
-half-decade grid that is widened while the best rate lies at its edge; seeds that select are not seeds that report. A
-run that diverges counts as accuracy 0. Arms are paired: equal seeds have equal draws and equal batches. Intervals are
-BCa bootstrap, p-values are of sign flips with Holm's correction over all comparisons of A and B, and "no difference"
-means the two one-sided tests at half a point.
+Protocol: every seed draws its own split of the digits, its own initial weights and its own order of the batches. The
+arms are paired: equal seeds have equal draws. The learning rate is tuned for each arm, optimizer, model and s, by the
+mean validation accuracy of the selection seeds, over a half-decade grid. The grid is widened while the best rate lies
+at its edge, and rates within one standard error of the best are ties: the middle one is taken. Seeds that select are
+not seeds that report. A run that diverges counts as accuracy 0. Splits of one data set overlap, so that intervals and
+p-values are those of Nadeau and Bengio, with Holm's correction over all comparisons of A and B. "No difference" means
+the two one-sided tests at half a point.
 
-Sources: Solla, Levin and Fleisher (1988); Glorot and Bengio (2010); Hui and Belkin (2021).
+Sources: Solla, Levin and Fleisher (1988); Nadeau and Bengio (2003); Glorot and Bengio (2010); Hui and Belkin (2021).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,8 +148,7 @@ def scores(arm: str, params, split: data.Split) -> dict[str, jax.Array]:
 def trainer(model: str, optimizer_name: str, arm: str, config: Config) -> Callable[[Sequence[Member]], dict]:
     """A function from members to what was measured of each; it compiles once, for `trained_together` at a time."""
     digits = data.load("digits")
-    train = (jnp.asarray(digits.train.features), jnp.asarray(digits.train.labels))
-    steps = -(-len(train[1]) // config.batch_size)
+    steps = -(-len(digits.train.labels) // config.batch_size)
     optimizer = optax.inject_hyperparams(OPTIMIZERS[optimizer_name])(learning_rate=0.0)
 
     def nll(params, batch, key):
@@ -155,16 +156,16 @@ def trainer(model: str, optimizer_name: str, arm: str, config: Config) -> Callab
 
     @jax.jit
     @jax.vmap
-    def members(params, rate, key):
+    def members(params, rate, key, train, validation, test):
         def epoch(state, _):
             state, _ = mle.run(nll, optimizer, state, train, num_steps=steps, batch_size=config.batch_size)
-            return state, scores(arm, state.params, digits.validation)["accuracy"]
+            return state, scores(arm, state.params, validation)["accuracy"]
 
         state = optax.tree.set(mle.init(params, optimizer, key), learning_rate=rate)
         state, curve = jax.lax.scan(epoch, state, length=config.epochs)
-        start = participation(arm, outputs(params, train[0]), train[1])
-        test = scores(arm, state.params, digits.test)
-        return {"participation": start, "validation": curve} | {f"test_{name}": value for name, value in test.items()}
+        start = participation(arm, outputs(params, train.features), train.labels)
+        final = scores(arm, state.params, test)
+        return {"participation": start, "validation": curve} | {f"test_{name}": value for name, value in final.items()}
 
     def call(chunk: Sequence[Member]) -> dict:
         full = [*chunk, *[chunk[-1]] * (config.trained_together - len(chunk))]
@@ -172,7 +173,9 @@ def trainer(model: str, optimizer_name: str, arm: str, config: Config) -> Callab
         params = jax.tree.map(lambda *x: np.stack(x), *(initial_params(model, member, *shape) for member in full))
         rates = np.array([10.0 ** (member.rate / 2) for member in full], np.float32)
         keys = jnp.stack([jax.random.key(member.seed) for member in full])
-        return jax.tree.map(lambda x: np.asarray(x)[: len(chunk)], members(params, rates, keys))
+        drawn = {member.seed: data.resampled("digits", member.seed) for member in full}
+        splits = jax.tree.map(lambda *x: np.stack(x), *(drawn[member.seed][:3] for member in full))
+        return jax.tree.map(lambda x: np.asarray(x)[: len(chunk)], members(params, rates, keys, *splits))
 
     def train_all(wanted: Sequence[Member]) -> dict:
         size = config.trained_together
@@ -182,29 +185,34 @@ def trainer(model: str, optimizer_name: str, arm: str, config: Config) -> Callab
     return train_all
 
 
-def tune(train: Callable, stds: Sequence[float], grid: Sequence[int], config: Config) -> dict[float, dict[int, float]]:
-    """Mean validation accuracy by std and learning rate; the grid grows while its best rate lies at the edge."""
-    tried: dict[float, dict[int, float]] = {std: {} for std in stds}
+Curve = dict[int, tuple[float, float]]  # by learning rate: mean validation accuracy, and its standard error
+
+
+def tune(train: Callable, stds: Sequence[float], grid: Sequence[int], config: Config) -> dict[float, Curve]:
+    """The curve of each std; the grid grows while its best rate lies at the edge."""
+    tried: dict[float, Curve] = {std: {} for std in stds}
     wanted = [(std, rate) for std in stds for rate in grid]
     for _ in range(config.widen_at_most + 1):
         seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
         members = [Member(std, rate, seed) for std, rate in wanted for seed in seeds]
-        final = train(members)["validation"][:, -1].reshape(len(wanted), config.selection_seeds).mean(axis=1)
-        for (std, rate), accuracy in zip(wanted, final, strict=True):
-            tried[std][rate] = float(accuracy)
+        final = train(members)["validation"][:, -1].reshape(len(wanted), config.selection_seeds)
+        errors = final.std(axis=1) / np.sqrt(max(1, config.selection_seeds - 1))
+        for (std, rate), mean, error in zip(wanted, final.mean(axis=1), errors, strict=True):
+            tried[std][rate] = float(mean), float(error)
         wanted = [(std, beyond) for std, curve in tried.items() if (beyond := outside(curve)) is not None]
         if not wanted:
             break
     return tried
 
 
-def best(curve: Mapping[int, float]) -> int:
-    """The rate with the highest accuracy; of several, the middle one."""
-    top = sorted(rate for rate, accuracy in curve.items() if accuracy == max(curve.values()))
+def best(curve: Curve) -> int:
+    """The rate with the highest accuracy; of those within one standard error of it, the middle one."""
+    highest, error = max(curve.values())
+    top = sorted(rate for rate, (mean, _) in curve.items() if mean >= highest - error)
     return top[len(top) // 2]
 
 
-def outside(curve: Mapping[int, float]) -> int | None:
+def outside(curve: Curve) -> int | None:
     """The next rate beyond the edge of the grid that the best one lies at, if it does."""
     rate = best(curve)
     return {min(curve): rate - 1, max(curve): rate + 1}.get(rate)
@@ -225,7 +233,7 @@ def run(config: Config) -> Iterator[Record | Progress]:
         tried = tune(train, config.stds, config.rates(optimizer), config)
         for std, curve in tried.items():
             rates = sorted(curve)
-            values = {"rate": 10.0 ** (np.array(rates) / 2), "validation": np.array([curve[r] for r in rates])}
+            values = {"rate": 10.0 ** (np.array(rates) / 2), "validation": np.array([curve[r][0] for r in rates])}
             yield Record({"part": "rates", **cell, "std": std}, values)
         yield Progress((done + 0.6) / len(jobs), f"{cell_name(cell)}, arm {arm}: seeds")
         seeds = range(REPORT_SEED, REPORT_SEED + config.report_seeds)
@@ -256,9 +264,20 @@ def gap(pick: Seeds, better: str, worse: str, **cell) -> np.ndarray:
     return pick("test_accuracy", arm=better, **cell) - pick("test_accuracy", arm=worse, **cell)
 
 
+def overlap() -> float:
+    """n_test / n_train of the splits."""
+    digits = data.load("digits")
+    return len(digits.test.labels) / len(digits.train.labels)
+
+
+def interval(values: np.ndarray) -> stats.Interval:
+    """The 95 % interval of a mean over seeds, each with its own split."""
+    return stats.resampled_interval(values, overlap())
+
+
 def interval_text(differences: np.ndarray) -> str:
     """Mean and 95 % interval, in points."""
-    low, high = stats.bca_interval(differences)
+    low, high = interval(differences)
     return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
@@ -298,7 +317,7 @@ def ordinary_verdict(gaps: Sequence[np.ndarray]) -> str:
     """No gap above the margin, and no interval that leaves one open."""
     if any(g.mean() > MARGIN for g in gaps):
         return "falsified"
-    return "holds" if all(stats.bca_interval(g).high <= MARGIN for g in gaps) else "undecided"
+    return "holds" if all(interval(g).high <= MARGIN for g in gaps) else "undecided"
 
 
 def wrong_hypothesis(pick: Seeds, config: Config, optimizer: str) -> Hypothesis:
@@ -309,7 +328,7 @@ def wrong_hypothesis(pick: Seeds, config: Config, optimizer: str) -> Hypothesis:
         "accuracy, though its learning rate is tuned by itself.",
         gaps_text(gaps),
         "the 95 % interval of a model's mean gap holds 0, or lies below it",
-        decided(all(stats.bca_interval(g).low > 0 for g in gaps.values())),
+        decided(all(interval(g).low > 0 for g in gaps.values())),
     )
 
 
@@ -319,7 +338,7 @@ def participation_hypothesis(pick: Seeds, config: Config) -> Hypothesis:
     for model in config.models:
         cell = {"model": model, "optimizer": config.optimizers[0]}
         a, b = (pick("participation", arm=arm, std=config.wrong_std, **cell) for arm in "AB")
-        holds &= stats.bca_interval(a - b).low > 0
+        holds &= interval(a - b).low > 0
         ratios.append(f"{MODEL_NAMES[model]} {a.mean():.2f} (A), {b.mean():.2f} (B)")
     return Hypothesis(
         "The reason shows in the first step: from a confidently wrong start, fewer examples pull under B than under A.",
@@ -350,7 +369,7 @@ def against_std(axis: Axes, pick: Seeds, config: Config, name: str, cell: Mappin
     for arm in ARMS:
         values = [pick(name, arm=arm, std=std, **cell) for std in config.stds]
         mean = np.array([v.mean() for v in values])
-        bars = np.abs(np.array([stats.bca_interval(v) for v in values]).T - mean)
+        bars = np.abs(np.array([interval(v) for v in values]).T - mean)
         axis.errorbar(config.stds, mean, yerr=bars, color=plots.COLOURS[arm], marker="o", capsize=2, label=ARMS[arm])
     axis.set(xscale="log", xlabel="std of the output weights")
 
@@ -416,8 +435,8 @@ def gap_table(pick: Seeds, config: Config) -> Table:
             g = gap(pick, "A", "B", std=std, **cell)
             accuracy = [f"{pick('test_accuracy', arm=arm, std=std, **cell).mean():.2f}" for arm in ARMS]
             rates = [f"{pick('rate', arm=arm, std=std, **cell)[0]:.2g}" for arm in ARMS]
-            p_values.append(stats.sign_flip_p(g))
-            same = f"{stats.equivalence(g, MARGIN):.3f}"
+            p_values.append(stats.resampled_p(g, overlap()))
+            same = f"{stats.equivalence(g, MARGIN, overlap()):.3f}"
             rows.append([cell_name(cell), f"{std:g}", *accuracy, interval_text(g), same, ", ".join(rates)])
     for row, p in zip(rows, stats.holm(p_values), strict=True):
         row.insert(6, f"{p:.3f}")
