@@ -18,6 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Does what the command line says; returns the exit status."""
     from experiments.interrupt import ending_at_once
 
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file to be opened would be taken for stdout or stderr
+            os.open(os.devnull, os.O_RDWR)
     with ending_at_once() as farewell:
         from experiments import commands
 

@@ -110,7 +110,7 @@ def _accept(run: Run, piece: Piece) -> str:
                     f"{part.folder}: expected {name} {want}, got {got}; remove the folder to measure it anew"
                 )
         run.update_manifest(device=part.manifest["device"], numerics=part.manifest["numerics"])
-        seconds, count = part.store.finished()[piece.study], len(part.store.records(piece.study))
+        seconds, count = part.manifest["seconds"][piece.study], len(part.store.records(piece.study))
     return f"finished in {seconds:.1f} s, {count} records"
 
 
@@ -152,7 +152,7 @@ def _merge(run: Run, study: str, parts: Sequence[Piece], failed: Sequence[str]) 
     for piece in parts:
         with folders.existing(_folder(run, piece)) as part:
             records += part.store.records(study)
-            seconds += part.store.finished()[study]
+            seconds += part.manifest["seconds"][study]
             data |= part.manifest["data"]
     run.update_manifest(seconds=run.manifest["seconds"] | {study: seconds}, data=data)
     run.store.finish(study, seconds, runner.without_repetition(records))

@@ -42,8 +42,14 @@ def describe(config: Config, device: Device | None) -> dict[str, Any]:
     settings = msgspec.to_builtins(config.studies)
     determined = determinants(config, device)
     return {
-        "identity": _digest([settings, determined]),
-        "config": {"file": config.file, "backend": config.backend, "studies": settings, "sha256": _digest(settings)},
+        "identity": digest([settings, determined]),
+        "config": {
+            "file": config.file,
+            "title": config.title,
+            "backend": config.backend,
+            "studies": settings,
+            "sha256": digest(settings),
+        },
         **determined,
         "git": git_state(_package_folder("experiments")),
         "data": {},  # data set -> sha256 of what was loaded
@@ -107,7 +113,8 @@ def keeps_subnormals() -> bool:
     return bool(jax.jit(lambda x, y: x * y)(tiny, one) > 0)
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 over a value of JSON."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

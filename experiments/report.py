@@ -28,7 +28,6 @@ def build(run: Run) -> dict[str, Section]:
     Raises:
       InputError: the folder was written by other code, or cannot be written.
     """
-    _check_manifest(run)
     configured, finished = run.manifest["config"]["studies"], run.store.finished()
     sections = {name: _section(run, name, settings) for name, settings in configured.items() if name in finished}
     unfinished = [name for name in configured if name not in finished]
@@ -42,31 +41,6 @@ def build(run: Run) -> dict[str, Section]:
         run.store.write_hypotheses([(name, *hypothesis) for name, hypothesis in _hypotheses(sections)])
         folders.replace(run.folder / PAGE, text)
     return sections
-
-
-class _Config(msgspec.Struct):
-    file: str
-    studies: dict[str, dict[str, Any]]
-
-
-class _Device(msgspec.Struct):
-    kind: str
-    backend: str
-
-
-class _Manifest(msgspec.Struct):
-    started: str
-    config: _Config
-    device: _Device | None  # not known before the first job of a launched run ends
-    versions: dict[str, str | None]
-
-
-def _check_manifest(run: Run) -> None:
-    """Whether it has what the page relies on; the identity has been looked at as the folder was opened."""
-    try:
-        msgspec.convert(run.manifest, _Manifest)
-    except msgspec.ValidationError as error:
-        raise InputError(f"{run.folder / folders.MANIFEST}: expected the manifest of a run: {error}") from None
 
 
 def _section(run: Run, name: str, settings: Any) -> Section:
@@ -110,7 +84,7 @@ def page(
     environment.filters["paragraphs"] = _paragraphs
     return environment.get_template("report.html.jinja").render(
         manifest=manifest,
-        facts=list(_facts(manifest)),
+        facts=[(name, "none" if value is None else str(value)) for name, value in folders.flat(manifest)],
         sections=sections,
         drawings=drawings,
         hypotheses=list(_hypotheses(sections)),
@@ -120,15 +94,6 @@ def page(
 
 def _paragraphs(text: str) -> list[str]:
     return [paragraph for paragraph in textwrap.dedent(text).strip().split("\n\n") if paragraph.strip()]
-
-
-def _facts(entries: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """The manifest as lines of (dotted name, value)."""
-    for name, value in entries.items():
-        if isinstance(value, dict):
-            yield from _facts(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", "none" if value is None else str(value)
 
 
 def print_hypotheses(sections: dict[str, Section]) -> None:

@@ -1,5 +1,6 @@
 """The page is made from the folder alone, is the same for the same results, and asks nothing of the network."""
 
+import hashlib
 import json
 import os
 import re
@@ -182,13 +183,15 @@ def edit_settings(folder: Path, change) -> None:
     change(manifest["config"]["studies"])
     corrupt(folder / "manifest.json", json.dumps(manifest))
     with sqlite3.connect(folder / folders.DATABASE) as database:
-        database.execute("INSERT OR REPLACE INTO studies VALUES ('dice', '', 1.0)")
+        database.execute("INSERT OR REPLACE INTO studies VALUES ('dice', '', 1.0, ?)", [hashlib.sha256().hexdigest()])
     database.close()
 
 
 NO_RUN = "run: expected the folder of a run, got one without"
 NO_MANIFEST = "run/manifest.json: expected the manifest of a run, got another file"
+DAMAGED = "run/results.sqlite: expected the database of a run, got a damaged one: "
 MALFORMED = "run/results.sqlite: expected the database of a run: database disk image is malformed"
+NOT_OURS = "run/manifest.json: expected the manifest of a run"
 NO_KEY = "Expecting property name enclosed in double quotes"
 TOO_DEEP = "maximum recursion depth exceeded while decoding a JSON array from a unicode string"
 
@@ -200,22 +203,18 @@ TOO_DEEP = "maximum recursion depth exceeded while decoding a JSON array from a 
         (lambda run: (run / "manifest.json").unlink(), f"{NO_RUN} manifest.json"),
         (lambda run: (run / "results.sqlite").unlink(), f"{NO_RUN} results.sqlite"),
         (lambda run: corrupt(run / "manifest.json", "{"), f"{NO_MANIFEST}: {NO_KEY}: line 1 column 2 (char 1)"),
-        (lambda run: corrupt(run / "manifest.json", "[]"), f"{NO_MANIFEST}: Expected `object`, got `array`"),
+        (lambda run: corrupt(run / "manifest.json", "[]"), f"{NOT_OURS}: Expected `object`, got `array`"),
         (lambda run: corrupt(run / "manifest.json", "[" * 9999), f"{NO_MANIFEST}: {TOO_DEEP}"),
         (
             lambda run: corrupt(run / "manifest.json", '{"identity": 5}'),
-            f"{NO_MANIFEST}: Expected `str`, got `int` - at `$.identity`",
-        ),
-        (
-            lambda run: corrupt(run / "manifest.json", '{"identity": "k", "started": "today"}'),
-            "run/manifest.json: expected the manifest of a run: Object missing required field `config`",
+            f"{NOT_OURS}: Expected `str`, got `int` - at `$.identity`",
         ),
         (lambda run: replaced_by_folder(run / "manifest.json"), f"{NO_RUN} manifest.json"),
         (lambda run: replaced_by_folder(run / "results.sqlite"), f"{NO_RUN} results.sqlite"),
         (lambda run: replaced_by_folder(run / "report.html"), "run/report.html: cannot be written: Is a directory"),
         (lambda run: replaced_by_file(run / "figures"), "run/figures: cannot be written: File exists"),
         (lambda run: os.truncate(run / "results.sqlite", 2 * 4096), MALFORMED),
-        (lambda run: torn(run / "results.sqlite"), MALFORMED),
+        (lambda run: torn(run / "results.sqlite"), DAMAGED),
         (
             lambda run: corrupt(run / "results.sqlite", "text" * 999),
             "run/results.sqlite: expected the database of a run: file is not a database",
@@ -233,7 +232,8 @@ TOO_DEEP = "maximum recursion depth exceeded while decoding a JSON array from a 
 def test_a_folder_that_is_not_this_codes_run_is_one_line(folder, capsys, spoil, message):
     spoil(folder)
     assert main(["report", str(folder)]) == 2
-    assert capsys.readouterr().err == message + "\n"
+    line = capsys.readouterr().err
+    assert line == message + "\n" or (message == DAMAGED and re.fullmatch(f"{message}.+\n", line))
 
 
 def test_a_wide_manifest_wraps_on_a_phone(folder):
