@@ -16,7 +16,7 @@ def drawing():
     margin = np.linspace(-5, 5, 21)
     with plots.style():
         figure, axes = plots.figure(columns=2, rows=1)
-        for name, colour in plots.COLOURS.items():
+        for name, colour in zip("ABCDEF", plots.PALETTE, strict=True):
             axes[0].plot(margin, np.exp(-margin), "o-", color=colour, label=name)
         axes[1].plot(margin, np.exp(-margin), **plots.THEORY, label="theory $e^{-m}$")
         axes[0].set(yscale="log", xlabel="margin < 0 & > 0")
