@@ -24,7 +24,12 @@ def html(text: str) -> str:
     '1 &lt; <math><mrow><msub><mi>m</mi><mn>0</mn></msub></mrow></math>'
     """
     pieces = text.split("$")
-    return "".join(formula(piece) if i % 2 else escape(piece, quote=False) for i, piece in enumerate(pieces))
+    return "".join(_breakable(piece) if i % 2 else escape(piece, quote=False) for i, piece in enumerate(pieces))
+
+
+def _breakable(text: str) -> str:
+    """A formula that a narrow page may break after its signs of equality."""
+    return "\u200b".join(formula(part) for part in re.split(r"(?<= =) ", text))
 
 
 def formula(text: str) -> str:
@@ -68,7 +73,7 @@ def _group(tokens: list[str]) -> str:
 
 def _atom(tokens: list[str]) -> str:
     if tokens[0] == "(":
-        return f"<mrow><mo>(</mo>{_group(tokens)}<mo>)</mo></mrow>"
+        return f'<mrow><mo stretchy="false">(</mo>{_group(tokens)}<mo stretchy="false">)</mo></mrow>'
     token = tokens.pop(0)
     if token == "sqrt":
         return f"<msqrt>{_script(tokens)}</msqrt>"
@@ -77,4 +82,6 @@ def _atom(tokens: list[str]) -> str:
         return f"<msub>{name}<mn>{match[2]}</mn></msub>" if match[2] else name
     if token[0].isdigit() or (token[0] == "." and len(token) > 1):
         return f"<mn>{token}</mn>"
+    if token in ("|", "||"):  # which may open or close, and so has no space of its own
+        return f'<mo stretchy="false" lspace="0" rspace="0">{_SIGNS.get(token, token)}</mo>'
     return f"<mo>{escape(_SIGNS.get(token, token))}</mo>"

@@ -77,7 +77,7 @@ def legend(made: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> No
     """One legend for all panels, below them, in as many columns as the width takes."""
     if not labels:
         return
-    points = 0.55 * _SIZE * max(map(len, labels)) + 32  # a letter is about half as wide as high
+    points = 0.55 * _SIZE * max(map(len, labels)) + 5 * _SIZE  # letters are half as wide as high
     columns = max(1, min(len(labels), int(72 * made.get_figwidth() / points)))
     made.legend(handles, labels, loc="outside lower center", ncols=columns)
 

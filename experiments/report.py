@@ -138,7 +138,7 @@ def _abstract(sections: Sequence[Section]) -> Iterator[str]:
         yield f"Of {total} claim{'s' if total > 1 else ''} {', '.join(told)}."
 
 
-_NUMBER = re.compile(r"[-+−<>]?\s?\d|[-+]?\.\d|NaN$|inf$|no digit$|refused$")
+_NUMBER = re.compile(r"[-+−<>]?\s?\d|[-+]?\.\d|(NaN|inf|no digit|refused)\b")
 
 
 def _numeric(table: Table) -> list[bool]:

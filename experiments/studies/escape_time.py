@@ -448,8 +448,8 @@ def abstract(config: Config, curves: Curves) -> list[str]:
     return [
         "The steps to leave such a start grow linearly in its margin under softmax + cross-entropy, exponentially "
         f"under softmax + squared error and logarithmically under linear + squared error: from {last:g} nats at "
-        f"learning rate {fine:g} they are {', '.join(f'{n:,.0f}' for n in steps.values())}, and SGD is within "
-        f"{off:.1%} of these laws."
+        f"learning rate {fine:g} they are {', '.join(f'{n:,.0f}' for n in steps.values())} respectively, and SGD is "
+        f"within {off:.1%} of these laws."
     ]
 
 
@@ -470,8 +470,8 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         "$T = (e^m0 + 3 m0 - 3 e^-m0 - e^(-2 m0) / 2 + 5 / 2) / 4$ under softmax + squared error and "
         "$T = ln(1 + m0)$ under linear + squared error. The last presumes a one-hot target: its margin decays towards "
         "-1 and passes 0 on the way.\n\n"
-        "Adam divides each gradient by its recent size plus eps. Gradients far below eps therefore count as what they "
-        "are, and larger ones as their sign."
+        "Adam divides each gradient by its recent size plus $eps$. Gradients far below $eps$ therefore count as what "
+        "they are, and larger ones as their sign."
     )
     if left_out:
         text += (

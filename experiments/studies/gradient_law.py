@@ -166,8 +166,8 @@ def against_slope(curves: Curves, config: Config, arm: str) -> list[str]:
     if arm == SOFTMAX_CE:
         right = slope(linear["margin"], curves["law", SOFTMAX_CE, k]["norm"], -15.0, -math.log(k) - 4)
         return [
-            f"If the prediction is right, the gradient of cross-entropy vanishes as $e^-|m|$ (slope {right:+.3f}), as "
-            "that of a loss near its least value must. The claim is about wrong predictions alone."
+            f"If the prediction is right, the gradient of cross-entropy vanishes as $e^(-|m|)$ (slope {right:+.3f}), "
+            "as that of a loss near its least value must. The claim is about wrong predictions alone."
         ]
     at = int(np.argmin(np.abs(linear["margin"] - 15)))
     square, entropy = (_wrong_slope(curves, sigmoid, k) for sigmoid in (SIGMOID_SE, SIGMOID_CE))
@@ -289,7 +289,7 @@ def detail_figure(curves: Curves) -> Plot:
         axis.legend(loc="upper right")
     caption = (
         "Softmax + squared error for $K = 2$. Left: the gradient in the true logit is largest at $m = ln 2$. Right: "
-        "`sum((softmax(z) - y)**2) / 2`, left to autodiff, rounds the gradient of the rival to multiples of $2^-24$, "
+        "sum((softmax(z) - y)**2) / 2, left to autodiff, rounds the gradient of the rival to multiples of $2^-24$, "
         "and to 0 where the dots end."
     )
     return Plot(figure, caption)

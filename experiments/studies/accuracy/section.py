@@ -87,7 +87,8 @@ def bound_hypothesis(rows: Rows) -> Hypothesis:
     measured += "; outside: " + ", ".join(f"{named(line)} {shown(off[line], line[0])}" for line in out) if out else ""
     return Hypothesis(
         "Every value and gradient entry of jprob has all the digits that its documentation promises: for most an error "
-        "of at most (16 + R) u, R the largest gap between logits.",
+        "of at most $(16 + R) u$, with $R$ the largest gap "
+        "between logits.",
         measured,
         "an error is above the bound in the function's docstring, and one rounding to the dtype of the result",
         decided(not out),
@@ -271,11 +272,11 @@ def report(config: Config, records: Sequence[Record]) -> Section:
     told = ", ".join(f"{name} {versions[name]}" for name in peers) or "none"
     text = (
         f"Peers measured: {told}. Not installed here, and absent from all that follows: {', '.join(absent) or 'none'}. "
-        "`pip install jprob[bench]` brings them.\n\n"
-        "An error is |got - true| / max(|true|, smallest normal number) in u, half the spacing at 1 of the inputs' "
-        "dtype: 1 u is a rounding, 1/u or more is no digit. Each number is the largest over all entries and examples "
+        "pip install jprob[bench] brings them.\n\n"
+        "An error is |got - true| / max(|true|, smallest normal number) in the unit $u$, half the spacing at 1 of the "
+        "inputs' dtype: 1 u is a rounding, 1/u or more is no digit. Each number is the largest over all entries and examples "
         "of a row, against the definition in mpmath at 120 digits.\n\n"
-        "`right by 20` is a prediction whose true class leads by 20 nats, `wrong by 20` one whose rival does. Peers "
+        "Right by 20 is a prediction whose true class leads by 20 nats, wrong by 20 one whose rival does. Peers "
         "are called in their own most stable form for logits; those without an interval "
         "probability subtract two cdfs, and jax takes a covariance in place of its factor."
     )
