@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from experiments import config, folders, jobs, launch, studies
 from experiments.errors import InputError, UnfinishedError
@@ -19,7 +19,8 @@ from experiments.interrupt import Farewell
 def obey(arguments: Sequence[str] | None, farewell: Farewell) -> int:
     """Does what the command line says; returns the exit status."""
     os.environ.pop("MPLBACKEND", None)  # figures here need no backend, and a wrong name would end the import
-    with contextlib.redirect_stderr(_Unheard(sys.stderr)):
+    unheard: Any = _Unheard(sys.stderr)
+    with contextlib.redirect_stderr(unheard):
         try:
             options = _parser().parse_args(_checked(sys.argv[1:] if arguments is None else arguments))
             options.command(options, farewell)
@@ -30,20 +31,14 @@ def obey(arguments: Sequence[str] | None, farewell: Farewell) -> int:
     return 0
 
 
-class _Unheard(io.TextIOBase):
+class _Unheard:
     """stderr, but what it does not take (it is full, or closed) is lost without ending the work."""
 
-    def __init__(self, stream: TextIO | None):
+    def __init__(self, stream: Any):  # a TextIO, or None
         self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
 
     def write(self, text: str) -> int:
         try:
@@ -54,7 +49,7 @@ class _Unheard(io.TextIOBase):
         return len(text)
 
 
-def _discard(stream: TextIO) -> None:
+def _discard(stream: Any) -> None:
     """Leads a stream into nothing, or Python would complain as it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

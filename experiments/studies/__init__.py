@@ -11,7 +11,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -20,6 +20,7 @@ from experiments.findings import Section
 from experiments.results import Progress, Record
 
 
+@runtime_checkable  # which checkers of types need
 class Study(Protocol):
     """What the harness expects of a module in this folder."""
 

@@ -273,9 +273,9 @@ def report(config: Config, records: Sequence[Record]) -> Section:
     text = (
         f"Peers measured: {told}. Not installed here, and absent from all that follows: {', '.join(absent) or 'none'}. "
         "pip install jprob[bench] brings them.\n\n"
-        "An error is |got - true| / max(|true|, smallest normal number) in the unit $u$, half the spacing at 1 of the "
-        "inputs' dtype: 1 u is a rounding, 1/u or more is no digit. Each number is the largest over all entries and examples "
-        "of a row, against the definition in mpmath at 120 digits.\n\n"
+        "An error is |got - true| / max(|true|, smallest normal number) in the unit $u$, half the spacing at 1 of "
+        "the inputs' dtype: 1 u is a rounding, 1/u or more is no digit. Each number is the largest over all entries "
+        "and examples of a row, against the definition in mpmath at 120 digits.\n\n"
         "Right by 20 is a prediction whose true class leads by 20 nats, wrong by 20 one whose rival does. Peers "
         "are called in their own most stable form for logits; those without an interval "
         "probability subtract two cdfs, and jax takes a covariance in place of its factor."
