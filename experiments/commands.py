@@ -55,13 +55,15 @@ def _discard(stream: Any) -> None:
 
 
 def _checked(arguments: Sequence[str]) -> Sequence[str]:
-    """Arguments whose bytes are no UTF-8 could be read, and neither stored nor shown."""
-    for text in arguments:
+    """A name whose bytes are no UTF-8 could be read, and neither stored nor shown; jax takes none as a folder."""
+    for text in (*arguments, os.getcwd()):
         try:
             text.encode()
         except UnicodeEncodeError:
             got = os.fsencode(text).decode(errors="backslashreplace")
-            raise InputError(f'python -m experiments: expected arguments in UTF-8, got "{got[:60]}"') from None
+            raise InputError(
+                f'python -m experiments: expected arguments and a folder in UTF-8, got "{got[:60]}"'
+            ) from None
     return arguments
 
 

@@ -170,6 +170,7 @@ def _stored_manifest(folder: Path) -> dict[str, Any] | None:
             return None
         manifest = json.loads(path.read_bytes())
         msgspec.convert(manifest, _Manifest)
+        json.dumps(manifest, ensure_ascii=False).encode()  # half a character, as JSON can spell, is in no UTF-8
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except msgspec.ValidationError as error:

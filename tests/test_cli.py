@@ -246,7 +246,13 @@ def test_what_is_long_is_shortened(capsys, folder_of_coin, arguments):
 )
 def test_an_argument_that_is_not_utf8_is_one_line(capsys, arguments):
     got = arguments[-1].replace("\udcff", r"\xff")
-    assert_refused(arguments, f'python -m experiments: expected arguments in UTF-8, got "{got}"', capsys)
+    assert_refused(arguments, f'python -m experiments: expected arguments and a folder in UTF-8, got "{got}"', capsys)
+
+
+def test_a_folder_to_work_in_that_is_not_utf8_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(os, "getcwd", lambda: RAW)
+    line = 'python -m experiments: expected arguments and a folder in UTF-8, got "r\\xff"'
+    assert_refused(["run", COIN], line, capsys)
 
 
 def test_a_config_whose_name_is_not_utf8_is_listed(capsys):

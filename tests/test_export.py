@@ -104,16 +104,6 @@ def test_a_query_that_is_not_one_reading_statement_is_one_line(capsys, folder, q
     assert tiny_studies.tree() == before
 
 
-MANIFEST = json.dumps(
-    {
-        **{name: {} for name in ("versions", "git", "data", "seconds")},
-        **dict.fromkeys(("device", "numerics")),
-        **dict.fromkeys(("identity", "started", "source"), ""),
-        "config": {"file": "", "title": "", "studies": {}},
-    }
-)
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -128,7 +118,7 @@ MANIFEST = json.dumps(
 def test_a_folder_without_results_is_one_line(capsys, arguments, line):
     for name, content in {"bad": b"text" * 999, "hollow": b""}.items():
         Path(name).mkdir()
-        Path(name, folders.MANIFEST).write_text(MANIFEST)
+        Path(name, folders.MANIFEST).write_text(json.dumps(tiny_studies.MANIFEST))
         Path(name, folders.DATABASE).write_bytes(content)
     before = tiny_studies.tree()
     assert main(["results", *arguments]) == 2

@@ -10,23 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+from tiny_studies import MANIFEST
 
 from experiments import folders
 from experiments.errors import InputError
 from experiments.results import Record
-
-MANIFEST = {
-    "identity": "a" * 64,
-    "started": "today",
-    "config": {"file": "a.toml", "title": "A", "studies": {}},
-    "source": "s",
-    "versions": {},
-    "device": None,
-    "numerics": None,
-    "git": {},
-    "data": {},
-    "seconds": {},
-}
 
 
 @pytest.fixture

@@ -225,6 +225,10 @@ TOO_DEEP = "maximum recursion depth exceeded while decoding a JSON array from a 
         (lambda run: (run / "manifest.json").unlink(), f"{NO_RUN} manifest.json"),
         (lambda run: (run / "results.sqlite").unlink(), f"{NO_RUN} results.sqlite"),
         (lambda run: corrupt(run / "manifest.json", "{"), f"{NO_MANIFEST}: {NO_KEY}: line 1 column 2 (char 1)"),
+        (
+            lambda run: corrupt(run / "manifest.json", json.dumps(tiny_studies.MANIFEST | {"source": "\ud800"})),
+            f"{NO_MANIFEST}: 'utf-8' codec can't encode character '\\ud800' in position 171: surrogates not allowed",
+        ),
         (lambda run: corrupt(run / "manifest.json", "[]"), f"{NOT_OURS}: Expected `object`, got `array`"),
         (lambda run: corrupt(run / "manifest.json", "[" * 9999), f"{NO_MANIFEST}: {TOO_DEEP}"),
         (
