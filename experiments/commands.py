@@ -11,19 +11,19 @@ from typing import Any, NoReturn
 
 from experiments import config, folders, jobs, launch, studies
 from experiments.errors import InputError, UnfinishedError
-from experiments.interrupt import Farewell
+from experiments.interrupt import OnInterrupt
 
 # What loads jax or matplotlib is imported where it is needed: a mistyped config should be answered at once.
 
 
-def obey(arguments: Sequence[str] | None, farewell: Farewell) -> int:
+def execute(arguments: Sequence[str] | None, on_interrupt: OnInterrupt) -> int:
     """Does what the command line says; returns the exit status."""
     os.environ.pop("MPLBACKEND", None)  # figures here need no backend, and a wrong name would end the import
     unheard: Any = _Unheard(sys.stderr)
     with contextlib.redirect_stderr(unheard):
         try:
             options = _parser().parse_args(_checked(sys.argv[1:] if arguments is None else arguments))
-            options.command(options, farewell)
+            options.command(options, on_interrupt)
         except (InputError, UnfinishedError) as error:
             line = " ".join(str(error).splitlines())
             print(line if len(line) <= 900 else f"{line[:600]} ... {line[-290:]}", file=sys.stderr)
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run the studies of a config",
         description="Runs the studies of a config, shows the verdicts and writes report.html. The same command on the "
-        "same code continues an interrupted run: finished studies are kept, the unfinished one starts anew.",
+        "same code continues an interrupted run: finished studies are kept, the unfinished one starts again.",
     )
     run.add_argument("config", type=_path, metavar="CONFIG", help="a TOML file: backend, and one table per study")
     run.add_argument(
@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
 
-    report = commands.add_parser("report", help="make report.html anew", description="Makes report.html from a folder.")
+    report = commands.add_parser(
+        "report", help="make report.html again", description="Makes report.html from a folder."
+    )
     report.add_argument("folder", type=_path, metavar="DIR", help="the results folder of a run")
     report.set_defaults(command=_report)
 
@@ -132,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=("table", "csv", "sql"),
         default="table",
-        help="table: one row per value or curve; csv: one row per step; sql: statements that make the database anew",
+        help="table: one row per value or curve; csv: one row per step; sql: statements that make the database again",
     )
     show.add_argument("--query", metavar="SQL", help="show the answer to one SELECT instead")
     show.set_defaults(command=_results)
@@ -142,26 +144,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, farewell: Farewell) -> None:
+def _run(options: argparse.Namespace, on_interrupt: OnInterrupt) -> None:
     target = None if options.launch is None else jobs.target(options.launch)
     settings = config.load(options.config, options.overrides)
     if target is None:
         from experiments import runner
 
-        folder = runner.run(settings, options.out, farewell)
+        folder = runner.run(settings, options.out, on_interrupt)
     else:
-        folder = launch.run(settings, options.out, target, farewell)
-    _build_report(folder, farewell)
+        folder = launch.run(settings, options.out, target, on_interrupt)
+    _build_report(folder, on_interrupt)
 
 
-def _report(options: argparse.Namespace, farewell: Farewell) -> None:
-    _build_report(options.folder, farewell)
+def _report(options: argparse.Namespace, on_interrupt: OnInterrupt) -> None:
+    _build_report(options.folder, on_interrupt)
 
 
-def _build_report(folder: Path, farewell: Farewell) -> None:
+def _build_report(folder: Path, on_interrupt: OnInterrupt) -> None:
     from experiments import report
 
-    farewell.line = f"interrupted: what is measured is in {folder}; the same command makes the report"
+    on_interrupt.line = f"interrupted: what is measured is in {folder}; the same command makes the report"
     with folders.existing(folder) as run:
         sections = report.build(run)
     with _printing():
@@ -169,14 +171,14 @@ def _build_report(folder: Path, farewell: Farewell) -> None:
         print(f"report: {folder / report.PAGE}")
 
 
-def _results(options: argparse.Namespace, farewell: Farewell) -> None:
+def _results(options: argparse.Namespace, on_interrupt: OnInterrupt) -> None:
     from experiments import export
 
     with _printing():
         export.show(options.folder, options.format, options.query)
 
 
-def _list(options: argparse.Namespace, farewell: Farewell) -> None:
+def _list(options: argparse.Namespace, on_interrupt: OnInterrupt) -> None:
     """One unreadable file does not hide the others; what is wrong with it comes last, and is the exit status."""
     problems: list[str] = []
     with _printing():

@@ -64,12 +64,12 @@ def answer(folder: Path, query: str) -> tuple[list[str], list[Sequence]]:
 
 
 def _permit(action: int, *_: str | None) -> int:
-    """Refuses whatever is not reading: a mistyped query must not change, delete or create anything."""
+    """Refuses all but reading: a mistyped query must not change, delete or create anything."""
     return sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY
 
 
 def dump(folder: Path) -> Iterator[str]:
-    """The SQL statements that make the database anew."""
+    """The SQL statements that make the database again."""
     with folders.existing(folder) as run:
         for line in run.store.database.iterdump():
             # SQLite writes infinity as a word that it cannot read; a number beyond the range it reads as infinity.

@@ -210,9 +210,9 @@ def _is_occupied(folder: Path) -> bool:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file as a whole: whoever reads it meanwhile, or after a crash, finds the old text or the new one.
+    """Writes a file as a whole: a reader meanwhile, or after a crash, finds the old text or the new one.
 
-    Several processes may do so at once: each writes to a name of its own, and the last to rename it counts.
+    Several processes may do so at once: each writes to a separate name, and the last to rename it counts.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:

@@ -1,7 +1,7 @@
 """How a run's numbers came about: the config, the code, the versions, the device.
 
 All of it that can change a number is hashed into the run's identity. The same command on the same code and machine
-finds its folder again and continues; anything else gets a folder of its own, so that results never mix.
+finds its folder again and continues; anything else gets another folder, so that results never mix.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def describe(config: Config, device: Device | None) -> dict[str, Any]:
 
 
 def determinants(config: Config, device: Device | None) -> dict[str, Any]:
-    """What the numbers are a function of, beside the settings."""
+    """What the numbers are a function of, next to the settings."""
     return {
         "source": source_digest(_sources(config.studies)),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},

@@ -82,6 +82,6 @@ def _atom(tokens: list[str]) -> str:
         return f"<msub>{name}<mn>{match[2]}</mn></msub>" if match[2] else name
     if token[0].isdigit() or (token[0] == "." and len(token) > 1):
         return f"<mn>{token}</mn>"
-    if token in ("|", "||"):  # which may open or close, and so has no space of its own
+    if token in ("|", "||"):  # which may open or close, and so needs no space
         return f'<mo stretchy="false" lspace="0" rspace="0">{_SIGNS.get(token, token)}</mo>'
     return f"<mo>{escape(_SIGNS.get(token, token))}</mo>"

@@ -53,7 +53,7 @@ _STYLE = {
     "ytick.labelsize": _SIZE,
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
-    # Text as outlines: a fifth more bytes, and the same picture whatever fonts the reader has.
+    # Text as outlines: a fifth more bytes, and the same picture with any fonts.
     "svg.fonttype": "path",
     "svg.hashsalt": "jprob",  # without it the names inside an SVG are drawn at random
 }

@@ -311,7 +311,7 @@ def slope_table(curves: Curves, config: Config) -> Table:
 
 
 def abstract(curves: Curves, config: Config) -> list[str]:
-    """The slopes, beside what the theory says of them."""
+    """The slopes, next to what the theory says of them."""
     square, entropy = ([_wrong_slope(curves, arm, k) for k in config.num_classes] for arm in (SOFTMAX_SE, SOFTMAX_CE))
     return [
         "If a prediction is confidently wrong by a margin $m$ in the logits, the gradient of softmax + squared error "

@@ -1,4 +1,4 @@
-"""A large vocabulary: what `linear_categorical.cross_entropy` costs beside the loss that keeps its logits.
+"""A large vocabulary: what `linear_categorical.cross_entropy` costs next to the loss that keeps its logits.
 
 Value and both gradients of the mean loss of N tokens, from hidden [N, H] and kernel [H, V]. The contestants: jprob; the
 plain form, optax's loss of `hidden @ kernel` with float32 logits; tokamax and torch's `linear_cross_entropy`, where
@@ -174,7 +174,7 @@ def growth_of_resident_size(run: Callable[[], object]) -> int | None:
     if not peak.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
-    peak.write_text("5")  # the peak begins anew
+    peak.write_text("5")  # the peak starts again
     before = _kibibytes(status, "VmRSS")
     out = run()
     after = _kibibytes(status, "VmHWM")

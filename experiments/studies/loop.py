@@ -1,4 +1,4 @@
-"""The training loop: what `mle.run` costs beside a hand-written `lax.scan`, and saves beside other loops.
+"""The training loop: what `mle.run` costs next to a hand-written `lax.scan`, and saves next to other loops.
 
 Everyone trains the same small network (64-128-10, ReLU) on 1024 digits with Adam, from the same initial weights, each
 epoch in a new order. The contestants: `mle.run`, which also records the norms and skips what is not finite; the
@@ -234,7 +234,7 @@ def fit_once(t: Task, num_steps: int, directory: str | None = None) -> Callable[
 
 
 def measure_fit(t: Task, num_steps: int, rounds: int) -> Record:
-    """`fit` beside one `run` of as many steps, and what a checkpoint adds to it."""
+    """`fit` next to one `run` of as many steps, and what a checkpoint adds to it."""
     arguments = jax.device_put((t.params, (t.features, t.labels)))
 
     def run_once():
@@ -342,7 +342,7 @@ def checkpoint_table(record: Record) -> Table:
 
 
 def ratio_figure(records: Sequence[Record]) -> Plot:
-    """A row for every cell: on the left `run` beside the scan, on the right the others beside `run`."""
+    """A row for every cell: on the left `run` next to the scan, on the right the others next to `run`."""
     figure, (left, right) = plots.figure(columns=2, height=0.3 * len(records) + 1.7)
     heights = np.arange(len(records))
     others = [name for name in NAMES if f"seconds_{name}" in records[0].values and name not in ("run", "scan")]

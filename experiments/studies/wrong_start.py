@@ -4,10 +4,10 @@ A classifier of handwritten digits (64 pixels, 10 classes), linear or with one t
 weights drawn with a standard deviation s. The larger s, the larger the logits before the first step, and nine of ten
 are wrong: with s = 4 most examples start confidently wrong. The arms are three of `experiments.arms`.
 
-How many examples take part in the first step is told by the participation ratio (sum g)^2 / (n sum g^2) of the norms g
+How many examples contribute to the first step is told by the participation ratio (sum g)^2 / (n sum g^2) of the norms g
 of their gradients in the logits: 1 if all pull alike, 1 / n if one does.
 
-Protocol: the learning rate is tuned for each arm, optimizer, model and s by itself, on a validation split, over a
+Protocol: the learning rate is tuned for each arm, optimizer, model and s separately, on a validation split, over a
 half-decade grid that is widened while the best rate lies at its edge; seeds that select are not seeds that report. A
 run that diverges counts as accuracy 0. Arms are paired: equal seeds have equal draws and equal batches. Intervals are
 BCa bootstrap, p-values are of sign flips with Holm's correction over all comparisons of the softmax arms, and "no
@@ -208,7 +208,7 @@ def outside(curve: Mapping[int, float]) -> int | None:
 
 
 def parts(config: Config) -> list[Config]:
-    """Every model and optimizer is trained by itself."""
+    """Every model and optimizer is a part."""
     return split(config, "models", "optimizers")
 
 

@@ -203,7 +203,7 @@ def _panel(axis: Axes, rows: Rows, here: Sequence[str], part: str, u: float) -> 
 
 
 def heat_map(dtype: str, rows: Rows, here: Sequence[str]) -> Plot:
-    """All rows of one dtype, the value's errors beside the gradient's."""
+    """All rows of one dtype, the value's errors next to the gradient's."""
     u, mine = UNITS[dtype], {key: cells for key, cells in rows.items() if key[0] == dtype}
     figure, (left, right) = plots.figure(columns=2, height=1.6 + 0.17 * len(mine))
     for axis, part in ((left, PARTS[0]), (right, PARTS[1])):
