@@ -8,10 +8,10 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib.style
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.rcsetup import cycler
@@ -73,8 +73,8 @@ def figure(*, columns: int = 1, rows: int = 1, height: float = 4.2) -> tuple[Fig
         return made, made.subplots(rows, columns, squeeze=False).ravel()
 
 
-def legend(made: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """One legend for all panels, below them, in as many columns as the width takes."""
+def legend(made: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """One legend for all panels, below them, in as many columns as the width takes; a handle may be several artists."""
     if not labels:
         return
     points = 0.55 * _SIZE * max(map(len, labels)) + 5 * _SIZE  # letters are half as wide as high
