@@ -1,5 +1,9 @@
-"""What a study hands to the report: claims with verdicts, figures, tables."""
+"""What a study hands to the report: claims with verdicts, figures, tables.
 
+Formulas in all texts but the tables' stand between dollar signs, see `experiments.mathml`.
+"""
+
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,6 +21,7 @@ class Hypothesis(NamedTuple):
     measured: str  # the figures with their interval, formatted for people: "-0.9998 [-1.0003, -0.9994]"
     falsified_if: str  # the rule, in words with its numbers
     verdict: str  # one of VERDICTS
+    against: Sequence[str] = ()  # what speaks against the claim or limits it, one sentence with figures each
 
 
 def decided(holds: bool | np.bool_) -> str:
@@ -29,6 +34,7 @@ class Plot(NamedTuple):
 
     figure: "Figure"
     caption: str
+    stacks: bool = True  # whether its panels may stand below each other on a phone; if not, it is scrolled there
 
 
 class Table(NamedTuple):
@@ -43,8 +49,8 @@ class Section(NamedTuple):
     """What a study has to say."""
 
     title: str
-    text: str  # plain paragraphs, separated by blank lines
-    plots: list[Plot]
+    abstract: list[str]  # what was found, in sentences with figures; all studies of a config have five at most
+    text: str  # plain paragraphs, separated by blank lines; each term is defined where it is first used
+    plots: list[Plot]  # the first is shown at the top of the page if the study comes first
     hypotheses: list[Hypothesis]
     tables: list[Table]
-    counter_evidence: list[str]  # what speaks against the claim, one sentence with figures each

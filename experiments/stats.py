@@ -119,7 +119,7 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 
     Returns:
       Adjusted p-values in the same order. Rejecting those below alpha keeps the probability of any false rejection
-      below alpha, whatever the dependence between the tests.
+      below alpha, under any dependence between the tests.
 
     Raises:
       ValueError: a p-value outside [0, 1].

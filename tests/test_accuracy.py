@@ -186,7 +186,7 @@ def test_a_wrong_result_is_falsified(records, index, library, values):
 
 def test_peers_are_told_where_they_are_better(records):
     section = report(changed(changed(records, "jprob", value=30.0), "jax", value=10.0))
-    assert any("jax is more exact" in s and "value) 10 against 30" in s for s in section.counter_evidence)
+    assert any("jax is more exact" in s and "value) 10 against 30" in s for s in section.hypotheses[1].against)
     alone = [r for r in records if r.settings["library"] != "jax"]
     assert report(alone).hypotheses[1].verdict == "undecided"
 

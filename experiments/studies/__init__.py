@@ -15,11 +15,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import msgspec
 
+from experiments.errors import InputError
 from experiments.findings import Section
 from experiments.results import Progress, Record
 
 
-@runtime_checkable
+@runtime_checkable  # which checkers of types need
 class Study(Protocol):
     """What the harness expects of a module in this folder."""
 
@@ -41,8 +42,16 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Study:
-    """Imports one study; the others stay unloaded."""
-    return cast(Study, importlib.import_module(f"{__name__}.{name}"))
+    """Imports one study; the others stay unloaded.
+
+    Raises:
+      InputError: it lacks one of the names that a study offers.
+    """
+    module = importlib.import_module(f"{__name__}.{name}")
+    offered = ("Config", "run", "report")
+    if lacking := [part for part in offered if not hasattr(module, part)]:
+        raise InputError(f"{name}: expected a study with Config, run and report, got one without {', '.join(lacking)}")
+    return cast(Study, module)
 
 
 def title(name: str) -> str:

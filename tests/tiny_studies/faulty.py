@@ -23,4 +23,4 @@ def run(config: Config) -> Iterator[Record | Progress]:
 
 
 def report(config: Config, records: Sequence[Record]) -> Section:
-    return Section("Faulty", f"{len(records)} records", [], [], [], [])
+    return Section("Faulty", [], f"{len(records)} records", [], [], [])

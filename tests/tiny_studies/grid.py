@@ -36,4 +36,4 @@ def run(config: Config) -> Iterator[Record | Progress]:
 
 
 def report(config: Config, records: Sequence[Record]) -> Section:
-    return Section("Grid", f"{[record.settings for record in records]}", [], [], [], [])
+    return Section("Grid", [], f"{[record.settings for record in records]}", [], [], [])

@@ -15,7 +15,7 @@ them. Each comes with its size, the sum of the magnitudes of its terms: where th
 the bounds of jprob are relative to the size, as its docstrings say, while the error above never is.
 
 A peer's function is its own where it has one, called in the form its documentation recommends for logits, and else the
-usual line made of its own primitives. A new peer is one entry in LIBRARIES.
+usual line made of its primitives. A new peer is one entry in LIBRARIES.
 """
 
 import itertools

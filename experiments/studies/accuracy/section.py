@@ -87,10 +87,12 @@ def bound_hypothesis(rows: Rows) -> Hypothesis:
     measured += "; outside: " + ", ".join(f"{named(line)} {shown(off[line], line[0])}" for line in out) if out else ""
     return Hypothesis(
         "Every value and gradient entry of jprob has all the digits that its documentation promises: for most an error "
-        "of at most (16 + R) u, R the largest gap between logits.",
+        "of at most $(16 + R) u$, with $R$ the largest gap "
+        "between logits.",
         measured,
         "an error is above the bound in the function's docstring, and one rounding to the dtype of the result",
         decided(not out),
+        against_bound(rows),
     )
 
 
@@ -122,6 +124,7 @@ def peers_hypothesis(rows: Rows, peers: Sequence[str]) -> Hypothesis:
         measured,
         "the error of a peer is smaller by more than 16 u of float32 (in bfloat16: by more than 1 u)",
         decided(not lines) if peers else "undecided",
+        against_peers(rows, peers),
     )
 
 
@@ -189,57 +192,76 @@ def _panel(axis: Axes, rows: Rows, here: Sequence[str], part: str, u: float) -> 
                 continue
             off = cells[library][part]
             lost, undefined = off >= 1 / u and math.isfinite(off), not math.isfinite(off)
-            colour = "#333333" if lost else plots.COLOURS["A"] if undefined else colours(0.75 * norm(max(off, 1.0)))
+            colour = "#333333" if lost else plots.PALETTE[0] if undefined else colours(0.75 * norm(max(off, 1.0)))
             axis.fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], color=colour, lw=0)
             ink = "white" if lost or undefined else "black"
-            axis.text(x + 0.5, y + 0.54, _label(off, u), ha="center", va="center", fontsize=6, color=ink)
+            axis.text(x + 0.5, y + 0.54, _label(off, u), ha="center", va="center", color=ink)
     axis.set(xlim=(0, len(here)), ylim=(len(rows), 0), title=part)
-    axis.set_xticks([x + 0.5 for x in range(len(here))], here, fontsize=7)
+    axis.set_xticks([x + 0.5 for x in range(len(here))], here, rotation=90)
     axis.tick_params(length=0, labeltop=True, labelbottom=True)
     axis.grid(False)
 
 
 def heat_map(dtype: str, rows: Rows, here: Sequence[str]) -> Plot:
-    """All rows of one dtype, the value's errors beside the gradient's."""
+    """All rows of one dtype, the value's errors next to the gradient's."""
     u, mine = UNITS[dtype], {key: cells for key, cells in rows.items() if key[0] == dtype}
-    figure, (left, right) = plots.figure(columns=2, width=2.6 + 0.9 * len(here), height=0.8 + 0.135 * len(mine))
+    figure, (left, right) = plots.figure(columns=2, height=1.6 + 0.17 * len(mine))
     for axis, part in ((left, PARTS[0]), (right, PARTS[1])):
         _panel(axis, mine, here, part, u)
         for y, (one_row, next_row) in enumerate(itertools.pairwise(mine), start=1):
             if one_row[1] != next_row[1]:
                 axis.axhline(y, color="black", lw=0.6)
-    left.set_yticks([y + 0.5 for y in range(len(mine))], [f"{key[1]}: {key[2]}" for key in mine], fontsize=6)
+    left.set_yticks([y + 0.5 for y in range(len(mine))], [f"{key[1]}: {key[2]}" for key in mine])
     right.set_yticks([])
     caption = (
         f"{dtype}: largest error in u = 2^{math.log2(u):g}, on a logarithmic scale from 1 u (pale) to 1/u (red). "
         "Black, 'none': no digit is left. Blue: NaN or infinite where the truth is finite. Empty: the library has no "
         "such function, or refuses the dtype."
     )
-    return Plot(figure, caption)
+    return Plot(figure, caption, stacks=False)
 
 
-def counter_evidence(rows: Rows, peers: Sequence[str]) -> list[str]:
-    """Rows where a peer is better, where jprob leaves its bound, and where its bound allows a large error."""
-    off = lines_of(rows, OURS)
-    said = [f"jprob leaves its bound in {named(line)}: {shown(off[line], line[0])}." for line in broken(rows)]
+def against_bound(rows: Rows) -> list[str]:
+    """Where jprob leaves its bound, and where its bound allows a large error."""
+    off, out = lines_of(rows, OURS), broken(rows)
+    said = [f"jprob leaves its bound in {named(line)}: {shown(off[line], line[0])}." for line in out]
+    wide = {line: e for line, e in off.items() if e > 200 * SINGLE / UNITS[line[0]] + 1 and line not in out}
+    if wide:
+        worst = max(wide, key=lambda line: wide[line])
+        said.append(
+            f"Within its bounds jprob errs by more than $200 u$ in {len(wide)} rows, most in {named(worst)} with "
+            f"{shown(wide[worst], worst[0])} u: entries where the terms cancel, or far tails, whose bound is $3 r^2 u$."
+        )
+    said.append(
+        "Errors are not speed. The regimes are those in which formulas of this kind are known to fail. All of it was "
+        "measured on one device with one version of each library."
+    )
+    return said
+
+
+def against_peers(rows: Rows, peers: Sequence[str]) -> list[str]:
+    """Rows in which a peer is better."""
+    said = []
     for peer in peers:
         twice = {line: pair for line, pair in advantages(rows, peer).items() if pair[0] > 1 and pair[0] >= 2 * pair[1]}
         if twice:
             told = (f"{named(line)} {shown(b, line[0])} against {shown(a, line[0])}" for line, (a, b) in twice.items())
             where = f"in {len(twice)} of {len(lines_of(rows, peer))} rows"
             said.append(f"{peer} is more exact than jprob by a factor of 2 or more {where}: {'; '.join(told)}.")
-    wide = {line: e for line, e in off.items() if e > 200 * SINGLE / UNITS[line[0]] + 1 and line not in broken(rows)}
-    if wide:
-        worst = max(wide, key=lambda line: wide[line])
-        said.append(
-            f"Within its bounds jprob errs by more than 200 u in {len(wide)} rows, most in {named(worst)} with "
-            f"{shown(wide[worst], worst[0])} u: entries where the terms cancel, or far tails, whose bound is 3 r^2 u."
-        )
-    said.append(
-        "Errors are not speed, the regimes are where formulas of this kind are known to fail, and all of it was "
-        "measured on one device with one version of each library."
-    )
     return said
+
+
+def abstract(config: Config, rows: Rows, peers: Sequence[str]) -> list[str]:
+    """Rows without a digit, next to those of the peers."""
+    lost = {
+        library: sum(not off < 1 / UNITS[line[0]] for line, off in lines_of(rows, library).items())
+        for library in (OURS, *peers)
+    }
+    told = ", ".join(f"{lost[peer]} of {len(lines_of(rows, peer))} ({peer})" for peer in peers) or "not measured"
+    return [
+        f"jprob has lost all digits of a value or gradient in {lost[OURS]} of {len(lines_of(rows, OURS))} rows, each "
+        f"of which is a function in a regime that is usual or hard; its peers have in {told}."
+    ]
 
 
 def report(config: Config, records: Sequence[Record]) -> Section:
@@ -250,20 +272,20 @@ def report(config: Config, records: Sequence[Record]) -> Section:
     told = ", ".join(f"{name} {versions[name]}" for name in peers) or "none"
     text = (
         f"Peers measured: {told}. Not installed here, and absent from all that follows: {', '.join(absent) or 'none'}. "
-        "`pip install jprob[bench]` brings them.\n\n"
-        "An error is |got - true| / max(|true|, smallest normal number) in u, half the spacing at 1 of the inputs' "
-        "dtype: 1 u is a rounding, 1/u or more is no digit. Each number is the largest over all entries and examples "
-        "of a row, against the definition in mpmath at 120 digits.\n\n"
-        "`right by 20` is a prediction whose true class leads by 20 nats, `wrong by 20` one whose rival does. Peers "
+        "pip install jprob[bench] brings them.\n\n"
+        "An error is |got - true| / max(|true|, smallest normal number) in the unit $u$, half the spacing at 1 of "
+        "the inputs' dtype: 1 u is a rounding, 1/u or more is no digit. Each number is the largest over all entries "
+        "and examples of a row, against the definition in mpmath at 120 digits.\n\n"
+        "Right by 20 is a prediction whose true class leads by 20 nats, wrong by 20 one whose rival does. Peers "
         "are called in their own most stable form for logits; those without an interval "
         "probability subtract two cdfs, and jax takes a covariance in place of its factor."
     )
     hypotheses = [bound_hypothesis(rows), peers_hypothesis(rows, peers), sign_hypothesis(rows, peers)]
     return Section(
         "Accuracy",
+        abstract(config, rows, peers),
         text,
         [heat_map(config.dtypes[0], rows, here)],
         hypotheses,
         tables(config, rows, here),
-        counter_evidence(rows, peers),
     )
