@@ -57,8 +57,8 @@ def resampled(name: str, seed: int) -> Dataset:
       InputError: there is no such data set.
     """
     dataset = load(name)
-    parts = zip(dataset.train, dataset.validation, dataset.test, strict=True)
-    return _split(*(np.concatenate(arrays) for arrays in parts), seed)
+    features, labels = map(np.concatenate, zip(dataset.train, dataset.validation, dataset.test, strict=True))
+    return _split(features, labels, seed)
 
 
 def digests() -> dict[str, str]:
