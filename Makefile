@@ -9,17 +9,16 @@ help:  ## list the targets
 study: .venv/ready  ## run the study of configs/study.toml
 	@.venv/bin/python -m experiments run configs/study.toml
 
-# A file goes to one process, whose tests share what it compiles.
-pytest = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
-# Arguments and results are checked against their annotations, but where a test hands over wrong ones on purpose.
-typed = --jaxtyping-packages=jprob,experiments,typecheck.checked -m "not wrong_types"
+# A file goes to one process, whose tests share what it compiles. Arguments and results are checked against their
+# annotations.
+pytest = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+  --jaxtyping-packages=jprob,experiments,typecheck.checked
 # Compiling is most of the work of a test run. Kept inside .venv, the cache goes when jax changes.
 test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.venv/jax-cache
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 test: .venv/ready  ## run the tests and the examples in the docstrings
-	@$(pytest) $(typed)
-	@$(pytest) -m wrong_types tests
+	@$(pytest)
 
 test-slow: .venv/ready  ## run the tests marked slow, which make test leaves out
 	@$(pytest) --slow -m slow tests

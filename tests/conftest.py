@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
 import jax
+import jaxtyping
 import pytest
 import submitit  # noqa: F401
 
@@ -31,6 +32,12 @@ gc.set_threshold(100_000, 50, 100)
 # pytest's stderr, where that is replaced at the time. Here nothing is.
 
 
+@pytest.fixture(autouse=True)
+def _types_are_checked(request):
+    """But where a test hands over wrong ones, to see what the function says."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("wrong_types") is not None)
+
+
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     """With x64 where it is asked for. A module that tries other dtypes has its own fixture."""
@@ -38,13 +45,23 @@ def dtype(request):
         yield request.param
 
 
-# Laws of the loop: a program is compared with a program, and to make either fast takes longer than to run it.
-LAWS = {"test_checkpoint", "test_clients", "test_fit", "test_loop", "test_optimizers", "test_sharding"}
+# Here programs are compiled as a user has them: digits are counted, or bits compared with those of another process.
+# Elsewhere a program is compared with a program, and to make either fast takes longer than to run it.
+OPTIMIZED = {"test_accuracy", "test_bayes", "test_bernoulli", "test_categorical", "test_expectation", "test_gaussian",
+             "test_launch", "test_killed", "test_precision", "test_processes"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_a_module(request):
-    """Compiled without LLVM's optimisations for laws. They serve no other module; kept, they fill gigabytes."""
-    jax.config.update("jax_disable_most_optimizations", request.path.stem in LAWS)
+    """They serve no other module; kept, they fill gigabytes."""
+    jax.config.update("jax_disable_most_optimizations", request.path.stem not in OPTIMIZED)
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def optimized(request):
+    """For the one test of a module in which digits are counted."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

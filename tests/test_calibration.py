@@ -36,6 +36,7 @@ def bins_of(c, num_bins):
 
 @pytest.mark.parametrize("num_bins", [1, 7, 15])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.usefixtures("optimized")
 def test_all_follows_its_definition(num_bins, weighted):
     z, labels, w = examples()
     table = calibration.reliability(z, labels, num_bins=num_bins, weights=w if weighted else None)
@@ -68,6 +69,7 @@ def test_all_follows_its_definition(num_bins, weighted):
     close(parts.reliability - parts.resolution + parts.uncertainty + parts.within_bin, parts.score)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_confident_model_keeps_the_digits_of_its_error():
     z = jnp.array([[20.0, 0.0]])
     table = calibration.reliability(z, jnp.array([0]))

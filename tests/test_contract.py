@@ -190,14 +190,12 @@ def test_jit_equals_eager(case):
 
 
 @batched
-def test_batches_equal_a_loop(case):
-    loop = jit(lambda *args: jax.lax.map(lambda args: value_and_gradient(case)(*args), args))
-    close(evaluated(case), loop(*case.args))
-
-
-@where(lambda case: case.per_example and getattr(case.function, "__code__", None) is not VECTORIZED)
-def test_vmap_equals_a_batch(case):
-    close(jit(jax.vmap(value_and_gradient(case)))(*case.args), evaluated(case))
+def test_a_batch_is_each_example_alone(case):
+    """By vmap; by a loop where the case is a vmap itself."""
+    is_vmap = getattr(case.function, "__code__", None) is VECTORIZED
+    alone = value_and_gradient(case)
+    close(jit(lambda *args: jax.lax.map(lambda args: alone(*args), args) if is_vmap else jax.vmap(alone)(*args))(
+        *case.args), evaluated(case))  # fmt: skip
 
 
 @where(takes_axis)

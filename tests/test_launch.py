@@ -19,7 +19,7 @@ import tiny_studies
 
 from experiments import config, folders, jobs, manifest, studies
 from experiments.__main__ import main
-from experiments.interrupt import Farewell
+from experiments.interrupt import OnInterrupt
 
 COIN = "configs/coin.toml"
 GRID = ["run", COIN, "--set", "grid.arms=['A', 'B']", "--set", "grid.seeds=[1]"]
@@ -57,14 +57,26 @@ def launched(errors):
     return set(re.findall(r"^(\S+): job \d+$", errors, re.MULTILINE))
 
 
-def test_a_launched_run_measures_what_the_run_without_jobs_does(capsys):
+def test_a_launched_run_measures_what_the_run_without_jobs_does_and_the_same_command_what_a_killed_job_left(capsys):
     assert main([*GRID, "--out", "plain"]) == 0
     shown = capsys.readouterr().out
-    assert main([*GRID, "--out", "run", "--launch", "local:2"]) == 0
+    Path("deadly-A").touch()
+    assert main([*GRID, "--out", "run", "--launch", "local:2"]) == 1
+    errors = capsys.readouterr().err
+    assert launched(errors) == {"coin", "grid-1", "grid-2"}
+    assert len(re.findall(r"^\S+: finished in \d+\.\d s, [12] records$", errors, re.MULTILINE)) == 2
+    assert len(re.findall(r"^grid-1: job (\d+) failed: /.*/run/jobs/\w+/\1_0_log\.err$", errors, re.MULTILINE)) == 1
+    assert errors.endswith("\nrun: grid-1 failed, all else is kept; the same command does the rest\n")
+    with folders.existing(Path("run")) as run:
+        assert run.store.finished().keys() == {"coin"}
+        assert not run.store.records("grid")
+
+    Path("deadly-A").unlink()
+    assert main([*GRID, "--out", "run", "--launch", "local:1"]) == 0
     printed = capsys.readouterr()
     assert printed.out == shown.replace("plain", "run")
-    assert launched(printed.err) == {"coin", "grid-1", "grid-2"}
-    assert len(re.findall(r"^\S+: finished in \d+\.\d s, [12] records$", printed.err, re.MULTILINE)) == 3
+    assert printed.err.startswith("finished before, kept as it is: coin, grid-2\n")
+    assert launched(printed.err) == {"grid-1"}
     assert tables("run") == tables("plain")
     for name in ("config", "source", "versions", "device", "numerics", "data"):
         assert stored_manifest("run")[name] == stored_manifest("plain")[name]
@@ -72,27 +84,6 @@ def test_a_launched_run_measures_what_the_run_without_jobs_does(capsys):
 
     assert main([*GRID, "--out", "run", "--launch", "local:9"]) == 0
     assert capsys.readouterr().err == "finished before, kept as it is: coin, grid\n"
-
-
-def test_the_same_command_does_what_a_killed_job_left(capsys):
-    Path("configs/grid.toml").write_text('backend = "cpu"\n[grid]\narms = ["A", "B"]\nseeds = [1]\n', encoding="utf-8")
-    assert main(["run", "configs/grid.toml", "--out", "plain"]) == 0
-    Path("deadly-A").touch()
-    capsys.readouterr()
-    assert main(["run", "configs/grid.toml", "--out", "run", "--launch", "local:2"]) == 1
-    errors = capsys.readouterr().err
-    assert len(re.findall(r"^grid-1: job (\d+) failed: /.*/run/jobs/\w+/\1_0_log\.err$", errors, re.MULTILINE)) == 1
-    assert errors.endswith("\nrun: grid-1 failed, all else is kept; the same command does the rest\n")
-    with folders.existing(Path("run")) as run:
-        assert not run.store.finished()
-        assert not run.store.records("grid")
-
-    Path("deadly-A").unlink()
-    assert main(["run", "configs/grid.toml", "--out", "run", "--launch", "local:1"]) == 0
-    errors = capsys.readouterr().err
-    assert errors.startswith("finished before, kept as it is: grid-2\n")
-    assert launched(errors) == {"grid-1"}
-    assert tables("run") == tables("plain")
 
 
 # ---- Parts without jobs: each is a run, and a run in its place is taken for it
@@ -120,7 +111,7 @@ def test_parts_of_two_devices_are_not_merged(capsys, parts):
     (parts / "grid-2" / folders.MANIFEST).write_text(json.dumps(changed))
     assert main(LAUNCH) == 2
     errors = capsys.readouterr().err
-    line = "run/parts/grid-2: expected device {.*'cpu'.*}, got {.*'abacus'.*}; remove the folder to measure it anew\n"
+    line = "run/parts/grid-2: expected device {.*'cpu'.*}, got {.*'abacus'.*}; remove the folder to measure it again\n"
     assert re.fullmatch(rf"finished before, .*\n{line}", errors)
     assert tables("run") == [[], [], [], []]
 
@@ -183,7 +174,7 @@ def test_ctrl_c_ends_the_jobs():
 
 
 def launch(calls, number):
-    return jobs.ended(calls, Path("logs"), jobs.Target("local", number), Farewell())
+    return jobs.ended(calls, Path("logs"), jobs.Target("local", number), OnInterrupt())
 
 
 def test_what_a_killed_job_leaves_behind_ends():

@@ -212,6 +212,7 @@ CONSUMERS = {
 
 @pytest.mark.parametrize("consumer", CONSUMERS.values(), ids=CONSUMERS)
 @pytest.mark.parametrize("producer", PRODUCERS.values(), ids=PRODUCERS)
+@pytest.mark.usefixtures("optimized")
 def test_logits_made_in_the_same_program_cost_their_rounding_alone(producer, consumer):
     """XLA may compute them anew for each sum, an ulp or two apart, and a logit need not equal its own maximum then."""
     rng = np.random.default_rng(0)
