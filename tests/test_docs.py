@@ -69,7 +69,8 @@ BANNED = (
 
 def prose(text):
     """The paragraphs and list items of a page as plain text: no code, tables, headings or comments."""
-    text = re.sub(r"^```.*?^```$|^(?:#|\||:::|!|    options| *\S+ = |<!--|\[).*?$", "", text, flags=re.MULTILINE | re.DOTALL)
+    apart = r"^```.*?^```$|^(?:#|\||:::|!|    options| *\S+ = |<!--|\[).*?$"
+    text = re.sub(apart, "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"`[^`]*`", "code", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text))
     return [" ".join(part.split()).strip("-* ") for part in re.split(r"\n\s*\n|\n *(?:[-*]|\d+\.) ", text)]
 
@@ -84,7 +85,8 @@ def test_the_prose_of_a_page_keeps_its_rule(page):
 
 def test_the_skeleton_of_a_study_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("experiments.findings")
-    files = re.findall(r'^``` ?\w+ title="(.*?)"\n(.*?)^```$', PAGES["docs/writing-a-study.md"], re.MULTILINE | re.DOTALL)
+    titled = re.compile(r'^``` ?\w+ title="(.*?)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+    files = titled.findall(PAGES["docs/writing-a-study.md"])
     for path, text in files:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
