@@ -20,7 +20,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Key, PyTree, Real
 
-from .. import _checks
+from .. import _checks, _placement
 from . import _arguments, _order, checkpoint, loop, objective, sharding, signals, terminal
 from . import data as sources
 from .loop import Evaluation
@@ -195,12 +195,12 @@ def fit(
     held_out = None
     if validation is not None:
         held_out = validation, loop.example_weights("fit", "validation", validation, validation_weights)
-    mesh = sharding.explicit_mesh((given, arrays, held_out))
-    with sharding.automatic_axes(mesh), contextlib.ExitStack() as stack:
-        held_out = sharding.automatic(sources.on_device(held_out), mesh)
-        arrays = sharding.automatic(sources.on_device(arrays), mesh)
+    mesh = _placement.explicit_mesh((given, arrays, held_out))
+    with _placement.automatic_axes(mesh), contextlib.ExitStack() as stack:
+        held_out = _placement.to_automatic(sources.on_device(held_out), mesh)
+        arrays = _placement.to_automatic(sources.on_device(arrays), mesh)
         feed = _Batches(plan, data, outer) if has_source else _Arrays(plan, arrays)
-        state = sharding.in_one_place(sharding.automatic(given, mesh), arrays)
+        state = sharding.in_one_place(_placement.to_automatic(given, mesh), arrays)
         caught = stack.enter_context(signals.caught())
         store, saved = None, None
         if checkpoint_dir is not None:
@@ -216,7 +216,7 @@ def fit(
             if jax.process_count() > 1:
                 _tell_of_the_others(error, store)
             raise
-    state, history = sharding.explicit((result.state, result.history), mesh or feed.mesh)
+    state, history = _placement.to_explicit((result.state, result.history), mesh or feed.mesh)
     return result._replace(state=state, history=history)
 
 
@@ -366,8 +366,8 @@ class _Batches:
     def _fetched(self):
         with jax.sharding.use_abstract_mesh(self.outer):
             batch = self.source.next()
-        self.mesh = sharding.explicit_mesh(batch)
-        return sharding.automatic(sources.on_device(batch), self.mesh)
+        self.mesh = _placement.explicit_mesh(batch)
+        return _placement.to_automatic(sources.on_device(batch), self.mesh)
 
 
 @partial(jax.jit, static_argnums=range(4), donate_argnums=4)

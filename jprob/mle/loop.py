@@ -16,7 +16,7 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Int, PyTree, Real
 
-from .. import _checks
+from .. import _checks, _placement
 from . import _arguments, _order, objective, sharding
 from .objective import Nll, Objective
 from .state import (
@@ -112,11 +112,11 @@ def step(
         weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
     if ema_decay is not None:
         state = with_average(state)
-    mesh = sharding.explicit_mesh((state, batch, weights))
-    with sharding.automatic_axes(mesh):
-        arguments = sharding.automatic((state, batch, weights), mesh)
+    mesh = _placement.explicit_mesh((state, batch, weights))
+    with _placement.automatic_axes(mesh):
+        arguments = _placement.to_automatic((state, batch, weights), mesh)
         after, metrics = _step(Objective("step", nll), optimizer, micro_batches, ema_decay, *arguments)
-    return sharding.put_back(state, after, mesh), sharding.explicit(metrics, mesh)
+    return sharding.put_back(state, after, mesh), _placement.to_explicit(metrics, mesh)
 
 
 def one_step(
@@ -236,12 +236,13 @@ def run(
     held_out = None if validation is None else (
         validation, example_weights("run", "validation", validation, validation_weights))  # fmt: skip
     arguments = state, given, held_out
-    places, mesh = (sharding.places(data), sharding.places(validation)), sharding.explicit_mesh(arguments)
-    with sharding.automatic_axes(mesh):
-        after, history = _run(Objective("run", nll), optimizer, *sharding.automatic(arguments, mesh), places, num_steps,
-                              batch_size, log_every, evaluation, validate_every, patience, micro_batches,
+    places, mesh = (sharding.places(data), sharding.places(validation)), _placement.explicit_mesh(arguments)
+    with _placement.automatic_axes(mesh):
+        arguments = _placement.to_automatic(arguments, mesh)
+        after, history = _run(Objective("run", nll), optimizer, *arguments, places, num_steps, batch_size, log_every,
+                              evaluation, validate_every, patience, micro_batches,
                               ema_decay)  # fmt: skip
-    return sharding.put_back(spread_as(state, after), after, mesh), sharding.explicit(history, mesh)
+    return sharding.put_back(spread_as(state, after), after, mesh), _placement.to_explicit(history, mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 1, *range(5, 14)))
