@@ -66,8 +66,12 @@ def to_explicit(tree: Any, mesh: Mesh | AbstractMesh | None, spec: Sequence[Any]
       spec: how a traced array with axes is sharded, unless `like` says so.
       like: arrays in the same structure. What lies on a mesh among them says how the array in its place is sharded.
     """
+    if mesh is None:
+        return tree
 
     def move(x, like):
+        if not x.size:
+            return jnp.zeros(x.shape, x.dtype)  # on no mesh: where `vmap` spreads it, jax 0.10 cannot read it
         sharding = on_mesh(like) or on_mesh(x)
         if isinstance(x, Tracer):
             named = PartitionSpec(*(spec if x.ndim else ()))
@@ -76,11 +80,7 @@ def to_explicit(tree: Any, mesh: Mesh | AbstractMesh | None, spec: Sequence[Any]
             return x
         return put(x, NamedSharding(x.sharding.mesh.update(axis_types=mesh.axis_types), sharding.spec))
 
-    def unless_empty(x, like):
-        # An empty array lies on no mesh: where `vmap` spreads it, jax 0.10 cannot read it.
-        return move(x, like) if x.size else jnp.zeros(x.shape, x.dtype)
-
-    return tree if mesh is None else jax.tree.map(unless_empty, tree, tree if like is None else like)
+    return jax.tree.map(move, tree, tree if like is None else like)
 
 
 def on_mesh(x: Any) -> NamedSharding | None:

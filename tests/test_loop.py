@@ -577,7 +577,7 @@ MODES = {
 def test_step_and_run_pass_in_every_mode_of_jax(mode):
     """Also where patience ends, from one state twice, and with labels of numpy's int64."""
     optimizer, drawing = OPTIMIZERS["sgd"], nll if mode == "no jit" else noisy_nll
-    options = {**VALIDATED, "num_steps": 2 if mode == "no jit" else 4, "batch_size": 12, "patience": 1}
+    options = {**VALIDATED, "num_steps": 4, "batch_size": 12, "patience": 1}
     data, weights = (np.asarray(X), np.asarray(Y, np.int64)), jnp.arange(SIZE) < 20
     with MODES[mode]():
         state, _ = step(drawing, optimizer, start(optimizer), data, weights=weights, ema_decay=0.9)
@@ -661,6 +661,8 @@ OTHER = start(optax.sgd(0.1))
          "run: expected validation with one leading axis of examples, got shapes [(23, 5), (5,)]"),
         ({"data": (X, Y[:5])}, "run: expected data with one leading axis of examples, got shapes [(23, 5), (5,)]"),
         ({"data": map(int, "12")}, "run: data must be arrays with one leading axis of examples, got map"),
+        ({"validation": map(int, "12"), "validate_every": 3},
+         "run: validation must be arrays with one leading axis of examples, got map"),
         ({"data": ()}, "run: expected data with one leading axis of examples, got shapes []"),
         ({"data": (X[:0], Y[:0])}, "run: expected data with one leading axis of examples, got shapes [(0, 5), (0,)]"),
         ({"nll": lambda p, b, k: nll(p, b, k).mean()}, "run: nll must return one loss for each of 4 examples, or mle"),
@@ -792,6 +794,10 @@ def test_a_step_with_an_average_is_the_body_of_a_scan():
         (mle.Output(jnp.ones(4), jnp.ones(3)), "step: weights must have the shape [4] of losses, got float32[3]"),
         (mle.Output(jnp.ones(4), metrics={"a": jnp.ones(2)}),
          "step: metrics['a'] must have the shape [4] of losses, got float32[2]"),
+        (mle.Output(jnp.ones(4), metrics=[jnp.ones(4)]),
+         "step: metrics of nll must be a dict from names to arrays, got list"),
+        (mle.Output(jnp.ones(4), metrics={"a": {"b": jnp.ones(4)}}),
+         "step: metrics of nll must be a dict from names to arrays, got dict"),
         (mle.Output(jnp.ones(4), model_state=jnp.ones(2)),
          "step: nll returned a model_state; give init one to start from"),
     ],

@@ -114,6 +114,12 @@ class Objective(NamedTuple):
         if out.losses.shape[:1] != (size,):
             expected = f"losses with the leading axis of {size} examples"
             raise ValueError(f"{self.function}: nll must return {expected}, got {_checks.describe(out.losses)}")
+        odd = out.metrics or {}
+        if isinstance(odd, dict):
+            odd = next((x for x in odd.values() if not hasattr(x, "shape")), None)
+        if odd is not None:
+            expected = "a dict from names to arrays"
+            raise ValueError(f"{self.function}: metrics of nll must be {expected}, got {_checks.describe(odd)}")
         for name, value in (out.metrics or {}).items():
             _checks.same_shape(self.function, "losses", f"metrics[{name!r}]", out.losses.shape, jnp.asarray(value))
         if out.weights is not None:
@@ -202,7 +208,7 @@ def num_examples(function: str, name: str, data: PyTree) -> int:
         if not hasattr(leaf, "shape"):
             expected = "arrays with one leading axis of examples"
             raise ValueError(f"{function}: {name} must be {expected}, got {_checks.describe(leaf)}")
-    shapes = [jnp.shape(x) for x in leaves]
+    shapes = [tuple(x.shape) for x in leaves]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or sizes == {0}:
         raise ValueError(f"{function}: expected {name} with one leading axis of examples, got shapes {shapes}")
