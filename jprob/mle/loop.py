@@ -5,6 +5,7 @@ not finite changes no number of the params, the model state, the optimizer or th
 holds only what is asked for: validation, averaging, micro-batches, weights, a short last batch.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -404,11 +405,14 @@ def _update(training: Training, state: State, batch: PyTree, weights: Array | No
         return at(params)[0].loss
 
     def updated(gradient):
-        functions = {"value_fn": loss_at, "obj_fn": loss_at, "grad_fn": lambda params, *_: at(params)[1]}
+        extra = {"value": means.loss, "grad": gradient, "value_fn": loss_at, "obj_fn": loss_at}
+        extra |= {"grad_fn": lambda params, *_: at(params)[1]}
         update = optax.with_extra_args_support(training.optimizer).update
-        given = gradient, state.optimizer_state, state.params
+        parameters = inspect.signature(update).parameters.values()
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+            extra = {parameter.name: extra[parameter.name] for parameter in parameters if parameter.name in extra}
         try:
-            updates, optimizer_state = update(*given, value=means.loss, grad=gradient, **functions)
+            updates, optimizer_state = update(gradient, state.optimizer_state, state.params, **extra)
         except TypeError as error:
             if "keyword" not in str(error):
                 raise
