@@ -290,7 +290,7 @@ _PROGRAMS: list[str] = []  # one entry for each program that was compiled, once 
 def programs() -> list[str]:
     """The list of programs compiled from now on."""
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             _PROGRAMS.append(event)
 

@@ -10,11 +10,7 @@ from jaxtyping import PyTree
 
 from .._checks import describe
 
-_MULTIPLES = {
-    "num_steps": ("log_every", "validate_every"),
-    "validate_every": ("log_every",),
-    "batch_size": ("micro_batches",),
-}
+_MULTIPLES = "num_steps log_every", "num_steps validate_every", "validate_every log_every", "batch_size micro_batches"
 
 
 def options(
@@ -25,11 +21,10 @@ def options(
     for name, value in given.items():
         if not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{function}: {name} must be a whole number of at least 1, got {value!r}")
-    for name, parts in _MULTIPLES.items():
-        for part in parts:
-            if name in given and part in given and given[name] % given[part]:
-                expected = f"a multiple of {part} = {given[part]}"
-                raise ValueError(f"{function}: {name} must be {expected}, got {given[name]}")
+    for name, part in map(str.split, _MULTIPLES):
+        if name in given and part in given and given[name] % given[part]:
+            expected = f"a multiple of {part} = {given[part]}"
+            raise ValueError(f"{function}: {name} must be {expected}, got {given[name]}")
     if (validation is None) == ("validate_every" in given):
         only = "validation" if validation is not None else "validate_every"
         raise ValueError(f"{function}: validation and validate_every must be given together, got {only} alone")

@@ -81,14 +81,12 @@ def describe(name: str, tree: Any, *, fingerprint: bool = False) -> dict[str, st
     >>> describe("data", (np.zeros((100, 8)), np.zeros(100, np.int32)))
     {'data[0]': 'float64[100, 8]', 'data[1]': 'int32[100]'}
     """
+
+    def of(leaf):
+        return _checks.describe(leaf) + (f", fingerprint {int(_fingerprint(leaf)):08x}" if fingerprint else "")
+
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    bits = [f", fingerprint {int(_fingerprint(leaf)):08x}" if fingerprint else "" for _, leaf in leaves]
-    named = zip(leaves, bits, strict=True)
-    return {_name(name, path): f"{_checks.describe(leaf)}{mark}" for (path, leaf), mark in named}
-
-
-def _name(name, path):
-    return (name + jax.tree_util.keystr(path)).lstrip(".")
+    return {(name + jax.tree_util.keystr(path)).lstrip("."): of(leaf) for path, leaf in leaves}
 
 
 @jax.jit
@@ -148,17 +146,19 @@ def load_params(
     store = Store(directory, _orbax().StandardCheckpointHandler(), {}, {}, 1, found, set(found))
     with contextlib.closing(store.handler):
         for step in reversed(found):
-            description = _attempt(store, step, _check_seal) and _attempt(store, step, _description)
+            description = _attempt(store, step, _sealed)
             if description is None:
                 continue
             wanted = {"params": like} if model_state is None else {"params": like, "model_state": model_state}
-            numbers = _numbers(description["leaves"], "best." if which == "best" else "", wanted, _folder(store, step))
-            arrays = _attempt(store, step, _some_arrays, numbers)
+            prefix = "best." if which == "best" else ""
+            numbers = _numbers(description["leaves"], prefix, wanted, _folder(store, step))
+            arrays = _attempt(store, step, _state_arrays)
             if arrays is not None:
-                if which == "best" and not np.isfinite(arrays.pop()):
+                if prefix and not np.isfinite(arrays[str(numbers.pop())]):
                     raise ValueError(f"load_params: {_folder(store, step)} has no best params yet; {_ASK}")
                 leaves, treedef = jax.tree.flatten(wanted)
-                tree = treedef.unflatten([_like(leaf, x) for leaf, x in zip(leaves, arrays, strict=True)])
+                found = [_like(leaf, arrays.get(str(number))) for leaf, number in zip(leaves, numbers, strict=True)]
+                tree = treedef.unflatten(found)
                 return tree["params"] if model_state is None else (tree["params"], tree["model_state"])
     raise OSError(f"load_params: no checkpoint in {directory} can be read")
 
@@ -181,9 +181,8 @@ def _numbers(leaves, prefix, wanted, folder):
     return [*numbers, there["best.score"][0]] if prefix else numbers
 
 
-def _some_arrays(store, step, numbers):
-    arrays = store.handler.restore(_arrays_of(_folder(store, step)))["state"]
-    return [arrays.get(str(number)) for number in numbers]
+def _state_arrays(store, step):
+    return store.handler.restore(_arrays_of(_folder(store, step)))["state"]
 
 
 @contextlib.contextmanager
@@ -235,7 +234,7 @@ def latest(store: Store, template: State) -> Saved | None:
       OSError: there are checkpoints, and none can be read.
     """
     for step in sorted(store.sound, reverse=True):
-        description = _attempt(store, step, _check_seal) and _attempt(store, step, _description)
+        description = _attempt(store, step, _sealed)
         if description is None:
             continue
         with processes.together():
@@ -309,21 +308,19 @@ def _locked(directory):
     import fcntl  # no part of Python on Windows
 
     # A file, opened to be written: on NFS the lock of a folder would be known to this machine alone.
-    handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise OSError(f"fit: another process is training in {directory}") from None
-    except OSError as error:
-        reason = f"cannot be locked, {error.strerror}"
-        terminal.tell(f"{directory} {reason}: see to it that no other process trains there")
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile may have the file open still
-        os.close(handle)
+    with (directory / _LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"fit: another process is training in {directory}") from None
+        except OSError as error:
+            reason = f"cannot be locked, {error.strerror}"
+            terminal.tell(f"{directory} {reason}: see to it that no other process trains there")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile may have the file open still
 
 
 @contextlib.contextmanager
@@ -357,14 +354,15 @@ def _attempt(store, step, read, *arguments):
         return None
 
 
-def _check_seal(store, step):
+def _sealed(store, step):
+    """The description of a checkpoint whose files are all as they were."""
     if jax.process_index() == 0:
         folder = _folder(store, step)
         sums, wanted = _sums(folder), json.loads((folder / _SEAL).read_bytes())
         for name in wanted | sums:
             if wanted.get(name) != sums.get(name):
                 raise ValueError(f"{name} is {'damaged' if name in sums else 'missing'}")
-    return True
+    return _description(store, step)
 
 
 def _description(store, step):

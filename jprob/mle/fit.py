@@ -168,8 +168,7 @@ def fit(
     config = sources.json_copy("config", config or {})
     if progress not in ("auto", "none"):
         raise ValueError(f'fit: progress must be "auto" or "none", got {progress!r}')
-    given = loop.begin(training, init(params, optimizer, key, model_state=model_state))
-    given = jax.tree.map(strong, given)
+    given = jax.tree.map(strong, loop.begin(training, init(params, optimizer, key, model_state=model_state)))
     has_source, outer = sources.is_source(data), jax.sharding.get_abstract_mesh()
     if has_source and weights is not None:
         raise ValueError("fit: weights are for arrays; let nll return those of a batch in an mle.Output")
@@ -566,8 +565,8 @@ def _not_finite(training, state, batch, weights):
     if weights is not None:
         batch = objective.without_weightless(batch, weights)
     given = fast(state.params), state.model_state, batch, key_for_nll(state.key, state.step), weights
-    gradient_of = jax.jit(objective.loss_and_gradient, static_argnums=(0, 6))
-    gradient = gradient_of(training.objective, *given, training.micro_batches)[1]
+    gradient_of = jax.jit(objective.loss_and_gradient, static_argnums=(0, 2))
+    gradient = gradient_of(training.objective, given, training.micro_batches)[1]
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
     names = [jax.tree_util.keystr(path) for path, leaf in leaves if not jnp.all(jnp.isfinite(leaf))]
     what = f"the gradient is not finite in params{names[0]}" if names else "the gradient is finite"

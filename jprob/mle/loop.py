@@ -21,19 +21,7 @@ from jaxtyping import Bool, Int, PyTree, Real
 from .. import _checks, _placement
 from . import _arguments, _order, objective, sharding
 from .objective import Nll, Objective
-from .state import (
-    Best,
-    History,
-    Metrics,
-    State,
-    averaged_params,
-    fast,
-    key_for_nll,
-    slow,
-    wide,
-    with_average,
-    with_best,
-)
+from .state import Best, History, Metrics, State, averaged_params, fast, key_for_nll, slow, wide, with_average
 
 _SMALL = 2**14  # numbers of a leaf
 
@@ -324,10 +312,13 @@ def begin(training: Training, state: State) -> State:
     """The state with an average and a best, if they are asked for and not there yet."""
     if training.ema_decay is not None:
         state = with_average(state)
-    if training.validate_every is None:
+    if training.validate_every is None or state.best is not None:
         return state
-    worst = math.inf if training.monitor_mode == "min" else -math.inf
-    return with_best(state, training.evaluation_params(state), worst)
+    worst = jnp.array(math.inf if training.monitor_mode == "min" else -math.inf, jnp.float32)
+    scored, model_state, step = jax.tree.map(
+        jnp.copy, (training.evaluation_params(state), state.model_state, state.step)
+    )
+    return state._replace(best=Best(scored, model_state, worst, step))
 
 
 def spread_as(before: State, after: State) -> State:
@@ -340,10 +331,8 @@ def spread_as(before: State, after: State) -> State:
 
 def validate(training: Training, state: Any, validation: Any) -> tuple[State, objective.Sums]:
     """The state with its best after one more validation, and the means over all validation data."""
-    nll, scored = (
-        Objective(training.function, training.validation_nll or training.nll),
-        training.evaluation_params(state),
-    )
+    nll = Objective(training.function, training.validation_nll or training.nll)
+    scored = training.evaluation_params(state)
     size = objective.num_examples("run", "validation", validation)
     length = min(size, training.batch_size // training.micro_batches)
     key = key_for_nll(state.key, 2**32 - 1)  # a number that no step has
@@ -353,12 +342,10 @@ def validate(training: Training, state: Any, validation: Any) -> tuple[State, ob
         batch, weights = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), validation)
         # The last batch begins early enough to be full, with examples that have counted already.
         counted = start + jnp.arange(length) >= number * length
-        if weights is None:
-            weights = counted.astype(jnp.float32)
-        else:
+        if weights is not None:
             weights = jnp.where(counted, weights, 0)
             batch = objective.without_weightless(batch, weights)
-        batch = sharding.spread(batch, training.validation_places)
+        batch, weights = sharding.spread(batch, training.validation_places), counted if weights is None else weights
         sums, _ = nll.sums(scored, state.model_state, batch, jax.random.fold_in(key, number), weights)
         return None, sums
 
@@ -396,7 +383,7 @@ def _update(training: Training, state: State, batch: PyTree, weights: Array | No
 
     def at(params):
         given = params, state.model_state, batch, key, weights
-        return objective.loss_and_gradient(training.objective, *given, training.micro_batches)
+        return objective.loss_and_gradient(training.objective, given, training.micro_batches)
 
     means, gradient, model_state = at(fast(state.params))
     old = state.params, state.model_state, state.optimizer_state, state.average

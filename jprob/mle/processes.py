@@ -26,19 +26,15 @@ def together() -> Iterator[None]:
 
 def number_of_the_first(number: float) -> float:
     """A number as the first process has it: all must ask for the same chunks, and save them together."""
-    if jax.process_count() == 1:
-        return number
     return float(multihost_utils.broadcast_one_to_all(np.float32(number)))
 
 
 def steps_of_the_first(steps: list[int]) -> list[int]:
     """A list as the first process has it: others may look at a folder that their file system remembers."""
-    if jax.process_count() == 1:
-        return steps
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
     return multihost_utils.broadcast_one_to_all(np.resize(np.array(steps, np.int32), count)).tolist()
 
 
 def largest(number: int) -> int:
     """The largest number that any process has."""
-    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))

@@ -177,14 +177,6 @@ def with_average(state: State) -> State:
     return state._replace(average=optax.EmaState(zero(), jax.tree.map(lambda p: jnp.copy(wide(p)), state.params)))
 
 
-def with_best(state: State, params: PyTree, worst: float) -> State:
-    """The state with a best, which are these params without a score."""
-    if state.best is not None:
-        return state
-    params, model_state = jax.tree.map(jnp.copy, (params, state.model_state))
-    return state._replace(best=Best(params, model_state, jnp.array(worst, jnp.float32), jnp.copy(state.step)))
-
-
 def averaged_params(state: State) -> PyTree:
     """The average of the params, in their dtypes; the params themselves if no average is kept."""
     if state.average is None:
