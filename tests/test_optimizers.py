@@ -138,6 +138,7 @@ def test_injected_learning_rates_are_vmapped_without_retracing_or_leaking():
     np.testing.assert_allclose(together.params["w"][1], alone.params["w"], rtol=0, atol=64 * 2.0**-24)
 
 
+@pytest.mark.wrong_types
 def test_what_no_optimizer_may_be_or_ask_for_is_told_in_one_line():
     def update(updates, state, params=None, *, temperature):
         return updates, state
