@@ -2,7 +2,8 @@
 
     python -m experiments run configs/study.toml
 
-A study is one module in `experiments/studies`. What surrounds it knows none by name: `commands` is the command line;
-`config` reads settings; `runner` runs, and `launch` does so in `jobs`; `manifest`, `folders` and `results` store;
-`report`, `plots` and `export` show. `data` and `stats` serve studies.
+A study is one module or package in `experiments/studies`. The harness knows none by name: `commands` is the command
+line; `config` reads settings; `runner` runs, and `launch` does so in `jobs`; `manifest`, `folders` and `results` store;
+`findings` is what a study hands to `report`; `plots`, `mathml` and `export` show. `data`, `stats`, `timing` and `arms`
+serve studies.
 """

@@ -1,6 +1,6 @@
 """The command line: python -m experiments run | report | results | list.
 
-Status 0: done, whatever the verdicts. 1: an error in a study, or a job that failed. 2: a mistake in the command, the
+Status 0: done, under any verdicts. 1: an error in a study, or a job that failed. 2: a mistake in the command, the
 config or a folder, or a disk that does not take what was measured, told in one line. 130 and 143: ended by Ctrl-C or
 SIGTERM; what was finished is kept, and the same command does the rest.
 """
@@ -18,10 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Does what the command line says; returns the exit status."""
     from experiments.interrupt import ending_at_once
 
-    with ending_at_once() as farewell:
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file to be opened would be taken for stdout or stderr
+            os.open(os.devnull, os.O_RDWR)
+    with ending_at_once() as on_interrupt:
         from experiments import commands
 
-        return commands.obey(arguments, farewell)
+        return commands.execute(arguments, on_interrupt)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,15 @@ Key = tuple[str | int, ...]
 Backend = Literal["auto", "cpu", "gpu", "tpu"]
 Settings = TypeVar("Settings", bound=msgspec.Struct)
 
+_LEVELS = 20  # of tables and lists: more than any study has, and fewer than Python can follow
+_ALSO = {"cuda": "gpu", "nvidia": "gpu", "rocm": "gpu"}  # what others call it
+
 
 class Config(msgspec.Struct, frozen=True):
     """A config as resolved: what the run is a function of."""
 
     file: str  # as it was named, for messages and for the name of the results folder
+    title: str  # its headline
     backend_from: str  # the file, or --set: where to correct the backend
     backend: Backend
     studies: dict[str, msgspec.Struct]  # by module name, in the order of the file
@@ -41,7 +45,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
       InputError: names the file (or `--set`), the dotted key, what was expected and what came.
     """
-    table = _read(path)
+    text = _read(path)
+    table = _parsed(path, text)
     overridden = {key for item in overrides for key in _override(table, item)}
     origin = _Origin(str(path), frozenset(overridden))
     _check_finite(table, (), origin)
@@ -49,6 +54,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     settings = {name: value for name, value in table.items() if name != "backend"}
     return Config(
         file=str(path),
+        title=headline(text),
         backend_from="--set" if ("backend",) in overridden else str(path),
         backend=table["backend"],
         studies={name: _study_settings(name, value, origin) for name, value in settings.items()},
@@ -101,13 +107,18 @@ def _dotted(key: Key) -> str:
 
 
 def _quoted(part: str) -> str:
-    return part if re.fullmatch(r"[\w-]+", part) else shown(part)
+    return part if re.fullmatch(r"[\w-]{1,60}", part) else shown(part)
 
 
 # ---- The file and the command line
 
 
-def _read(path: Path) -> dict[str, Any]:
+def headline(text: str) -> str:
+    """The first line of a config's header comment."""
+    return next((line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#")), "")
+
+
+def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -118,10 +129,15 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        return tomllib.loads(data.decode())
+        return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: line {line}: expected UTF-8, got the byte 0x{data[error.start]:02x}") from None
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # tomllib's own, an integer of 4300 digits, arrays a thousand deep
         raise InputError(f"{path}: not TOML: {error}") from None
 
@@ -132,6 +148,8 @@ def _override(table: dict[str, Any], item: str) -> Iterator[Key]:
     parts = tuple(name.strip().split("."))
     if not equals or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
         raise InputError(f"--set: expected key.key=value, got {shown(item)}")
+    if len(parts) > _LEVELS:
+        raise InputError(f"--set: expected a key of at most {_LEVELS} parts, got {len(parts)}")
     for depth, part in enumerate(parts[:-1], start=1):
         if part not in table:
             table[part] = {}
@@ -139,7 +157,7 @@ def _override(table: dict[str, Any], item: str) -> Iterator[Key]:
         table = table[part]
         if not isinstance(table, dict):
             raise InputError(
-                f"--set: {name.strip()}: expected {'.'.join(parts[:depth])} to be a table, got {shown(table)}"
+                f"--set: {_dotted(parts)}: expected {_dotted(parts[:depth])} to be a table, got {shown(table)}"
             )
     table[parts[-1]] = _toml_value(text)
     yield parts
@@ -158,9 +176,11 @@ def _toml_value(text: str) -> Any:
 
 
 def _check_finite(value: Any, key: Key, origin: _Origin) -> None:
-    """No setting may be nan or inf: they pass through range checks (nan even through both ends)."""
+    """No setting may be nan or inf: they pass range checks (nan even both ends of one). None may be too deep."""
     if isinstance(value, float) and not math.isfinite(value):
         raise origin.error(key, f"expected a finite number, got {value}")
+    if len(key) > _LEVELS:
+        raise origin.error(key[:1], f"expected at most {_LEVELS} levels, got more")
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for part, item in items:
         _check_finite(item, (*key, part), origin)
@@ -209,7 +229,9 @@ def _check(value: Any, kind: Any, key: Key, origin: _Origin) -> None:
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError:
-        near = nearest(value, get_args(plain)) if isinstance(value, str) and get_origin(plain) is Literal else ""
+        near = ""
+        if isinstance(value, str) and get_origin(plain) is Literal:
+            near = nearest(_ALSO.get(value.lower(), value), get_args(plain))
         raise origin.error(key, f"expected {_expected(kind, value)}, got {shown(value)}{near}") from None
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from experiments.errors import InputError, unknown
 
 _WORDS, _CONTEXT = 600_000, 8
-_SEED = 0  # of the splits: part of the data set's definition, not a setting
+_SEED = 0  # of the split that `load` gives: part of the data set's definition, not a setting
 
 
 class Split(NamedTuple):
@@ -48,6 +48,17 @@ def load(name: str) -> Dataset:
     if name not in _loaded:
         _loaded[name] = _LOADERS[name]()
     return _loaded[name]
+
+
+def resampled(name: str, seed: int) -> Dataset:
+    """The examples of a data set in another split of the same sizes, drawn by a seed of at least 1.
+
+    Raises:
+      InputError: there is no such data set.
+    """
+    dataset = load(name)
+    features, labels = map(np.concatenate, zip(dataset.train, dataset.validation, dataset.test, strict=True))
+    return _split(features, labels, seed)
 
 
 def digests() -> dict[str, str]:
@@ -83,11 +94,11 @@ def _python_source() -> Dataset:
     return _dataset(train, validation, test, len(numbers))
 
 
-def _split(features: np.ndarray, labels: np.ndarray) -> Dataset:
+def _split(features: np.ndarray, labels: np.ndarray, seed: int = _SEED) -> Dataset:
     """A quarter for testing, then a fifth of the rest for validation, each with the classes in proportion."""
     from sklearn.model_selection import train_test_split
 
-    generator = np.random.RandomState(np.random.PCG64(_SEED))  # the one way to give scikit-learn a PCG64
+    generator = np.random.RandomState(np.random.PCG64(seed))  # the one way to give scikit-learn a PCG64
     whole = Split(features.astype(np.float32), labels.astype(np.int32))
 
     def part(split: Split, fraction: float) -> tuple[Split, Split]:

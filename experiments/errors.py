@@ -44,5 +44,5 @@ def shown(value: object, limit: int = 60) -> str:
     elif isinstance(value, str):
         text = json.dumps(value, ensure_ascii=not value.isprintable())  # a line break would make two lines of one
     else:
-        text = str(value).lower() if isinstance(value, bool) else str(value)
+        text = str(value).lower() if isinstance(value, bool | None) else str(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

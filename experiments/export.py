@@ -10,11 +10,11 @@ from typing import Literal
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from experiments import folders
-from experiments.errors import InputError
+from experiments.errors import InputError, shown
 
 Format = Literal["table", "csv", "sql"]
 
@@ -57,19 +57,19 @@ def answer(folder: Path, query: str) -> tuple[list[str], list[Sequence]]:
         except (sqlite3.Error, sqlite3.Warning) as error:
             if getattr(error, "sqlite_errorcode", None) in folders.TORN:
                 raise  # no query's fault
-            raise InputError(f"--query: expected one SELECT, got {query!r}: {error}") from None
+            raise InputError(f"--query: expected one SELECT, got {shown(query, 200)}: {error}") from None
     if cursor.description is None:
-        raise InputError(f"--query: expected one SELECT, got {query!r}")
+        raise InputError(f"--query: expected one SELECT, got {shown(query, 200)}")
     return [column[0] for column in cursor.description], rows
 
 
 def _permit(action: int, *_: str | None) -> int:
-    """Refuses whatever is not reading: a mistyped query must not change, delete or create anything."""
+    """Refuses all but reading: a mistyped query must not change, delete or create anything."""
     return sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY
 
 
 def dump(folder: Path) -> Iterator[str]:
-    """The SQL statements that make the database anew."""
+    """The SQL statements that make the database again."""
     with folders.existing(folder) as run:
         for line in run.store.database.iterdump():
             # SQLite writes infinity as a word that it cannot read; a number beyond the range it reads as infinity.
@@ -95,7 +95,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, wrapped
     if not console.is_terminal:
         console = _Console(width=100 if wrapped else _UNLIMITED)
     table = Table(
-        *header,
+        *(Column(Text(name)) for name in header),  # a name is no markup
         box=box.SIMPLE_HEAD if console.is_terminal else None,
         pad_edge=False,
         padding=(0, 2, 1 if wrapped else 0, 0),  # a blank line between rows of several lines

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from experiments.errors import InputError
+from experiments.errors import InputError, shown
 from experiments.results import SCHEMA, Store
 
 DATABASE, MANIFEST = "results.sqlite", "manifest.json"
@@ -55,15 +56,17 @@ def create(folder: Path, manifest: dict[str, Any]) -> Iterator[Run]:
             if stored is None and _is_occupied(folder):
                 raise InputError(f"{folder}: expected a new or empty folder, got one that holds other files")
             if stored is not None and stored["identity"] != manifest["identity"]:
+                want, got = (each["identity"][:8] for each in (manifest, stored))
                 raise InputError(
-                    f"{folder}: expected a new folder or run {manifest['identity'][:8]}, got run"
-                    f" {stored['identity'][:8]} (another config, other code, or another device)"
+                    f"{folder}: expected a new folder or run {want}, got run {got} ({_differences(stored, manifest)}); "
+                    f"python -m experiments report {folder} redraws that one"
                 )
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(folder))
             if stored is None:
                 replace(folder / MANIFEST, _json(manifest))  # before the database: it makes the folder a run's
-        yield Run(folder, stored or manifest, Store(stack.enter_context(_database(folder / DATABASE, SCHEMA))))
+        database = stack.enter_context(_database(folder / DATABASE, new=True))
+        yield Run(folder, stored or manifest, Store(database))
 
 
 @contextlib.contextmanager
@@ -71,25 +74,27 @@ def existing(folder: Path) -> Iterator[Run]:
     """Opens the folder of a run that is there, finished or not.
 
     Raises:
-      InputError: there is no run in it, or it cannot be read.
+      InputError: there is no run in it, it cannot be read, or its numbers are not those that were measured.
     """
     manifest, path = _stored_manifest(folder), folder / DATABASE
     if manifest is None or not path.is_file():  # sqlite3 would make an empty one
         missing = MANIFEST if manifest is None else DATABASE
         raise InputError(f"{folder}: expected the folder of a run, got one without {missing}")
     # Not opened read-only: after a kill the first to come must roll the unfinished transaction back.
-    with _database(path, "SELECT run FROM runs LIMIT 1") as database:
+    with _database(path) as database:
         yield Run(folder, manifest, Store(database))
 
 
 @contextlib.contextmanager
-def _database(path: Path, first: str) -> Iterator[sqlite3.Connection]:
-    """Opens a database and executes `first`. Whatever SQLite reports from then on (a full disk, a torn file) is told in
-    one line: nobody else within has a database.
+def _database(path: Path, *, new: bool = False) -> Iterator[sqlite3.Connection]:
+    """Opens a database. Whatever SQLite reports from then on (a full disk, a torn file) is told in one line: nobody
+    else within has a database.
     """
     try:
         with contextlib.closing(sqlite3.connect(path)) as database:
-            database.executescript(first)
+            if new and not _tables(database):
+                database.executescript(SCHEMA)
+            _check(path, database)
             yield database
     except sqlite3.ProgrammingError:
         raise  # a mistake of ours
@@ -97,6 +102,27 @@ def _database(path: Path, first: str) -> Iterator[sqlite3.Connection]:
         foreign = getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_ERROR, *TORN)
         problem = "expected the database of a run" if foreign else "cannot be used"  # no space, no permission
         raise InputError(f"{path}: {problem}: {error}") from error
+
+
+def _check(path: Path, database: sqlite3.Connection) -> None:
+    """Whether the file is sound, has our tables, and holds the values that were measured."""
+    if (problem := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise InputError(f"{path}: expected the database of a run, got a damaged one: {problem.splitlines()[-1]}")
+    there = _tables(database)
+    with contextlib.closing(sqlite3.connect(":memory:")) as empty:
+        empty.executescript(SCHEMA)
+        for name, statement in _tables(empty).items():
+            if there.get(name) != statement:
+                problem = f"with another {name}" if name in there else f"without {name}"
+                raise InputError(f"{path}: expected the database of a run, got one {problem}")
+    if changed := Store(database).changed():
+        problem = "expected the records that were measured, got others; remove the folder to measure them again"
+        raise InputError(f"{path}: {', '.join(changed)}: {problem}")
+
+
+def _tables(database: sqlite3.Connection) -> dict[str, str]:
+    """The statement that made each table and view."""
+    return dict(database.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')"))
 
 
 @contextlib.contextmanager
@@ -109,8 +135,30 @@ def writing(folder: Path) -> Iterator[None]:
         raise InputError(f"{place}: cannot be written: {error.strerror}") from error
 
 
+class _Config(msgspec.Struct):
+    file: str
+    title: str
+    studies: dict[str, dict[str, Any]]
+
+
+class _Device(msgspec.Struct):
+    kind: str
+    backend: str
+
+
 class _Manifest(msgspec.Struct):
+    """What others rely on, see `experiments.manifest`."""
+
     identity: str
+    started: str
+    config: _Config
+    source: str
+    versions: dict[str, str | None]
+    device: _Device | None  # not known before the first job of a launched run ends
+    numerics: dict[str, Any] | None
+    git: dict[str, Any]
+    data: dict[str, str]
+    seconds: dict[str, float]
 
 
 def _stored_manifest(folder: Path) -> dict[str, Any] | None:
@@ -122,32 +170,72 @@ def _stored_manifest(folder: Path) -> dict[str, Any] | None:
             return None
         manifest = json.loads(path.read_bytes())
         msgspec.convert(manifest, _Manifest)
+        json.dumps(manifest, ensure_ascii=False).encode()  # half a character, as JSON can spell, is in no UTF-8
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # of json, or msgspec's
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path}: expected the manifest of a run: {error}") from None
+    except (ValueError, RecursionError) as error:  # of json
         raise InputError(f"{path}: expected the manifest of a run, got another file: {error}") from None
     return manifest
 
 
+def flat(entries: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as pairs of (dotted name, value)."""
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What makes two runs different ones: the first few keys that differ."""
+    names = ("source", "versions", "device", "numerics")
+    old, new = (
+        dict(flat(manifest["config"]["studies"] | {name: manifest[name] for name in names}))
+        for manifest in (there, here)
+    )
+    said = [
+        "source: other code" if key == "source" else f"{key}: {shown(old.get(key))} there, {shown(new.get(key))} here"
+        for key in old | new
+        if old.get(key) != new.get(key)
+    ]
+    return "; ".join([*said[:3], *([f"and {len(said) - 3} more"] if len(said) > 3 else [])])
+
+
 def _is_occupied(folder: Path) -> bool:
     # A process that was killed in its first moment leaves an unfinished manifest, and nothing else.
-    return folder.is_dir() and any(path.name != _unfinished(folder / MANIFEST).name for path in folder.iterdir())
+    return folder.is_dir() and not all(path.match(f"{MANIFEST}.*.tmp") for path in folder.iterdir())
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file as a whole: whoever reads it meanwhile, or after a crash, finds the old text or the new one."""
-    unfinished = _unfinished(path)
+    """Writes a file as a whole: a reader meanwhile, or after a crash, finds the old text or the new one.
+
+    Several processes may do so at once: each writes to a separate name, and the last to rename it counts.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        with unfinished.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or after a crash the new name may stand for an empty file
         os.replace(unfinished, path)
-    except OSError:
+        _sync(path.parent)
+    except OSError as error:
         with contextlib.suppress(OSError):  # a full disk wants the half back
             unfinished.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+def _sync(folder: Path) -> None:
+    """Has the names in a folder on the disk, where its file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _json(manifest: dict[str, Any]) -> str:

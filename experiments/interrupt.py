@@ -15,7 +15,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h\n"  # a progress bar hides it
 
 
-class Farewell:
+class OnInterrupt:
     """The line to leave behind, and what to end before; a command sets them as it comes to have something to lose."""
 
     def __init__(self) -> None:
@@ -24,18 +24,18 @@ class Farewell:
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[Farewell]:
-    """Within, SIGINT ends the process with status 130 and SIGTERM with 143, after the line in the `Farewell`."""
-    farewell = Farewell()
+def ending_at_once() -> Iterator[OnInterrupt]:
+    """Within, SIGINT ends the process with status 130 and SIGTERM with 143, after the line in the `OnInterrupt`."""
+    on_interrupt = OnInterrupt()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # A handler in Python has to be there, or the number is not written; to do anything it would come too late.
     handlers = {number: signal.signal(number, lambda number, frame: None) for number in _SIGNALS}
-    thread = threading.Thread(target=_wait, args=(reader, farewell), daemon=True)
+    thread = threading.Thread(target=_wait, args=(reader, on_interrupt), daemon=True)
     thread.start()
     try:
-        yield farewell
+        yield on_interrupt
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -45,12 +45,12 @@ def ending_at_once() -> Iterator[Farewell]:
         os.close(reader)
 
 
-def _wait(reader: int, farewell: Farewell) -> None:
+def _wait(reader: int, on_interrupt: OnInterrupt) -> None:
     while data := os.read(reader, 1):
         if data[0] in _SIGNALS:
             try:
-                farewell.ending()
-                line = (_SHOW_CURSOR if os.isatty(2) else "") + farewell.line + "\n"
+                on_interrupt.ending()
+                line = (_SHOW_CURSOR if os.isatty(2) else "") + on_interrupt.line + "\n"
                 with contextlib.suppress(OSError):  # nobody reads stderr any more
                     os.write(2, line.encode())  # not print: the main thread may hold the lock of sys.stderr
             finally:

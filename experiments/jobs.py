@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from experiments import folders
 from experiments.errors import InputError, shown
-from experiments.interrupt import Farewell
+from experiments.interrupt import OnInterrupt
 
 Job = Any  # submitit.Job: submitit is imported only where something is launched
 
@@ -52,9 +52,9 @@ def target(text: str) -> Target:
 
 
 def ended(
-    calls: Mapping[str, Callable[[], None]], logs: Path, where: Target, farewell: Farewell
+    calls: Mapping[str, Callable[[], None]], logs: Path, where: Target, on_interrupt: OnInterrupt
 ) -> Generator[tuple[str, Job], None, None]:
-    """Makes each call in a job of its own, in order; yields its name as the job ends, for whatever reason.
+    """Makes each call in a separate job, in order; yields its name as the job ends, for any reason.
 
     However the generator or the process ends, it ends the jobs that are left: all but a SIGKILL of the process.
 
@@ -67,7 +67,7 @@ def ended(
         launching.acquire(timeout=10)  # for good: what was launched from now on would be left
         cluster.end(list(running.values()))
 
-    farewell.ending = end
+    on_interrupt.ending = end
     with folders.writing(logs):
         executor = cluster.executor(logs)
     try:

@@ -1,7 +1,7 @@
 """A run spread over jobs, each of which measures one piece of it.
 
 A piece is a study, or a part of one that offers `parts(config)`: its config cut into several, whose records one after
-the other are those of the whole. It is a run of its own, with a folder and a database of its own, since an SQLite file
+the other are those of the whole. It is a separate run with its own folder and database, since an SQLite file
 cannot be shared between machines:
 
 RUN/parts/<piece>/   what a piece measured; a study whose pieces are all there is copied into RUN as a whole
@@ -25,7 +25,7 @@ from experiments import folders, jobs, studies
 from experiments.config import Config
 from experiments.errors import InputError, UnfinishedError
 from experiments.folders import Run
-from experiments.interrupt import Farewell
+from experiments.interrupt import OnInterrupt
 
 # What loads jax (manifest, runner) is imported where it is needed: a mistyped config should be answered at once.
 
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     determinants: dict[str, Any]  # of its numbers, as of the launch; None where only the job can know
 
 
-def run(config: Config, out: Path | None, where: jobs.Target, farewell: Farewell) -> Path:
+def run(config: Config, out: Path | None, where: jobs.Target, on_interrupt: OnInterrupt) -> Path:
     """Measures in jobs what is not measured yet; returns the folder, as `runner.run` does.
 
     Raises:
@@ -55,7 +55,7 @@ def run(config: Config, out: Path | None, where: jobs.Target, farewell: Farewell
     if "%" in str(folder.absolute()):
         raise InputError(f"{folder}: expected a path without %, which submitit takes for the number of a job")
     with folders.create(folder, described) as run:
-        farewell.line = f"interrupted: the jobs are ended, what is finished is in {folder}; {_REST}"
+        on_interrupt.line = f"interrupted: the jobs are ended, what is finished is in {folder}; {_REST}"
         pieces = [piece for piece in _pieces(config) if piece.study not in run.store.finished()]
         finished = [piece for piece in pieces if _is_finished(run, piece)]
         if kept := [*run.store.finished(), *(piece.name for piece in finished)]:
@@ -63,7 +63,7 @@ def run(config: Config, out: Path | None, where: jobs.Target, farewell: Farewell
         for piece in finished:
             _accept(run, piece)
         missing = [piece for piece in pieces if piece not in finished]
-        failed = _measure(run, missing, where, farewell) if missing else []
+        failed = _measure(run, missing, where, on_interrupt) if missing else []
         for study, parts in itertools.groupby(pieces, key=lambda piece: piece.study):
             _merge(run, study, list(parts), failed)
     if failed:
@@ -107,14 +107,14 @@ def _accept(run: Run, piece: Piece) -> str:
             want, got = launched or run.manifest[name], part.manifest[name]
             if want not in (None, got):
                 raise InputError(
-                    f"{part.folder}: expected {name} {want}, got {got}; remove the folder to measure it anew"
+                    f"{part.folder}: expected {name} {want}, got {got}; remove the folder to measure it again"
                 )
         run.update_manifest(device=part.manifest["device"], numerics=part.manifest["numerics"])
-        seconds, count = part.store.finished()[piece.study], len(part.store.records(piece.study))
+        seconds, count = part.manifest["seconds"][piece.study], len(part.store.records(piece.study))
     return f"finished in {seconds:.1f} s, {count} records"
 
 
-def _measure(run: Run, pieces: Sequence[Piece], where: jobs.Target, farewell: Farewell) -> list[str]:
+def _measure(run: Run, pieces: Sequence[Piece], where: jobs.Target, on_interrupt: OnInterrupt) -> list[str]:
     """Has the pieces measured, and accepts each as its job ends; returns the names of those that failed."""
     for piece in pieces:
         with folders.writing(run.folder):  # here and now: of a new folder no file system remembers what it lacked
@@ -122,7 +122,7 @@ def _measure(run: Run, pieces: Sequence[Piece], where: jobs.Target, farewell: Fa
     named, failed = {piece.name: piece for piece in pieces}, []
     calls = {piece.name: functools.partial(_work, piece.config, _folder(run, piece).absolute()) for piece in pieces}
     logs = run.folder / JOBS / f"{datetime.now(UTC):%Y%m%dT%H%M%S}"  # for each launch, since the numbers of jobs recur
-    with contextlib.closing(jobs.ended(calls, logs, where, farewell)) as ended:
+    with contextlib.closing(jobs.ended(calls, logs, where, on_interrupt)) as ended:
         for name, job in ended:
             try:
                 if not _is_finished(run, named[name]):
@@ -139,7 +139,7 @@ def _work(config: Config, folder: Path) -> None:
     """In the job."""
     from experiments import runner
 
-    runner.run(config, folder, Farewell())
+    runner.run(config, folder, OnInterrupt())
 
 
 def _merge(run: Run, study: str, parts: Sequence[Piece], failed: Sequence[str]) -> None:
@@ -152,7 +152,7 @@ def _merge(run: Run, study: str, parts: Sequence[Piece], failed: Sequence[str]) 
     for piece in parts:
         with folders.existing(_folder(run, piece)) as part:
             records += part.store.records(study)
-            seconds += part.store.finished()[study]
+            seconds += part.manifest["seconds"][study]
             data |= part.manifest["data"]
     run.update_manifest(seconds=run.manifest["seconds"] | {study: seconds}, data=data)
     run.store.finish(study, seconds, runner.without_repetition(records))

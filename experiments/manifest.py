@@ -1,10 +1,11 @@
 """How a run's numbers came about: the config, the code, the versions, the device.
 
 All of it that can change a number is hashed into the run's identity. The same command on the same code and machine
-finds its folder again and continues; anything else gets a folder of its own, so that results never mix.
+finds its folder again and continues; anything else gets another folder, so that results never mix.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -41,8 +42,14 @@ def describe(config: Config, device: Device | None) -> dict[str, Any]:
     settings = msgspec.to_builtins(config.studies)
     determined = determinants(config, device)
     return {
-        "identity": _digest([settings, determined]),
-        "config": {"file": config.file, "backend": config.backend, "studies": settings, "sha256": _digest(settings)},
+        "identity": digest([settings, determined]),
+        "config": {
+            "file": config.file,
+            "title": config.title,
+            "backend": config.backend,
+            "studies": settings,
+            "sha256": digest(settings),
+        },
         **determined,
         "git": git_state(_package_folder("experiments")),
         "data": {},  # data set -> sha256 of what was loaded
@@ -52,7 +59,7 @@ def describe(config: Config, device: Device | None) -> dict[str, Any]:
 
 
 def determinants(config: Config, device: Device | None) -> dict[str, Any]:
-    """What the numbers are a function of, beside the settings."""
+    """What the numbers are a function of, next to the settings."""
     return {
         "source": source_digest(_sources(config.studies)),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
@@ -70,7 +77,7 @@ def _sources(names: Iterable[str]) -> Iterator[Path]:
     """The Python files that can change a number: of jprob, of the harness, and of the studies that run."""
     harness = _package_folder("experiments")
     yield from [*_package_folder("jprob").rglob("*.py"), *harness.glob("*.py")]
-    yield from map(studies.path, names)
+    yield from itertools.chain.from_iterable(map(studies.files, names))
 
 
 def source_digest(paths: Iterable[Path]) -> str:
@@ -106,7 +113,8 @@ def keeps_subnormals() -> bool:
     return bool(jax.jit(lambda x, y: x * y)(tiny, one) > 0)
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 over a value of JSON."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -7,15 +7,20 @@ reads its settings when an artist is made, so a study's `report` is called withi
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.rcsetup import cycler
 
-# By arm. Okabe and Ito's palette: told apart under all common kinds of colour blindness, and in print by lightness.
-COLOURS = {"A": "#0072B2", "B": "#D55E00", "C": "#009E73", "D": "#CC79A7"}
+# Told apart by lightness as well as by hue: in print, and under all common kinds of colour blindness.
+PALETTE = ("#12355B", "#C03A1E", "#1B9E77", "#56B4E9", "#F0C040", "#8C8C8C")
+
+WIDTH, NARROW = 8.4, 4.0  # inches of every figure on a page and on a phone, so that all have type of one size
+_SIZE = 9  # points, of all type
 
 # How a closed form is drawn over a measurement: `axes.plot(m, formula(m), **THEORY)`.
 THEORY = {"color": "black", "linestyle": "--", "linewidth": 0.9, "zorder": 3}
@@ -25,30 +30,30 @@ _INK, _RULE = "#333333", "#dddddd"
 _STYLE = {
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
-    "axes.labelsize": 9.5,
-    "axes.prop_cycle": cycler(color=[*COLOURS.values(), "#56B4E9", "#E69F00", "#666666"]),
+    "axes.labelsize": _SIZE,
+    "axes.prop_cycle": cycler(color=PALETTE),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.linewidth": 0.7,
-    "axes.titlesize": 10,
+    "axes.titlesize": _SIZE,
     "axes.titlelocation": "left",
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": _RULE,
     "grid.linewidth": 0.6,
-    "font.size": 9,
+    "font.size": _SIZE,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": _SIZE,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
     "text.color": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
+    "xtick.labelsize": _SIZE,
+    "ytick.labelsize": _SIZE,
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
-    # Text as outlines: a fifth more bytes, and the same picture whatever fonts the reader has.
+    # Text as outlines: a fifth more bytes, and the same picture with any fonts.
     "svg.fonttype": "path",
     "svg.hashsalt": "jprob",  # without it the names inside an SVG are drawn at random
 }
@@ -61,18 +66,46 @@ def style() -> Iterator[None]:
         yield
 
 
-def figure(*, columns: int = 1, rows: int = 1, width: float = 7.0, height: float = 4.2) -> tuple[Figure, np.ndarray]:
-    """A fresh figure of `width` x `height` inches, and its axes in reading order, as a one-dimensional array."""
+def figure(*, columns: int = 1, rows: int = 1, height: float = 4.2) -> tuple[Figure, np.ndarray]:
+    """A fresh figure of WIDTH x `height` inches, and its axes in reading order, as a one-dimensional array."""
     with style():
-        made = Figure(figsize=(width, height), layout="constrained")
+        made = Figure(figsize=(WIDTH, height), layout="constrained")
         return made, made.subplots(rows, columns, squeeze=False).ravel()
+
+
+def legend(made: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """One legend for all panels, below them, in as many columns as the width takes; a handle may be several artists."""
+    if not labels:
+        return
+    points = 0.55 * _SIZE * max(map(len, labels)) + 5 * _SIZE  # letters are half as wide as high
+    columns = max(1, min(len(labels), int(72 * made.get_figwidth() / points)))
+    made.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def stack(made: Figure) -> None:
+    """Makes a figure one for a phone, its panels below each other; to be called once it is drawn for a page."""
+    axes = made.axes
+    for old in made.legends[:]:
+        old.remove()
+        made.set_figwidth(NARROW)
+        legend(made, [each for each in old.legend_handles if each], [text.get_text() for text in old.texts])
+    place = axes[0].get_subplotspec()
+    rows = place.get_gridspec().nrows if place else 1
+    made.set_size_inches(NARROW, len(axes) * max(2.5, 0.85 * made.get_figheight() / rows))
+    grid = GridSpec(len(axes), 1, figure=made)
+    for i, axis in enumerate(axes):
+        axis.set_subplotspec(grid[i])
+        if not axis.get_ylabel():  # the first panel of a row speaks for all
+            axis.set_ylabel(axes[0].get_ylabel())
+        if not len(axis.get_yticks()):
+            axis.set_yticks(axes[0].get_yticks(), [text.get_text() for text in axes[0].get_yticklabels()])
 
 
 def svg(figure: Figure, *, prefix: str = "") -> str:
     """The figure as an `<svg>` element that scales with the page; equal figures give equal bytes.
 
     Args:
-      figure: drawn once only: the layout starts from where it ended, and a second drawing differs in the last digits.
+      figure: the layout starts from where it ended, and a second drawing of the same differs in the last digits.
       prefix: opens every id. Figures on one page need different ones: Matplotlib calls the first of each axes_1.
     """
     buffer = io.StringIO()

@@ -85,7 +85,7 @@ def _lines(console: Console) -> Iterator[Update]:
         if is_new or progress.done >= 1:
             show()
 
-    def repeat() -> None:  # in a thread of its own: a study that compiles for a minute has no news to give
+    def repeat() -> None:  # in another thread: a study that compiles for a minute has no news to give
         while not stop.wait(SECONDS_BETWEEN_LINES):
             if latest:
                 show()

@@ -4,64 +4,25 @@ The page is a single file without any outside request, and the same bytes for th
 results folder alone, by the studies' own `report` functions.
 """
 
+import re
 import textwrap
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import msgspec
-import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from experiments import folders, plots, studies
 from experiments.errors import InputError
 from experiments.export import print_table
+from experiments.findings import VERDICTS, Section, Table
 from experiments.folders import Run
+from experiments.mathml import html, plain
 
 PAGE, FIGURES = "report.html", "figures"
-VERDICTS = ("holds", "falsified", "undecided")
-
-
-class Hypothesis(NamedTuple):
-    """A claim that could have failed, and how it fared."""
-
-    claim: str  # one sentence
-    measured: str  # the figures with their interval, formatted for people: "-0.9998 [-1.0003, -0.9994]"
-    falsified_if: str  # the rule, in words with its numbers
-    verdict: str  # one of VERDICTS
-
-
-def decided(holds: bool | np.bool_) -> str:
-    """Of a claim that has been decided."""
-    return "holds" if holds else "falsified"
-
-
-class Plot(NamedTuple):
-    """A figure made by `plots.figure`, and what to see in it."""
-
-    figure: Figure
-    caption: str
-
-
-class Table(NamedTuple):
-    """Numbers, formatted for people."""
-
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-class Section(NamedTuple):
-    """What a study has to say."""
-
-    title: str
-    text: str  # plain paragraphs, separated by blank lines
-    plots: list[Plot]
-    hypotheses: list[Hypothesis]
-    tables: list[Table]
-    counter_evidence: list[str]  # what speaks against the claim, one sentence with figures each
 
 
 def build(run: Run) -> dict[str, Section]:
@@ -70,7 +31,6 @@ def build(run: Run) -> dict[str, Section]:
     Raises:
       InputError: the folder was written by other code, or cannot be written.
     """
-    _check_manifest(run)
     configured, finished = run.manifest["config"]["studies"], run.store.finished()
     sections = {name: _section(run, name, settings) for name, settings in configured.items() if name in finished}
     unfinished = [name for name in configured if name not in finished]
@@ -80,35 +40,10 @@ def build(run: Run) -> dict[str, Section]:
         (run.folder / FIGURES).mkdir(exist_ok=True)
         for name, svgs in drawings.items():
             for i, svg in enumerate(svgs, start=1):
-                folders.replace(run.folder / FIGURES / f"{name}-{i}.svg", svg)
-        run.store.write_hypotheses([(name, *hypothesis) for name, hypothesis in _hypotheses(sections)])
+                folders.replace(run.folder / FIGURES / f"{name}-{i}.svg", svg.wide)
+        run.store.write_hypotheses([(name, *said) for name, said in _verdicts(sections)])
         folders.replace(run.folder / PAGE, text)
     return sections
-
-
-class _Config(msgspec.Struct):
-    file: str
-    studies: dict[str, dict[str, Any]]
-
-
-class _Device(msgspec.Struct):
-    kind: str
-    backend: str
-
-
-class _Manifest(msgspec.Struct):
-    started: str
-    config: _Config
-    device: _Device | None  # not known before the first job of a launched run ends
-    versions: dict[str, str | None]
-
-
-def _check_manifest(run: Run) -> None:
-    """Whether it has what the page relies on; the identity has been looked at as the folder was opened."""
-    try:
-        msgspec.convert(run.manifest, _Manifest)
-    except msgspec.ValidationError as error:
-        raise InputError(f"{run.folder / folders.MANIFEST}: expected the manifest of a run: {error}") from None
 
 
 def _section(run: Run, name: str, settings: Any) -> Section:
@@ -127,18 +62,35 @@ def _section(run: Run, name: str, settings: Any) -> Section:
     return section
 
 
-def _hypotheses(sections: dict[str, Section]) -> Iterator[tuple[str, Hypothesis]]:
-    return ((name, hypothesis) for name, section in sections.items() for hypothesis in section.hypotheses)
+def _verdicts(sections: dict[str, Section]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Study, and claim, measurement, rule and verdict of each hypothesis, formulas as they are written."""
+    for name, section in sections.items():
+        for each in section.hypotheses:
+            yield name, (*map(plain, (each.claim, each.measured, each.falsified_if)), each.verdict)
 
 
-def _drawings(name: str, section: Section) -> list[Markup]:
-    """The figures as SVG. Drawing changes a figure, so a section serves once."""
-    svgs = (plots.svg(plot.figure, prefix=f"{name}-{i}-") for i, plot in enumerate(section.plots, start=1))
-    return [Markup(svg) for svg in svgs]  # Matplotlib has escaped the texts in it
+class Drawing(NamedTuple):
+    """A figure as SVG, for a page and for a phone."""
+
+    wide: Markup
+    narrow: Markup | None  # None: it does not stack
+
+
+def _drawings(name: str, section: Section) -> list[Drawing]:
+    """Drawing changes a figure, so a section serves once."""
+    drawings = []
+    for i, plot in enumerate(section.plots, start=1):
+        wide, narrow = Markup(plots.svg(plot.figure, prefix=f"{name}-{i}-")), None  # its texts are escaped
+        if plot.stacks:
+            with plots.style():
+                plots.stack(plot.figure)
+            narrow = Markup(plots.svg(plot.figure, prefix=f"{name}-{i}-narrow-"))
+        drawings.append(Drawing(wide, narrow))
+    return drawings
 
 
 def page(
-    manifest: dict[str, Any], sections: dict[str, Section], drawings: dict[str, list[Markup]], unfinished: list[str]
+    manifest: dict[str, Any], sections: dict[str, Section], drawings: dict[str, list[Drawing]], unfinished: list[str]
 ) -> str:
     """The whole page as HTML."""
     environment = jinja2.Environment(
@@ -149,31 +101,58 @@ def page(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["paragraphs"] = _paragraphs
+    environment.filters |= {
+        "math": lambda text: Markup(html(text)),  # which escapes
+        "numeric": _numeric,
+        "paragraphs": _paragraphs,
+        "verdicts": lambda section: list(_counts([section]).items()),
+    }
+    title, _, subtitle = manifest["config"]["title"].rstrip(".").partition(": ")
     return environment.get_template("report.html.jinja").render(
+        title=title or manifest["config"]["file"],
+        subtitle=subtitle and f"{subtitle[0].upper()}{subtitle[1:]}.",
+        abstract=" ".join(_abstract(list(sections.values()))),
         manifest=manifest,
-        facts=list(_facts(manifest)),
+        facts=[(name, "none" if value is None else str(value)) for name, value in folders.flat(manifest)],
         sections=sections,
         drawings=drawings,
-        hypotheses=list(_hypotheses(sections)),
         unfinished=unfinished,
     )
+
+
+def _counts(sections: Sequence[Section]) -> dict[str, int]:
+    """How many claims met each verdict, of those that any did."""
+    found = Counter(each.verdict for section in sections for each in section.hypotheses)
+    return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
+
+
+def _abstract(sections: Sequence[Section]) -> Iterator[str]:
+    """What the studies found, and how many of their claims stand."""
+    for section in sections:
+        yield from section.abstract
+    counts = _counts(sections)
+    if total := sum(counts.values()):
+        words = {"holds": ("holds", "hold"), "falsified": ("is falsified", "are falsified"),
+                 "undecided": ("is undecided", "are undecided")}  # fmt: skip
+        told = [f"{count} {words[verdict][count > 1]}" for verdict, count in counts.items()]
+        yield f"Of {total} claim{'s' if total > 1 else ''} {', '.join(told)}."
+
+
+_NUMBER = re.compile(r"[-+−<>]?\s?\d|[-+]?\.\d|(NaN|inf|no digit|refused)\b")
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers, to be aligned at their right."""
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.header)
+    cells = [[cell for cell in column if cell] for column in columns]
+    return [bool(column) and all(_NUMBER.match(cell) for cell in column) for column in cells]
 
 
 def _paragraphs(text: str) -> list[str]:
     return [paragraph for paragraph in textwrap.dedent(text).strip().split("\n\n") if paragraph.strip()]
 
 
-def _facts(entries: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """The manifest as lines of (dotted name, value)."""
-    for name, value in entries.items():
-        if isinstance(value, dict):
-            yield from _facts(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", "none" if value is None else str(value)
-
-
 def print_hypotheses(sections: dict[str, Section]) -> None:
     """The verdicts as a table on stdout, readable at 100 columns."""
-    rows = [(name, each.claim, each.measured, each.verdict) for name, each in _hypotheses(sections)]
+    rows = [(name, claim, measured, verdict) for name, (claim, measured, _, verdict) in _verdicts(sections)]
     print_table(("study", "claim", "measured", "verdict"), rows, wrapped=True)

@@ -5,6 +5,7 @@ results DIR --query ...` or any SQLite client. Its journal is a plain file (`jou
 network file systems, where a write-ahead log in shared memory is not.
 """
 
+import hashlib
 import json
 import re
 import sqlite3
@@ -18,23 +19,26 @@ _SINGLE = -1  # the step of a value that is one number, not a curve
 
 SCHEMA = """
 PRAGMA journal_mode=DELETE;
-CREATE TABLE IF NOT EXISTS studies (          -- the studies that are finished
-    study TEXT PRIMARY KEY, finished TEXT NOT NULL, seconds REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS runs (             -- one row a record: a finished piece of a study
+BEGIN;
+CREATE TABLE studies (          -- the studies that are finished
+    study TEXT PRIMARY KEY, finished TEXT NOT NULL, seconds REAL NOT NULL,
+    sha256 TEXT NOT NULL);                    -- of its records, see Store.digest
+CREATE TABLE runs (             -- one row a record: a finished piece of a study
     run TEXT PRIMARY KEY, study TEXT NOT NULL, settings TEXT NOT NULL);  -- settings: a JSON object
-CREATE TABLE IF NOT EXISTS measurements (     -- step: 0, 1, ... along a curve, -1 for a single number
+CREATE TABLE measurements (     -- step: 0, 1, ... along a curve, -1 for a single number
     run TEXT NOT NULL REFERENCES runs, step INTEGER NOT NULL, name TEXT NOT NULL,
     value REAL,                               -- NULL is not-a-number: SQLite knows no other
     PRIMARY KEY (run, step, name)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS hypotheses (
+CREATE TABLE hypotheses (
     study TEXT NOT NULL, claim TEXT NOT NULL, measured TEXT NOT NULL,
     falsified_if TEXT NOT NULL, verdict TEXT NOT NULL);
-CREATE VIEW IF NOT EXISTS summary AS          -- one row a value or curve
+CREATE VIEW summary AS          -- one row a value or curve
     SELECT ends.run, ends.name, points, head.value AS first, tail.value AS last
     FROM (SELECT run, name, count(*) AS points, min(step) AS low, max(step) AS high
           FROM measurements GROUP BY run, name) AS ends
     JOIN measurements AS head ON head.run = ends.run AND head.name = ends.name AND head.step = low
     JOIN measurements AS tail ON tail.run = ends.run AND tail.name = ends.name AND tail.step = high;
+COMMIT;
 """
 
 
@@ -54,14 +58,6 @@ class Progress(NamedTuple):
 
     done: float  # the fraction of its work that is finished, 0 to 1
     note: str  # what is being done, in a few words
-
-
-def _settings(run: str, stored: str) -> dict[str, Setting]:
-    """What identifies a record; a text that is none is told as any other fault of the database."""
-    try:
-        return json.loads(stored)
-    except ValueError as error:
-        raise sqlite3.DatabaseError(f"settings of the run {run}: expected JSON, got {stored!r}") from error
 
 
 class Store:
@@ -89,7 +85,7 @@ class Store:
     def records(self, study: str) -> list[Record]:
         """The records of a study, in the order of writing. Each equals the one written: nan, infinity and all."""
         runs = self.database.execute("SELECT run, settings FROM runs WHERE study = ? ORDER BY rowid", [study])
-        return [Record(_settings(run, stored), self._values(run)) for run, stored in runs.fetchall()]
+        return [Record(json.loads(stored), self._values(run)) for run, stored in runs.fetchall()]
 
     def _values(self, run: str) -> dict[str, Value]:
         rows = self.database.execute("SELECT name, step, value FROM measurements WHERE run = ? ORDER BY step", [run])
@@ -112,7 +108,24 @@ class Store:
         with self.database as database:
             for record in records:
                 self._insert(study, record)
-            database.execute("INSERT OR REPLACE INTO studies VALUES (?, ?, ?)", [study, now, seconds])
+            row = [study, now, seconds, self.digest(study)]
+            database.execute("INSERT OR REPLACE INTO studies VALUES (?, ?, ?, ?)", row)
+
+    def digest(self, study: str) -> str:
+        """SHA-256 over the records of a study: settings and values as they are stored, in the order of writing."""
+        digest = hashlib.sha256()
+        query = (
+            "SELECT run, settings, step, name, value FROM runs LEFT JOIN measurements USING (run) WHERE study = ? "
+            "ORDER BY runs.rowid, step, name"
+        )
+        for row in self.database.execute(query, [study]):
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
+
+    def changed(self) -> list[str]:
+        """The finished studies whose records are not those that were measured."""
+        rows = self.database.execute("SELECT study, sha256 FROM studies").fetchall()
+        return [str(study) for study, stored in rows if self.digest(study) != stored]
 
     def finished(self) -> dict[str, float]:
         """The finished studies, and the seconds that each took."""

@@ -13,14 +13,14 @@ from experiments import data, folders, progress, results, studies
 from experiments.config import Config
 from experiments.errors import InputError
 from experiments.folders import Run
-from experiments.interrupt import Farewell
+from experiments.interrupt import OnInterrupt
 from experiments.manifest import Device, describe
 from experiments.results import Progress, Record
 
 Item = TypeVar("Item", bound=Record | Progress)
 
 
-def run(config: Config, out: Path | None, farewell: Farewell) -> Path:
+def run(config: Config, out: Path | None, on_interrupt: OnInterrupt) -> Path:
     """Runs what is not finished yet; returns the folder, by default results/<config>-<identity>."""
     device = choose_device(config)
     with jax.default_device(device), jax.default_matmul_precision("highest"):
@@ -28,7 +28,7 @@ def run(config: Config, out: Path | None, farewell: Farewell) -> Path:
         folder = out or folders.default(manifest)
         with folders.create(folder, manifest) as run:
             kept = f"what is measured is in {folder}"
-            farewell.line = f"interrupted: {kept}; the same command does the unfinished study anew"
+            on_interrupt.line = f"interrupted: {kept}; the same command does the unfinished study again"
             _run_studies(config, run)
     return folder
 
@@ -71,7 +71,7 @@ def _run_study(name: str, settings: Any, run: Run, update: progress.Update) -> N
             count += 1
     seconds = time.perf_counter() - start
     run.update_manifest(seconds=run.manifest["seconds"] | {name: seconds}, data=run.manifest["data"] | data.digests())
-    run.store.finish(name, seconds)  # last: a kill before it and the study, manifest and all, is done anew
+    run.store.finish(name, seconds)  # last: a kill before it and the study, manifest and all, is done again
     update(name, Progress(1.0, f"finished in {seconds:.1f} s, {count} records"))
 
 

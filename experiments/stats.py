@@ -1,8 +1,9 @@
 """Intervals and tests for paired comparisons over seeds.
 
-The protocol: both arms run with the same seeds, so the differences between the arms are what is random. Their mean gets
-a bootstrap interval, "there is a difference" a sign-flip test, "there is none" an equivalence test, and a family of
-tests Holm's correction. None of them assumes a normal distribution but the equivalence test, and that of the mean only.
+Both arms run with the same seeds, so that the differences between the arms are what is random. Independent differences
+get a bootstrap interval and a sign-flip test. Differences over resampled splits of one data set share examples: they
+get the corrected t statistics of Nadeau and Bengio. Equivalence tests say that there is no difference, and a family of
+tests gets Holm's correction.
 """
 
 import warnings
@@ -118,7 +119,7 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 
     Returns:
       Adjusted p-values in the same order. Rejecting those below alpha keeps the probability of any false rejection
-      below alpha, whatever the dependence between the tests.
+      below alpha, under any dependence between the tests.
 
     Raises:
       ValueError: a p-value outside [0, 1].
@@ -137,14 +138,52 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     return adjusted
 
 
-def equivalence(differences: ArrayLike, margin: float) -> float:
+def resampled_interval(differences: ArrayLike, overlap: float, *, confidence: float = 0.95) -> Interval:
+    """Interval of a mean difference over resampled splits of one data set.
+
+    The splits share examples, so that the variance of the mean is (1 / n + n_test / n_train) times the sample variance,
+    not 1 / n of it. An interval over seeds that share one split would say nothing about other test examples.
+
+    Args:
+      differences: [n], paired, one a split, n >= 2.
+      overlap: n_test / n_train, not negative; 0 for independent differences.
+      confidence: the probability with which the interval covers the mean over all splits.
+
+    Returns:
+      The two ends, by Student's t with n - 1 degrees of freedom.
+
+    Raises:
+      ValueError: fewer than two differences, or one that is not finite.
+
+    Source: Nadeau and Bengio (2003), Machine Learning 52(3).
+    """
+    sample = _finite(differences, "differences", at_least=2)
+    reach = scipy_stats.t.ppf((1 + confidence) / 2, df=sample.size - 1) * _standard_error(sample, overlap)
+    return Interval(float(sample.mean() - reach), float(sample.mean() + reach))
+
+
+def resampled_p(differences: ArrayLike, overlap: float) -> float:
+    """Two-sided p-value of "the mean difference is 0", for the differences of `resampled_interval`."""
+    sample = _finite(differences, "differences", at_least=2)
+    error = _standard_error(sample, overlap)
+    if error == 0:
+        return 1.0 if sample[0] == 0 else 0.0
+    return float(2 * scipy_stats.t.sf(abs(sample.mean()) / error, df=sample.size - 1))
+
+
+def _standard_error(sample: np.ndarray, overlap: float) -> float:
+    return 0.0 if np.all(sample == sample[0]) else float(sample.std(ddof=1) * np.sqrt(1 / sample.size + overlap))
+
+
+def equivalence(differences: ArrayLike, margin: float, overlap: float = 0.0) -> float:
     """p-value of "the mean difference lies outside (-margin, margin)", by two one-sided t tests.
 
-    A small p supports "no difference worth mentioning", which a large p of `sign_flip_p` does not.
+    A small p supports "no difference worth mentioning", which a large p of a test of no difference does not.
 
     Args:
       differences: [n], paired, n >= 2.
       margin: the largest difference that counts as none; positive.
+      overlap: n_test / n_train of resampled splits, as for `resampled_interval`; 0 for independent differences.
 
     Returns:
       The larger of the two one-sided p-values. Differences without spread give 0 inside the margin and 1 outside.
@@ -158,9 +197,9 @@ def equivalence(differences: ArrayLike, margin: float) -> float:
     if not margin > 0:
         raise ValueError(f"margin: expected a positive number, got {margin}")
     room = margin - abs(sample.mean())  # to the nearer end; the test against the farther one has the smaller p
-    if np.all(sample == sample[0]):
+    error = _standard_error(sample, overlap)
+    if error == 0:
         return 0.0 if room > 0 else 1.0
-    error = sample.std(ddof=1) / np.sqrt(sample.size)
     return float(scipy_stats.t.sf(room / error, df=sample.size - 1))
 
 

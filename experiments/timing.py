@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from experiments import stats
-from experiments.report import Hypothesis
+from experiments.findings import Hypothesis
 from experiments.results import Record
 
 

@@ -48,7 +48,7 @@ def dtype(request):
 # Here programs are compiled as a user has them: digits are counted, or bits compared with those of another process.
 # Elsewhere a program is compared with a program, and to make either fast takes longer than to run it.
 OPTIMIZED = {"test_accuracy", "test_bayes", "test_bernoulli", "test_categorical", "test_expectation", "test_gaussian",
-             "test_launch", "test_killed", "test_processes"}  # fmt: skip
+             "test_launch", "test_killed", "test_precision", "test_processes"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")

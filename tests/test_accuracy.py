@@ -14,6 +14,10 @@ from mpmath import mpf
 from experiments import plots
 from experiments.results import Progress, Record
 from experiments.studies import accuracy
+from experiments.studies.accuracy import errors, truth
+from experiments.studies.accuracy.functions import FUNCTIONS
+from experiments.studies.accuracy.regimes import rounded
+from experiments.studies.accuracy.section import shown
 
 SETTINGS = {
     "dtypes": ["float32"],
@@ -32,15 +36,15 @@ SETTINGS = {
 CONFIG = msgspec.convert(SETTINGS, accuracy.Config)
 
 
-@pytest.mark.parametrize("dtype", accuracy.UNITS)
+@pytest.mark.parametrize("dtype", errors.UNITS)
 @pytest.mark.parametrize("n", [0.0, 1.0, 2.0, 1000.0])
 @pytest.mark.parametrize("want", [1.0, -0.5, 1024.0])
 def test_a_value_off_by_n_u_is_measured_as_n(dtype, n, want):
     """u is half the spacing at 1: the neighbour above a power of 2 is 2 u away."""
-    u = accuracy.UNITS[dtype]
+    u = errors.UNITS[dtype]
     assert float(jnp.asarray(1 + 2 * u, dtype)) == 1 + 2 * u
     assert float(jnp.asarray(1 + u, dtype)) == 1
-    got = accuracy.error(np.array([want * (1 + n * u)]), np.array([want]), dtype)
+    got = errors.error(np.array([want * (1 + n * u)]), np.array([want]), dtype)
     assert got == pytest.approx(min(n, 1 / u), abs=1e-6)
 
 
@@ -63,12 +67,12 @@ def test_a_value_off_by_n_u_is_measured_as_n(dtype, n, want):
     ],
 )
 def test_special_values(got, want, off):
-    assert accuracy.error(np.array([got]), np.array([want]), "float32").tolist() == pytest.approx([off], nan_ok=True)
+    assert errors.error(np.array([got]), np.array([want]), "float32").tolist() == pytest.approx([off], nan_ok=True)
 
 
 def test_errors_are_shown_as_what_they_are():
-    shown = [accuracy.shown(x, "float32") for x in (0.04, 9.94, 12.3, 3069.0, 2.0**24, math.inf, math.nan)]
-    assert shown == ["0.0", "9.9", "12", "3 069", "no digit", "inf", "NaN"]
+    told = [shown(x, "float32") for x in (0.04, 9.94, 12.3, 3069.0, 2.0**24, math.inf, math.nan)]
+    assert told == ["0.0", "9.9", "12", "3 069", "no digit", "inf", "NaN"]
 
 
 def moved(args, k, index, step):
@@ -85,17 +89,17 @@ def indices(x):
     return [(i, *rest) for i, a in enumerate(x) for rest in indices(a)] if isinstance(x, tuple) else [()]
 
 
-@pytest.mark.parametrize("name", accuracy.FUNCTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_closed_gradients_are_the_derivatives_of_the_values(name):
-    function, step = accuracy.FUNCTIONS[name], mpf(10) ** -40
+    function, step = FUNCTIONS[name], mpf(10) ** -40
     regimes = function.inputs(CONFIG, np.random.default_rng(1))
     with mpmath.workdps(240):
         for regime, batch in itertools.islice(regimes.items(), 4):
-            args = accuracy._arguments(accuracy.rounded(batch, "float32"), 0)
-            truth, entry = function.truth(*args), args[1] if function.is_map else 0
+            args = errors.arguments(rounded(batch, "float32"), 0)
+            want_of, entry = function.truth(*args), args[1] if function.is_map else 0
             places = [(k, index) for k in function.argnums for index in indices(args[k])]
-            assert len(truth.gradient) == len(places)
-            for (k, index), got in zip(places, truth.gradient, strict=True):
+            assert len(want_of.gradient) == len(places)
+            for (k, index), got in zip(places, want_of.gradient, strict=True):
                 if len(index) == 2 and index[1] > index[0]:
                     continue  # above the diagonal of scale_tril
                 ends = [function.truth(*moved(args, k, index, s)).value[entry].want for s in (step, -step)]
@@ -107,16 +111,16 @@ def test_closed_gradients_are_the_derivatives_of_the_values(name):
 
 def test_values_by_hand():
     z = (mpf(0), mpmath.log(3))
-    assert float(accuracy.cross_entropy(z, 0).value[0].want) == pytest.approx(math.log(4), rel=1e-15)
-    assert float(accuracy.brier_score(z, 0).value[0].want) == pytest.approx(9 / 8, rel=1e-15)
-    assert float(accuracy.entropy(z, 0).value[0].want) == pytest.approx(math.log(4) - 0.75 * math.log(3), rel=1e-15)
-    assert float(accuracy.kl_divergence(z, (mpf(0), mpf(0))).value[0].want) == pytest.approx(
+    assert float(truth.cross_entropy(z, 0).value[0].want) == pytest.approx(math.log(4), rel=1e-15)
+    assert float(truth.brier_score(z, 0).value[0].want) == pytest.approx(9 / 8, rel=1e-15)
+    assert float(truth.entropy(z, 0).value[0].want) == pytest.approx(math.log(4) - 0.75 * math.log(3), rel=1e-15)
+    assert float(truth.kl_divergence(z, (mpf(0), mpf(0))).value[0].want) == pytest.approx(
         0.75 * math.log(1.5) - 0.25 * math.log(2), rel=1e-15
     )
-    assert float(accuracy.cdf(mpf(0), mpf(0), mpf(1)).value[0].want) == 0.5
-    assert float(accuracy.quantile(mpf(0.5), mpf(3), mpf(2)).value[0].want) == 3
+    assert float(truth.cdf(mpf(0), mpf(0), mpf(1)).value[0].want) == 0.5
+    assert float(truth.quantile(mpf(0.5), mpf(3), mpf(2)).value[0].want) == 3
     third = (mpf(1), mpf(2), mpf(3)), (mpf(0), mpf(0), mpf(0))
-    assert float(accuracy.variance(*third).value[0].want) == pytest.approx(2 / 3, rel=1e-15)
+    assert float(truth.variance(*third).value[0].want) == pytest.approx(2 / 3, rel=1e-15)
 
 
 @pytest.fixture(scope="module")
@@ -182,16 +186,16 @@ def test_a_wrong_result_is_falsified(records, index, library, values):
 
 def test_peers_are_told_where_they_are_better(records):
     section = report(changed(changed(records, "jprob", value=30.0), "jax", value=10.0))
-    assert any("jax is more exact" in s and "value) 10 against 30" in s for s in section.counter_evidence)
+    assert any("jax is more exact" in s and "value) 10 against 30" in s for s in section.hypotheses[1].against)
     alone = [r for r in records if r.settings["library"] != "jax"]
     assert report(alone).hypotheses[1].verdict == "undecided"
 
 
 def test_what_a_dtype_cannot_hold_is_left_out():
     near, far = (np.array([[1.0, 2.0]]), np.array([[1.0, 2.0001]])), (np.array([1e-46]),)
-    assert accuracy.rounded(near, "float32") is not None
-    assert accuracy.rounded(near, "bfloat16") is None
-    assert accuracy.rounded(far, "float32") is None
+    assert rounded(near, "float32") is not None
+    assert rounded(near, "bfloat16") is None
+    assert rounded(far, "float32") is None
 
 
 @pytest.mark.parametrize(

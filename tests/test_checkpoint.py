@@ -140,6 +140,22 @@ def test_an_older_one_that_cannot_be_read_is_named_as_the_folder_is_opened(tmp_p
     assert re.fullmatch(rf"fit: checkpoint {tmp_path}/10 cannot be read: .+\n", capfd.readouterr().err)
 
 
+def test_the_newest_one_emptied_is_named(tmp_path, capfd):
+    with opened(tmp_path, RUN, 3) as store:
+        for step in (10, 20):
+            save(store, saved(step))
+    shutil.rmtree(tmp_path / "20")
+    (tmp_path / "20").mkdir()
+    (tmp_path / "30").touch()  # a file is no checkpoint, and never was one
+    line = f"fit: checkpoint {tmp_path}/20 cannot be read: the folder holds nothing of a checkpoint\n"
+    with opened(tmp_path, RUN, 3) as store:
+        assert latest(store, saved().state).step == 10
+        assert capfd.readouterr().err == line
+    params = saved().state.params
+    checkpoint.load_params(tmp_path, params, "last")
+    assert capfd.readouterr().err == line
+
+
 def test_if_all_are_damaged_they_are_named_and_nothing_starts_anew(tmp_path, capfd):
     with opened(tmp_path, RUN, 3) as store:
         for step in (10, 20):

@@ -1,8 +1,11 @@
 """What the command line answers: one clear line to every mistake, and nothing written."""
 
 import contextlib
+import json
 import os
+import random
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -16,15 +19,31 @@ import tiny_studies
 from experiments import studies
 from experiments.__main__ import main
 
+COIN = "configs/coin.toml"
+
 
 @pytest.fixture(autouse=True)
 def _tiny_studies(monkeypatch, tmp_path):
     tiny_studies.install(monkeypatch, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, which tests copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_studies.install(patch, tmp_path_factory.mktemp("finished"))
+        assert main(["run", COIN, "--out", "run"]) == 0
+        return Path("run").absolute()
+
+
+@pytest.fixture
+def folder_of_coin(finished, capsys):
+    shutil.copytree(finished, "run")
+    capsys.readouterr()
+
+
 # ---- Mistakes in a config: status 2, one line, nothing written
 
-COIN = "configs/coin.toml"
 JAX_FINDS = jax.default_backend()
 MISTAKES = {
     # what is changed in the file -> the line
@@ -80,6 +99,10 @@ MISTAKES = {
         "bakend: unknown key, expected one of backend, coin, endless, faulty, grid; nearest: backend",
     ),
     "unknown backend": (('"cpu"', '"gpus"'), 'backend: expected one of auto, cpu, gpu, tpu, got "gpus"; nearest: gpu'),
+    "another name of a backend": (
+        ('"cpu"', '"CUDA"'),
+        'backend: expected one of auto, cpu, gpu, tpu, got "CUDA"; nearest: gpu',
+    ),
     "number for a backend": (('"cpu"', "3"), "backend: expected one of auto, cpu, gpu, tpu, got 3"),
     "missing backend": (('backend = "cpu"', ""), "backend: missing, expected one of auto, cpu, gpu, tpu"),
     "absent backend": (('"cpu"', '"tpu"'), f'backend: "tpu" is not available here: jax finds {JAX_FINDS}'),
@@ -108,6 +131,8 @@ FILES = {
     "not TOML": (b"backend = cpu\n", "not TOML: Invalid value (at line 1, column 11)"),
     "twice": (b"[coin]\na = 1\na = 2\n", "not TOML: Cannot overwrite a value (at line 3, column 6)"),
     "too deep": (b"a = " + b"[" * 10_000, "not TOML: "),
+    "table too deep": (b"[" + b"a." * 5_000 + b"a]", "a: expected at most 20 levels, got more"),
+    "list too deep": (b"a = " + b"[" * 300 + b"]" * 300, "a: expected at most 20 levels, got more"),
     "too long a number": (b"a = " + b"9" * 5_000, "not TOML: Exceeds the limit"),
     "empty": (b"", "backend: missing, expected one of auto, cpu, gpu, tpu"),
     "no study": (
@@ -149,6 +174,7 @@ def test_a_path_that_leads_to_no_file_is_one_line(capsys, path, line):
         ("=3", '--set: expected key.key=value, got "=3"'),
         ("coin..flips=3", '--set: expected key.key=value, got "coin..flips=3"'),
         ("", '--set: expected key.key=value, got ""'),
+        ("coin." * 5_000 + "a=1", "--set: expected a key of at most 20 parts, got 5001"),
         ("coin.flips=", '--set: coin.flips: expected int, got ""'),
         ("coin.flips=0", "--set: coin.flips: expected int >= 1, got 0"),
         ("coin.flips=ten", '--set: coin.flips: expected int, got "ten"'),
@@ -180,6 +206,90 @@ def test_a_mistake_in_the_command_is_one_line(capsys, arguments):
     assert tiny_studies.tree() == before
 
 
+LONG, RAW = "k" * 50_000, "r\udcff"  # RAW: the byte 0xff, as Python has it in an argument
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", COIN, "--set", f"coin.{LONG}=1"],
+        ["run", COIN, "--set", f"{LONG}.a=1"],
+        ["run", COIN, "--set", f"coin.flips.{LONG}=1"],
+        ["run", COIN, "--set", LONG],
+        ["run", COIN, "--out", LONG],
+        ["run", COIN, f"--{LONG}"],
+        ["run", LONG],
+        ["report", LONG],
+        ["results", "run", "--format", LONG],
+        ["results", "run", "--query", LONG],
+        [LONG],
+    ],
+)
+def test_what_is_long_is_shortened(capsys, folder_of_coin, arguments):
+    assert main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", RAW],
+        ["run", COIN, "--out", RAW],
+        ["run", COIN, f"--out={RAW}"],
+        ["run", COIN, "--set", f"coin.flips={RAW}"],
+        ["results", "run", "--query", RAW],
+        ["report", RAW],
+        [RAW],
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_one_line(capsys, arguments):
+    got = arguments[-1].replace("\udcff", r"\xff")
+    assert_refused(arguments, f'python -m experiments: expected arguments and a folder in UTF-8, got "{got}"', capsys)
+
+
+def test_a_folder_to_work_in_that_is_not_utf8_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(os, "getcwd", lambda: RAW)
+    line = 'python -m experiments: expected arguments and a folder in UTF-8, got "r\\xff"'
+    assert_refused(["run", COIN], line, capsys)
+
+
+def test_a_config_whose_name_is_not_utf8_is_listed(capsys):
+    Path(f"configs/{RAW}.toml").write_text("# A claim.\n", encoding="utf-8")
+    assert main(["list"]) == 0
+    assert r"  configs/r\udcff.toml: A claim." in capsys.readouterr().out
+
+
+def test_a_tilde_is_the_users_folder(capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    assert main(["run", COIN, "--out=~/run"]) == 0
+    assert main(["report", "~/run"]) == main(["results", "~/run"]) == 0
+    assert Path("home/run/report.html").exists()
+    assert not Path("~").exists()
+    capsys.readouterr()
+    line = "python -m experiments run: argument --out: expected a user who has a folder, got ~nobody-of-this-name/run"
+    assert_refused(["run", COIN, "--out=~nobody-of-this-name/run"], f"{line}; --help shows how", capsys)
+
+
+@pytest.mark.parametrize("lacking", ["Config", "run", "report"])
+def test_a_study_that_lacks_a_part_is_refused_before_it_runs(capsys, monkeypatch, lacking):
+    Path("mine").mkdir()
+    names = {
+        "Config": "import msgspec\nclass Config(msgspec.Struct): pass",
+        "run": "run = print",
+        "report": "report = print",
+    }
+    text = "\n".join(code for name, code in names.items() if name != lacking)
+    Path(f"mine/no_{lacking}.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(studies, "__path__", [*studies.__path__, str(Path("mine").absolute())])
+    Path(COIN).write_text(f'backend = "cpu"\n[no_{lacking}]\n', encoding="utf-8")
+    assert main(["run", COIN, "--out", "run"]) == 2
+    want = f"no_{lacking}: expected a study with Config, run and report, got one without {lacking}\n"
+    assert capsys.readouterr().err == want
+    assert not Path("run").exists()
+
+
 def test_a_mistake_is_answered_before_jax_is_loaded():
     code = (
         "import sys; from experiments.__main__ import main; "
@@ -208,15 +318,29 @@ def test_a_folder_that_cannot_be_used_is_one_line(capsys, out, line):
     assert_refused(["run", COIN, "--out", out], line, capsys)
 
 
-def test_the_folder_of_another_run_is_left_alone(capsys):
-    assert main(["run", COIN, "--out", "run"]) == 0
+DIFFERENCES = {
+    "coin.seed: 7 there, 8 here": lambda there: there["config"]["studies"]["coin"].update(seed=7),
+    "source: other code": lambda there: there.update(source="0" * 64),
+    'versions.jax: "0.1" there, ': lambda there: there["versions"].update(jax="0.1"),
+    'device.kind: "abacus" there, "cpu" here': lambda there: there["device"].update(kind="abacus"),
+    "numerics.XLA_FLAGS: none there, ": lambda there: there["numerics"].update(XLA_FLAGS=None),
+}
+
+
+@pytest.mark.parametrize(("said", "change"), DIFFERENCES.items(), ids=DIFFERENCES)
+def test_the_folder_of_another_run_is_left_alone(capsys, said, change):
+    seed = "8" if "seed" in said else "7"
+    assert main(["run", COIN, "--out", "run", "--set", f"coin.seed={seed}"]) == 0
+    stored = json.loads(Path("run/manifest.json").read_text())
+    change(stored)
+    Path("run/manifest.json").write_text(json.dumps(stored | {"identity": "a" * 64}))
     capsys.readouterr()
     before = tiny_studies.tree()
-    assert main(["run", COIN, "--out", "run", "--set", "coin.seed=8"]) == 2
-    assert re.fullmatch(
-        r"run: expected a new folder or run \w{8}, got run \w{8} \(another config, other code, or another device\)\n",
-        capsys.readouterr().err,
-    )
+    assert main(["run", COIN, "--out", "run", "--set", f"coin.seed={seed}"]) == 2
+    line = capsys.readouterr().err
+    start, end = "run: expected a new folder or run ", "; python -m experiments report run redraws that one\n"
+    assert re.match(rf"{start}\w{{8}}, got run aaaaaaaa \({re.escape(said)}", line)
+    assert line.endswith(end)
     assert tiny_studies.tree() == before
 
 
@@ -301,7 +425,7 @@ def unprivileged():
         ("run/results.sqlite", 0, "run", "run/results.sqlite: cannot be used"),
         ("run/results.sqlite", 0, "report", "run/results.sqlite: cannot be used"),
         ("run/results.sqlite", 0, "results", "run/results.sqlite: cannot be used"),
-        ("run", 0o555, "report", "run/figures/coin-1.svg.tmp: cannot be written"),
+        ("run", 0o555, "report", "run/figures/coin-1.svg: cannot be written"),
     ],
 )
 def test_a_folder_without_permission_is_one_line(open_folder, capsys, path, mode, command, line):
@@ -346,14 +470,101 @@ def test_a_closed_output_is_one_line():
         assert (status, errors) == (2, "stdout: cannot be written: it is closed\n")
 
 
-def test_settings_that_are_not_json_are_one_line(capsys):
+@pytest.mark.parametrize("loss", ["os.close(2)", "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)"])
+@pytest.mark.parametrize(("arguments", "status"), [(["run", COIN, "--out", "run"], 0), (["run", "nowhere"], 2)])
+def test_nobody_who_listens_is_no_mistake(loss, arguments, status):
+    """On a folder that is finished, what goes to stderr comes first."""
     assert main(["run", COIN, "--out", "run"]) == 0
+    command = f"import os, sys; {loss}; os.execv(sys.executable, {tiny_studies.COMMAND} + sys.argv[1:])"
+    got, out, _ = ended(*arguments, program=command)
+    assert got == status
+    assert out.endswith("report: run/report.html\n") == (status == 0)
+    assert "finished before" not in out
+
+
+def test_a_backend_of_matplotlib_changes_nothing(monkeypatch):
+    assert main(["run", COIN, "--out", "run"]) == 0
+    monkeypatch.setenv("MPLBACKEND", "zzz")
+    assert ended("report", "run")[0::2] == (0, "")
+
+
+OPENING = [["report", "run"], ["results", "run"], ["run", COIN, "--out", "run"]]
+CHANGES = {
+    "a value": "UPDATE measurements SET value = value + 1e-9 WHERE name = 'off'",
+    "a value that is text": "UPDATE measurements SET value = 'heads' WHERE step = 7",
+    "bytes": "UPDATE measurements SET value = x'ff' WHERE step = 7",
+    "a name": "UPDATE measurements SET name = 'shar' WHERE name = 'share'",
+    "settings": "UPDATE runs SET settings = '{'",
+    "settings that are no table": "UPDATE runs SET settings = '3'",
+    "a curve cut off": "DELETE FROM measurements WHERE step > 500",
+    "a run": "DELETE FROM runs WHERE settings LIKE '%0.75%'",
+}
+
+
+@pytest.mark.parametrize("command", OPENING)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_values_that_were_changed_are_one_line(capsys, folder_of_coin, change, command):
     with contextlib.closing(sqlite3.connect("run/results.sqlite")) as database, database:
-        database.execute("UPDATE runs SET settings = '{'")
+        database.execute(change)
+    before = tiny_studies.tree()
+    assert main(command) == 2
+    line = "run/results.sqlite: coin: expected the records that were measured, got others; "
+    assert capsys.readouterr().err == f"{line}remove the folder to measure them again\n"
+    assert tiny_studies.tree() == before
+
+
+SCHEMAS = {
+    "another column": "ALTER TABLE measurements RENAME COLUMN value TO number",
+    "a column too many": "ALTER TABLE runs ADD COLUMN more",
+    "no table": "DROP TABLE hypotheses",
+    "a table for a view": "DROP VIEW summary; CREATE TABLE summary (run)",
+}
+
+
+@pytest.mark.parametrize("command", OPENING)
+@pytest.mark.parametrize("change", SCHEMAS.values(), ids=SCHEMAS)
+def test_tables_that_hold_something_else_are_one_line(capsys, folder_of_coin, change, command):
+    with contextlib.closing(sqlite3.connect("run/results.sqlite")) as database:
+        database.executescript(change)
+    assert main(command) == 2
+    table = re.search("measurements|runs|hypotheses|summary", change)[0]
+    how = "without" if "DROP TABLE" in change else "with another"
+    line = f"run/results.sqlite: expected the database of a run, got one {how} {table}\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_random_bytes_in_a_database_change_no_page(capsys, folder_of_coin, seed):
+    """Either they hit what nobody reads, and the page stays as it was, or one line says that the file is damaged."""
+    page, path, rng = Path("run/report.html").read_bytes(), Path("run/results.sqlite"), random.Random(seed)
+    content = bytearray(path.read_bytes())
+    at = rng.randrange(4096, len(content) - 256)
+    content[at : at + 256] = rng.randbytes(256)
+    path.write_bytes(content)
+    status = main(["report", "run"])
+    errors = capsys.readouterr().err
+    assert Path("run/report.html").read_bytes() == page
+    assert (status, errors.count("\n")) in [(0, 0), (2, 1)]
+    assert not errors or errors.startswith("run/results.sqlite: ")
+
+
+@pytest.mark.parametrize("key", ["seconds", "data", "versions", "git", "started", "config", "device", "source"])
+@pytest.mark.parametrize("command", OPENING)
+def test_a_manifest_that_lacks_a_key_is_one_line(capsys, folder_of_coin, key, command):
+    stored = json.loads(Path("run/manifest.json").read_text())
+    del stored[key]
+    Path("run/manifest.json").write_text(json.dumps(stored))
     capsys.readouterr()
-    assert main(["report", "run"]) == 2
-    line = r"run/results\.sqlite: cannot be used: settings of .*: expected JSON, got '\{'\n"
-    assert re.fullmatch(line, capsys.readouterr().err)
+    before = tiny_studies.tree()
+    assert main(command) == 2
+    line = f"run/manifest.json: expected the manifest of a run: Object missing required field `{key}`\n"
+    assert capsys.readouterr().err == line
+    assert tiny_studies.tree() == before
+
+
+def test_a_column_is_shown_by_its_name(capsys, folder_of_coin):
+    assert main(["results", "run", "--query", "SELECT 1 AS '[bold]', 2 AS '[/red]'"]) == 0
+    assert capsys.readouterr().out.split() == ["[bold]", "[/red]", "1", "2"]
 
 
 @pytest.mark.parametrize("arguments", [*OUTPUTS, ["report", "run"]])

@@ -47,6 +47,16 @@ def test_the_splits_are_the_same_bits_everywhere(digits):
     assert digits.sha256 == "d27a5ba3ec17499956cacc9eb4e713f6f1dd85353e0b20dbc32f1b164df53100"
 
 
+def test_other_splits_are_other_draws_of_the_same_examples(digits):
+    one, same, other = (data.resampled("digits", seed) for seed in (1, 1, 2))
+    assert one.sha256 == same.sha256
+    assert len({one.sha256, other.sha256, digits.sha256}) == 3
+    for part in PARTS:
+        assert getattr(one, part).labels.shape == getattr(digits, part).labels.shape
+    rows = [np.sort(np.concatenate([getattr(d, part).features.sum(axis=1) for part in PARTS])) for d in (one, digits)]
+    np.testing.assert_array_equal(*rows)
+
+
 def test_words_of_python_predict_the_next_one():
     """Which words these are depends on the Python; that the text goes on from row to row does not."""
     words = data.load("python_source")

@@ -11,6 +11,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from experiments import plots
+from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
 from experiments.results import Progress, Record
 from experiments.studies import escape_time
 
@@ -19,11 +20,11 @@ LABEL = np.array([1.0, 0.0])
 
 def gradient(arm, z):
     """From the definitions, in float64."""
-    if arm == "C":
+    if arm == LINEAR_SE:
         return z - LABEL
     p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
     e = p - LABEL
-    return e if arm == "A" else p * (e - p @ e)
+    return e if arm == SOFTMAX_CE else p * (e - p @ e)
 
 
 @pytest.mark.parametrize("arm", escape_time.ARMS)
@@ -52,7 +53,7 @@ with jax.numpy_dtype_promotion("standard"):  # a float to an integer power, as o
 
 def by_hand(arm, rule, margin, rate, eps, momentum=0.9):
     """The same escape as a plain float64 loop; only Adam's 1 - decay^n are those that float32 has."""
-    z = np.array([-margin, margin]) / 2 + (0.5 if arm == "C" else 0)
+    z = np.array([-margin, margin]) / 2 + (0.5 if arm == LINEAR_SE else 0)
     first = second = np.zeros(2)
     for index in range(100_000):
         g, before = gradient(arm, z), z[1] - z[0]
@@ -72,9 +73,9 @@ def by_hand(arm, rule, margin, rate, eps, momentum=0.9):
 
 
 def sgd(margin, rate, limit):
-    """An escape under B: the steps made, and those that it took."""
+    """An escape under squared error: the steps made, and those that it took."""
     lanes = escape_time.Lanes(*(jnp.array([x], jnp.float32) for x in (margin, rate, 0.0)))
-    *_, (steps, state) = escape_time.escape("B", "SGD", 0.9, lanes, limit)
+    *_, (steps, state) = escape_time.escape(SOFTMAX_SE, "SGD", 0.9, lanes, limit)
     return steps, escape_time.steps_taken(state)
 
 
@@ -109,14 +110,14 @@ def test_compensated_parameters_do_not():
     margin = 16.25
     assert escape_time.stalls(1.0, np.array([margin])).all()
     # (16 + 3 R) u = 4e-6 for the gradients, and the flow's own lr / T = 1e-6.
-    time = escape_time.flow_time("B", np.array([margin]))
+    time = escape_time.flow_time(SOFTMAX_SE, np.array([margin]))
     np.testing.assert_allclose(sgd(margin, 1.0, 10_000_000)[1], time, rtol=1e-5)
 
 
 @pytest.mark.parametrize("eps", [1e-2, 1e-4, 1e-5])
 def test_knee_of_the_theory_is_near_its_name(eps):
     margins = np.arange(0.5, 14.01, 0.5)
-    steps = escape_time.predicted_steps("B", "Adam", 0.01, eps, 0.9, margins)
+    steps = escape_time.predicted_steps(SOFTMAX_SE, "Adam", 0.01, eps, 0.9, margins)
     slope = escape_time.growth({"margin": margins, "steps": steps}, 0.01)
     # ln(2 / eps) leaves out (1 + e^-m)^3, 3 e^-m = 1.5 eps of it; a secant over .5 is 1 % steeper than the tangent.
     assert escape_time.knee(*slope) == pytest.approx(math.log(2 / eps), abs=0.03)
@@ -178,9 +179,11 @@ def test_report(records):
 
 
 def test_starts_out_of_reach_are_left_out():
-    lanes, left_out = escape_time.plan(msgspec.structs.replace(CONFIG, max_steps=500, learning_rates=[0.1]))["B", "SGD"]
+    lanes, left_out = escape_time.plan(msgspec.structs.replace(CONFIG, max_steps=500, learning_rates=[0.1]))[
+        SOFTMAX_SE, "SGD"
+    ]
     margins = np.arange(0.5, 8.01, 0.5)
-    reached = margins[escape_time.flow_time("B", margins) / 0.1 <= 500]
+    reached = margins[escape_time.flow_time(SOFTMAX_SE, margins) / 0.1 <= 500]
     assert lanes == [(m, 0.1, 0.0) for m in reached]
     assert left_out == 16 - len(reached) > 0
 
@@ -213,9 +216,9 @@ def test_a_wrong_knee_is_falsified(records, rate, shift):
     def moved(values):
         m = values["margin"]
         eps = 2 * math.exp(-math.log(2 / 1e-2) - shift)
-        return escape_time.predicted_steps("B", "Adam", rate, eps, 0.9, m)
+        return escape_time.predicted_steps(SOFTMAX_SE, "Adam", rate, eps, 0.9, m)
 
-    where = {"arm": "B", "rule": "Adam", "rate": rate, "eps": 1e-2}
+    where = {"arm": SOFTMAX_SE, "rule": "Adam", "rate": rate, "eps": 1e-2}
     after = verdicts(changed(records, moved, **where))
     assert after[1:] == (["falsified", "holds"] if rate == 0.01 else ["holds", "falsified"])
 

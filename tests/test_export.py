@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import sqlite3
 from pathlib import Path
@@ -23,7 +24,7 @@ def _tiny_studies(monkeypatch, tmp_path):
 def folder(capsys):
     assert main(["run", "configs/coin.toml", "--out", "run", "--set", "coin.flips=3"]) == 0
     with folders.existing(Path("run")) as run:
-        run.store.write("coin", results.Record({"bias": 0.9}, {"odd": np.array([math.nan, math.inf, -math.inf, 0.1])}))
+        run.store.write("extra", results.Record({"bias": 0.9}, {"odd": np.array([math.nan, math.inf, -math.inf, 0.1])}))
     capsys.readouterr()
     return Path("run")
 
@@ -36,7 +37,7 @@ def printed(capsys, *arguments):
 def test_the_table_has_a_line_a_curve(capsys, folder):
     header, *lines = printed(capsys, folder).splitlines()
     assert header.split() == ["run", "name", "points", "first", "last"]
-    assert [line.split() for line in lines][-1] == ["coin/bias=0.9", "odd", "4", "nan", "0.1"]
+    assert [line.split() for line in lines][-1] == ["extra/bias=0.9", "odd", "4", "nan", "0.1"]
     assert len(lines) == 5  # two coins with share and off, and the odd one
 
 
@@ -109,7 +110,7 @@ def test_a_query_that_is_not_one_reading_statement_is_one_line(capsys, folder, q
         (["nowhere"], "nowhere: expected the folder of a run, got one without manifest.json"),
         (["configs"], "configs: expected the folder of a run, got one without manifest.json"),
         (["bad"], "bad/results.sqlite: expected the database of a run: file is not a database"),
-        (["hollow"], "hollow/results.sqlite: expected the database of a run: no such table: runs"),
+        (["hollow"], "hollow/results.sqlite: expected the database of a run, got one without studies"),
         (["run", "--format", "sql", "--query", "SELECT 1"],
          "--format sql: expected table or csv with --query; sql is the whole database"),
     ],
@@ -117,7 +118,7 @@ def test_a_query_that_is_not_one_reading_statement_is_one_line(capsys, folder, q
 def test_a_folder_without_results_is_one_line(capsys, arguments, line):
     for name, content in {"bad": b"text" * 999, "hollow": b""}.items():
         Path(name).mkdir()
-        Path(name, folders.MANIFEST).write_text('{"identity": "k"}')
+        Path(name, folders.MANIFEST).write_text(json.dumps(tiny_studies.MANIFEST))
         Path(name, folders.DATABASE).write_bytes(content)
     before = tiny_studies.tree()
     assert main(["results", *arguments]) == 2

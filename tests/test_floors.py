@@ -1,6 +1,7 @@
 """Each floor imports only what lies below it, and `import jprob` stays light."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {"jprob": {"jax", "jaxtyping", "numpy"}, "jprob/mle": {"jax", "jaxtyping", "numpy", "optax", "jprob"}}
 ALONE = {"checkpoint.py": {"orbax", "etils"}, "terminal.py": {"rich"}}  # optional, and known to this file alone
-FILES = [*ROOT.glob("jprob/*.py"), *ROOT.glob("jprob/mle/*.py"), *ROOT.glob("experiments/studies/*.py")]
+FILES = [*ROOT.glob("jprob/*.py"), *ROOT.glob("jprob/mle/*.py"), *ROOT.glob("experiments/studies/**/*.py")]
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, wherever in it."""
+def imports(path: Path, *, with_names: bool = False) -> set[str]:
+    """Absolute names of all modules that a file imports, wherever in it. `with_names`: what is taken from them, too."""
     package = ".".join(path.relative_to(ROOT).parent.parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -23,7 +24,8 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
             base = ".".join(filter(None, [parent, node.module]))
-            found |= {base} if node.module else {f"{base}.{alias.name}" for alias in node.names}
+            found |= {base} if node.module else set()
+            found |= {f"{base}.{alias.name}" for alias in node.names} if with_names or not node.module else set()
     return found
 
 
@@ -31,8 +33,9 @@ def imports(path: Path) -> set[str]:
 def test_imports_point_downwards(path):
     floor = str(path.relative_to(ROOT).parent)
     for name in imports(path):
-        if floor == "experiments/studies":
-            assert not name.startswith("experiments.studies"), f"a study imports the study {name}"
+        if floor.startswith("experiments/studies"):
+            own = floor.replace("/", ".") + "."  # a study that is a package imports its own files
+            assert not name.startswith("experiments.studies.") or name.startswith(own), f"a study imports {name}"
             continue
         top = name.split(".")[0]
         assert top in FLOORS[floor] | ALONE.get(path.name, set()) | {"jprob"} | set(sys.stdlib_module_names), (
@@ -40,6 +43,16 @@ def test_imports_point_downwards(path):
         )
         if floor == "jprob" and path.name != "__init__.py":  # which loads it on first use
             assert not name.startswith("jprob.mle"), f"{path.name} imports {name} from the floor above"
+
+
+def test_no_two_modules_of_the_harness_import_each_other():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+               for path in ROOT.glob("experiments/**/*.py")}  # fmt: skip
+    graph = {}
+    for module, path in modules.items():
+        names = imports(path, with_names=True)
+        graph[module] = {name for name in names if name in modules and not module.startswith(f"{name}.")} - {module}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def private_names(path: Path) -> set[str]:

@@ -19,7 +19,7 @@ import tiny_studies
 
 from experiments import config, folders, jobs, manifest, studies
 from experiments.__main__ import main
-from experiments.interrupt import Farewell
+from experiments.interrupt import OnInterrupt
 
 COIN = "configs/coin.toml"
 GRID = ["run", COIN, "--set", "grid.arms=['A', 'B']", "--set", "grid.seeds=[1]"]
@@ -111,7 +111,7 @@ def test_parts_of_two_devices_are_not_merged(capsys, parts):
     (parts / "grid-2" / folders.MANIFEST).write_text(json.dumps(changed))
     assert main(LAUNCH) == 2
     errors = capsys.readouterr().err
-    line = "run/parts/grid-2: expected device {.*'cpu'.*}, got {.*'abacus'.*}; remove the folder to measure it anew\n"
+    line = "run/parts/grid-2: expected device {.*'cpu'.*}, got {.*'abacus'.*}; remove the folder to measure it again\n"
     assert re.fullmatch(rf"finished before, .*\n{line}", errors)
     assert tables("run") == [[], [], [], []]
 
@@ -174,7 +174,7 @@ def test_ctrl_c_ends_the_jobs():
 
 
 def launch(calls, number):
-    return jobs.ended(calls, Path("logs"), jobs.Target("local", number), Farewell())
+    return jobs.ended(calls, Path("logs"), jobs.Target("local", number), OnInterrupt())
 
 
 def test_what_a_killed_job_leaves_behind_ends():

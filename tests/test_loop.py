@@ -578,6 +578,7 @@ def test_step_and_run_pass_in_every_mode_of_jax(mode):
     """Also where patience ends, from one state twice, and with labels of numpy's int64."""
     optimizer, drawing = OPTIMIZERS["sgd"], nll if mode == "no jit" else noisy_nll
     options = {**VALIDATED, "num_steps": 4, "batch_size": 12, "patience": 1}
+    options |= {"num_steps": 2, "validate_every": 2} if mode == "no jit" else {}
     data, weights = (np.asarray(X), np.asarray(Y, np.int64)), jnp.arange(SIZE) < 20
     with MODES[mode]():
         state, _ = step(drawing, optimizer, start(optimizer), data, weights=weights, ema_decay=0.9)

@@ -6,6 +6,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ def drawing():
     margin = np.linspace(-5, 5, 21)
     with plots.style():
         figure, axes = plots.figure(columns=2, rows=1)
-        for name, colour in plots.COLOURS.items():
+        for name, colour in zip("ABCDEF", plots.PALETTE, strict=True):
             axes[0].plot(margin, np.exp(-margin), "o-", color=colour, label=name)
         axes[1].plot(margin, np.exp(-margin), **plots.THEORY, label="theory $e^{-m}$")
         axes[0].set(yscale="log", xlabel="margin < 0 & > 0")
@@ -45,6 +46,30 @@ def test_axes_come_in_reading_order(columns, rows):
     figure, axes = plots.figure(columns=columns, rows=rows)
     assert axes.shape == (columns * rows,)
     assert list(axes) == figure.axes
+
+
+def test_colours_differ_in_print_too():
+    """By their lightness L* (CIE 1976); the grey comes last, and is told apart by having no hue."""
+    rgb = np.array([matplotlib.colors.to_rgb(colour) for colour in plots.PALETTE[:-1]])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    lightness = 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+    assert np.diff(lightness).min() > 9
+
+
+def test_on_a_phone_the_panels_lie_below_each_other():
+    figure = drawing()
+    with plots.style():
+        plots.legend(figure, *figure.axes[0].get_legend_handles_labels())
+    plots.svg(figure)
+    plots.stack(figure)
+    root = ElementTree.fromstring(plots.svg(figure))
+    assert root.attrib["viewBox"].split()[2] == f"{72 * plots.NARROW:g}"
+    upper, lower = (axis.get_position() for axis in figure.axes)
+    assert lower.y1 < upper.y0
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == list("ABCDEF")
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
 def test_svg_is_one_element_that_scales_and_asks_for_nothing():

@@ -118,7 +118,7 @@ def test_a_signal_ends_a_run_though_xla_does_not_return(inside, number, status):
     assert process.returncode == status
     assert (
         errors.splitlines()[-1]
-        == "interrupted: what is measured is in run; the same command does the unfinished study anew"
+        == "interrupted: what is measured is in run; the same command does the unfinished study again"
     )
     assert "Traceback" not in errors
     assert out == ""

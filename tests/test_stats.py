@@ -192,3 +192,42 @@ def test_a_p_value_lies_between_0_and_1(bad):
 def test_a_margin_is_positive(margin):
     with pytest.raises(ValueError, match="margin: expected a positive number"):
         stats.equivalence([0.0, 1.0], margin)
+
+
+def split_gaps(repetition: int, num_splits: int, own_splits: bool) -> np.ndarray:
+    """Test accuracies of two arms that do not differ: nearest class means by one half of the features or by the other.
+
+    Each seed trains on its own half of the training examples. It draws its own split, or shares one with all.
+    """
+    generator = np.random.default_rng(repetition)
+    labels = generator.integers(0, 2, 300)
+    features = generator.normal(size=(300, 8)) + 0.4 * labels[:, None]
+    gaps, order = [], generator.permutation(300)
+    for _ in range(num_splits):
+        order = generator.permutation(300) if own_splits else order
+        train, test = order[:200], order[200:]
+        drawn = generator.choice(train, 100)
+        means = np.stack([features[drawn][labels[drawn] == k].mean(axis=0) for k in (0, 1)])
+        far = np.square(features[test, None] - means).reshape(100, 2, 2, 4).sum(axis=3)
+        right = (far[:, 1] < far[:, 0]) == labels[test, None]
+        gaps.append(right[:, 0].mean() - right[:, 1].mean())
+    return np.array(gaps)
+
+
+def test_the_resampled_interval_covers_no_difference_and_that_of_seeds_on_one_split_does_not():
+    covers = lambda interval: interval.low <= 0 <= interval.high  # noqa: E731
+    own = [covers(stats.resampled_interval(split_gaps(i, 10, True), 100 / 200)) for i in range(500)]
+    assert 0.92 <= np.mean(own) <= 0.98
+    shared = [covers(stats.resampled_interval(split_gaps(i, 10, False), 0.0)) for i in range(500)]
+    assert np.mean(shared) < 0.6
+
+
+def test_resampled_p_is_that_of_the_interval():
+    gaps = np.array([0.5, 1.0, 0.2, 0.9, -0.1, 0.6])
+    for overlap in (0.0, 0.4):
+        p = stats.resampled_p(gaps, overlap)
+        low, high = stats.resampled_interval(gaps, overlap, confidence=1 - p)
+        assert min(abs(low), abs(high)) == pytest.approx(0, abs=1e-12)
+    assert stats.resampled_p(gaps, 0.0) == pytest.approx(scipy_stats.ttest_1samp(gaps, 0).pvalue)
+    assert stats.resampled_p([1.0, 1.0], 0.4) == 0
+    assert stats.resampled_p([0.0, 0.0], 0.4) == 1

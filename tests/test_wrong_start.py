@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import data, results
+from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
 from experiments.results import Record
 from experiments.studies import wrong_start
 from experiments.studies.wrong_start import Member
@@ -33,7 +34,11 @@ def test_arms_have_the_gradients_they_are_named_for():
     z, y = jnp.array([[0.5, -1.0, 2.0], [3.0, 0.0, 0.25]]), jnp.array([0, 2])
     p, target = np.asarray(jax.nn.softmax(z), np.float64), np.eye(3)[np.asarray(y)]
     e = p - target
-    want = {"A": e, "B": p * (e - np.sum(p * e, axis=1, keepdims=True)), "C": np.asarray(z) - target}
+    want = {
+        SOFTMAX_CE: e,
+        SOFTMAX_SE: p * (e - np.sum(p * e, axis=1, keepdims=True)),
+        LINEAR_SE: np.asarray(z) - target,
+    }
     for arm in wrong_start.ARMS:
         got = jax.grad(lambda z, arm=arm: wrong_start.loss(arm, z, y).sum())(z)
         np.testing.assert_allclose(got, want[arm], rtol=0, atol=1e-6)  # softmax of float32, u = 6e-8, gaps of 3
@@ -41,13 +46,13 @@ def test_arms_have_the_gradients_they_are_named_for():
 
 def test_participation_is_1_for_equal_pulls_and_1_over_n_for_one():
     level = jnp.zeros((5, 3))
-    assert wrong_start.participation("A", level, jnp.arange(5) % 3) == pytest.approx(1, rel=1e-6)
+    assert wrong_start.participation(SOFTMAX_CE, level, jnp.arange(5) % 3) == pytest.approx(1, rel=1e-6)
     lone = jnp.tile(jnp.array([60.0, 0.0, 0.0]), (5, 1)).at[0].set(0)
     # Four are right by 60 and pull with e^-60; one is level.
-    assert wrong_start.participation("A", lone, jnp.zeros(5, int)) == pytest.approx(1 / 5, rel=1e-6)
+    assert wrong_start.participation(SOFTMAX_CE, lone, jnp.zeros(5, int)) == pytest.approx(1 / 5, rel=1e-6)
     hopeless = jnp.tile(jnp.array([0.0, 60.0, 0.0]), (5, 1))
     # All are equally wrong, with e^-60 each: the ratio must not drown in the squares of 1e-26.
-    assert wrong_start.participation("B", hopeless, jnp.zeros(5, int)) == pytest.approx(1, rel=1e-6)
+    assert wrong_start.participation(SOFTMAX_SE, hopeless, jnp.zeros(5, int)) == pytest.approx(1, rel=1e-6)
 
 
 def test_draws_are_paired():
@@ -88,13 +93,15 @@ def test_the_grid_grows_until_the_best_rate_lies_inside():
 
 
 def test_of_equally_good_rates_the_middle_one_is_taken():
-    assert wrong_start.best({0: 1.0, 1: 2.0, 2: 2.0, 3: 2.0, 4: 0.0}) == 2
+    assert wrong_start.best({0: (1.0, 0.1), 1: (2.0, 0.1), 2: (2.0, 0.1), 3: (2.0, 0.1), 4: (0.0, 0.1)}) == 2
+    # A rate within one standard error of the best ties with it, however small its own error is.
+    assert wrong_start.best({0: (1.0, 0.0), 1: (1.9, 0.0), 2: (1.95, 0.0), 3: (2.0, 0.2), 4: (1.7, 0.0)}) == 2
 
 
 def test_a_diverged_run_has_accuracy_0():
     split = data.load("digits").test
     params = {"output": {"kernel": jnp.full((64, 10), jnp.nan), "bias": jnp.zeros(10)}}
-    assert wrong_start.scores("A", params, split)["accuracy"] == 0
+    assert wrong_start.scores(SOFTMAX_CE, params, split)["accuracy"] == 0
 
 
 def seeds(accuracies, part=(0.9, 0.3)) -> list[Record]:
@@ -102,23 +109,32 @@ def seeds(accuracies, part=(0.9, 0.3)) -> list[Record]:
     return [
         Record(
             {"part": "seeds", "model": m, "optimizer": o, "arm": arm, "std": std, "seed": seed},
-            {"test_accuracy": accuracies[arm, std] + 0.05 * np.sin(seed + ord(arm)), "rate": 0.1, "at_edge": 0.0,
-             "participation": part[arm != "A"] + 0.01 * seed * (arm != "A"), "validation": np.array([50.0, 90.0])},
+            {"test_accuracy": accuracies[arm, std] + 0.05 * np.sin(seed + len(arm) % 7), "rate": 0.1, "at_edge": 0.0,
+             "participation": part[arm != SOFTMAX_CE] + 0.01 * seed * (arm != SOFTMAX_CE),
+             "validation": np.array([50.0, 90.0])},
         )
-        for m in ("linear", "mlp") for o in ("sgd", "adam") for arm in "ABC" for std in (0.01, 4.0) for seed in range(8)
+        for m in ("linear", "mlp") for o in ("sgd", "adam") for arm in wrong_start.ARMS
+        for std in (0.01, 4.0) for seed in range(8)
     ]  # fmt: skip
 
 
-TRUE = {("A", 0.01): 96.0, ("B", 0.01): 96.0, ("C", 0.01): 95.0, ("A", 4.0): 95.0, ("B", 4.0): 60.0, ("C", 4.0): 40.0}
+TRUE = {
+    (SOFTMAX_CE, 0.01): 96.0,
+    (SOFTMAX_SE, 0.01): 96.0,
+    (LINEAR_SE, 0.01): 95.0,
+    (SOFTMAX_CE, 4.0): 95.0,
+    (SOFTMAX_SE, 4.0): 60.0,
+    (LINEAR_SE, 4.0): 40.0,
+}
 
 
 @pytest.mark.parametrize(
     ("change", "part", "want"),
     [
         ({}, (0.9, 0.3), ["holds", "holds", "holds", "holds", "holds"]),
-        ({("B", 0.01): 95.0}, (0.9, 0.3), ["falsified", "falsified", "holds", "holds", "holds"]),
-        ({("B", 4.0): 95.0}, (0.9, 0.3), ["holds", "holds", "falsified", "falsified", "holds"]),
-        ({("B", 4.0): 96.0}, (0.9, 0.9), ["holds", "holds", "falsified", "falsified", "falsified"]),
+        ({(SOFTMAX_SE, 0.01): 95.0}, (0.9, 0.3), ["falsified", "falsified", "holds", "holds", "holds"]),
+        ({(SOFTMAX_SE, 4.0): 95.0}, (0.9, 0.3), ["holds", "holds", "falsified", "falsified", "holds"]),
+        ({(SOFTMAX_SE, 4.0): 96.0}, (0.9, 0.9), ["holds", "holds", "falsified", "falsified", "falsified"]),
     ],
 )
 def test_verdicts_follow_the_figures(change, part, want):

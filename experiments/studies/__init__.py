@@ -1,4 +1,4 @@
-"""The studies, one module each; a study is whatever module stands in this folder, there is no list to edit.
+"""The studies, one module or package each: every module in this folder is a study, and there is no list to edit.
 
 A study offers three names, see `Study`: its settings, a generator of records, and a reading of stored records. One
 that can be cut into jobs offers a fourth, `parts(config) -> list[Config]`, whose records together are those of the
@@ -11,27 +11,27 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import msgspec
 
-if TYPE_CHECKING:  # listing the studies must not load matplotlib
-    from experiments.report import Section
-    from experiments.results import Progress, Record
+from experiments.errors import InputError
+from experiments.findings import Section
+from experiments.results import Progress, Record
 
 
-@runtime_checkable
+@runtime_checkable  # which checkers of types need
 class Study(Protocol):
     """What the harness expects of a module in this folder."""
 
     Config: type[msgspec.Struct]
     """Frozen, without defaults: the file is the whole record. Ranges stand in `Annotated[..., msgspec.Meta(...)]`."""
 
-    def run(self, config: Any) -> "Iterator[Record | Progress]":
+    def run(self, config: Any) -> Iterator[Record | Progress]:
         """Does the work, without I/O: yields a Record for each finished piece, and Progress now and then."""
         ...
 
-    def report(self, config: Any, records: "Sequence[Record]") -> "Section":
+    def report(self, config: Any, records: Sequence[Record]) -> Section:
         """Reads the stored records: figures, hypotheses with verdicts, and what speaks against them."""
         ...
 
@@ -42,8 +42,16 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Study:
-    """Imports one study; the others stay unloaded."""
-    return cast(Study, importlib.import_module(f"{__name__}.{name}"))
+    """Imports one study; the others stay unloaded.
+
+    Raises:
+      InputError: it lacks one of the names that a study offers.
+    """
+    module = importlib.import_module(f"{__name__}.{name}")
+    offered = ("Config", "run", "report")
+    if lacking := [part for part in offered if not hasattr(module, part)]:
+        raise InputError(f"{name}: expected a study with Config, run and report, got one without {', '.join(lacking)}")
+    return cast(Study, module)
 
 
 def title(name: str) -> str:
@@ -53,8 +61,14 @@ def title(name: str) -> str:
 
 
 def path(name: str) -> Path:
-    """The file of a study, found without importing it."""
+    """The file of a study, or the first file of its package, found without importing it."""
     spec = importlib.util.find_spec(f"{__name__}.{name}")
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin)
+
+
+def files(name: str) -> list[Path]:
+    """All files of a study."""
+    first = path(name)
+    return [*first.parent.rglob("*.py")] if first.name == "__init__.py" else [first]

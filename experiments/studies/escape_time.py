@@ -3,20 +3,21 @@
 Two free logits start at margin m0 = z_rival - z_truth, and gradient steps bring it to 0. With tau = lr * steps for a
 clock, small steps follow the flow dm/dtau = g_truth - g_rival, which takes the time T from m0 to 0:
 
-    A  softmax, cross-entropy    dm/dtau = -2 / (1 + e^-m)          T = (m0 + 1 - e^-m0) / 2
-    B  softmax, ||p - y||^2 / 2  dm/dtau = -4 e^-m / (1 + e^-m)^3   T = (e^m0 + 3 m0 - 3 e^-m0 - e^-2m0 / 2 + 5/2) / 4
-    C  linear, ||z - y||^2 / 2   dm/dtau = -(1 + m)                 T = ln(1 + m0)
+    softmax + cross-entropy   dm/dtau = -2 / (1 + e^-m)          T = (m0 + 1 - e^-m0) / 2
+    softmax + squared error   dm/dtau = -4 e^-m / (1 + e^-m)^3   T = (e^m0 + 3 m0 - 3 e^-m0 - e^-2m0 / 2 + 5/2) / 4
+    linear + squared error    dm/dtau = -(1 + m)                 T = ln(1 + m0)
 
-linear, exponential and logarithmic in m0. A and B know the margin alone. C knows the level of the logits as well: its
-margin decays towards that of the one-hot target, -1, so that passing 0 is an event on the way, and its mean logit moves
-by itself. It starts at the target's mean, 1/2, where the two logits halve the way between them. The steps are then
+linear, exponential and logarithmic in m0. Both softmax arms know the margin alone. The linear output knows the level of
+the logits as well: its margin decays towards that of the one-hot target, -1, so that passing 0 is an event on the way,
+and its mean logit moves independently. It starts at the target's mean, 1/2, and the two logits halve the way between
+them. The steps are then
 
     SGD       T / lr
     momentum  T (1 - beta) / lr: a geometric sum of past gradients, once it has filled
     Adam      m0 / (2 lr) + eps T / lr: each logit moves by lr g / (g + eps), if the second moment follows g^2
 
-Adam is sign descent, linear in m0, plus eps times SGD. Under B, where g = 2 e^-m far out, dT/dm0 reaches twice the
-linear slope 1 / (2 lr) at the knee m0 = ln(2 / eps): so far Adam hides the saturation.
+Adam is sign descent, linear in m0, plus eps times SGD. Under softmax + squared error, g = 2 e^-m far out. Then dT/dm0
+reaches twice the linear slope 1 / (2 lr) at the knee m0 = ln(2 / eps): up to there Adam hides the saturation.
 
 Sources: Solla, Levin and Fleisher (1988); Hui and Belkin (2021); Kingma and Ba (2015); compensated sums: Knuth, The Art
 of Computer Programming 2, 4.2.2.
@@ -36,13 +37,14 @@ import optax
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int32, PyTree
 from matplotlib import colormaps
 
-from experiments import plots
+from experiments import arms, plots
+from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table, decided
+from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import categorical
 
-ARMS = ("A", "B", "C")
+ARMS = (SOFTMAX_CE, SOFTMAX_SE, LINEAR_SE)
 RULES = ("SGD", "momentum", "Adam")
 PLAIN = "plain float32"
 GENTLE_RATE, TOLERANCE, KNEE_TOLERANCE = 0.01, 0.02, 1.5
@@ -69,7 +71,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 def flow_time(arm: str, margin: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
     """T(m0), the time of the gradient flow from margin m0 to 0, in units of lr * steps."""
     m, e = np.asarray(margin, np.float64), np.exp(-np.asarray(margin, np.float64))
-    return {"A": (m + 1 - e) / 2, "B": (1 / e + 3 * m - 3 * e - e**2 / 2 + 2.5) / 4, "C": np.log1p(m)}[arm]
+    return {
+        SOFTMAX_CE: (m + 1 - e) / 2,
+        SOFTMAX_SE: (1 / e + 3 * m - 3 * e - e**2 / 2 + 2.5) / 4,
+        LINEAR_SE: np.log1p(m),
+    }[arm]
 
 
 def predicted_steps(
@@ -105,10 +111,10 @@ class State(NamedTuple):
 
 def loss(arm: str, z: Float[Array, " 2"]) -> Float[Array, ""]:
     """The arm's loss, class 0 being the truth."""
-    if arm == "C":
+    if arm == LINEAR_SE:
         return jnp.sum((z - jnp.array([1, 0], z.dtype)) ** 2) / 2
     truth = jnp.zeros((), jnp.int32)
-    return categorical.cross_entropy(z, truth) if arm == "A" else categorical.brier_score(z, truth) / 2
+    return categorical.cross_entropy(z, truth) if arm == SOFTMAX_CE else categorical.brier_score(z, truth) / 2
 
 
 def optimizer(rule: str, rate: Array, eps: Array, momentum: float) -> optax.GradientTransformation:
@@ -119,10 +125,10 @@ def optimizer(rule: str, rate: Array, eps: Array, momentum: float) -> optax.Grad
 
 
 def start(arm: str, rule: str, momentum: float, lanes: Lanes) -> State:
-    """The first states: half of the margin on each side of 0, or of 1/2 under C."""
+    """The first states: half of the margin on each side of 0, or of 1/2 of a linear output."""
 
     def one(margin, rate, eps):
-        z = jnp.stack([-margin, margin]) / 2 + (0.5 if arm == "C" else 0.0)
+        z = jnp.stack([-margin, margin]) / 2 + (0.5 if arm == LINEAR_SE else 0.0)
         memory = optimizer(rule, rate, eps, momentum).init(z)
         return State(z, jnp.zeros_like(z), memory, jnp.full((), -1, jnp.int32), jnp.zeros((), z.dtype))
 
@@ -132,8 +138,9 @@ def start(arm: str, rule: str, momentum: float, lanes: Lanes) -> State:
 def add(z: Float[Array, "*n"], lost: Float[Array, "*n"], update: Float[Array, "*n"]) -> tuple[Array, Array]:
     """z + lost + update as a rounded sum and what its rounding lost (Knuth's two-sum, exact for any sizes).
 
-    Without it a start is not left at all once lr * g < ulp(z) / 2, as z + lr * g is then z. Under B at lr = .01 this is
-    so from 2 lr e^-m0 = 2^-22 on (logits of m0 / 2 in [4, 8) have an ulp of 2^-21), that is from m0 = 11.34.
+    Without it a start is not left at all once lr * g < ulp(z) / 2, as z + lr * g is then z. Under softmax + squared
+    error at lr = .01 this is so from 2 lr e^-m0 = 2^-22 on (logits of m0 / 2 in [4, 8) have an ulp of 2^-21), that is
+    from m0 = 11.34.
     """
     update = update + lost
     total = z + update
@@ -187,14 +194,14 @@ def steps_taken(state: State) -> Float64[np.ndarray, " n"]:
 
 
 def stalls(rate: float, margin: Float64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-    """Whether one plain float32 step of SGD under B leaves both logits as they were, and so all later steps too."""
+    """Whether one plain float32 step of SGD under squared error leaves both logits as they were, as do all later."""
     descent = optax.sgd(rate)
 
     @jax.jit
     @jax.vmap
     def stays(margin):
         z = jnp.stack([-margin, margin]) / 2
-        updates, _ = descent.update(jax.grad(partial(loss, "B"))(z), descent.init(z))
+        updates, _ = descent.update(jax.grad(partial(loss, SOFTMAX_SE))(z), descent.init(z))
         return jnp.all(optax.apply_updates(z, updates) == z)
 
     return np.asarray(stays(margin.astype(np.float32)))
@@ -234,7 +241,7 @@ def run(config: Config) -> Iterator[Record | Progress]:
         batch = Lanes(*(jnp.asarray(x, jnp.float32) for x in (margin, rate, eps)))
         for steps, state in escape(arm, rule, config.momentum, batch, 2 * math.ceil(share)):
             taken = steps_taken(state)
-            yield Progress((done + min(steps, share)) / sum(work.values()), f"arm {arm}, {rule}, {steps} steps")
+            yield Progress((done + min(steps, share)) / sum(work.values()), f"{arm}, {rule}, {steps} steps")
         done += share
         for at_rate, at_eps in dict.fromkeys(zip(rate.tolist(), eps.tolist(), strict=True)):
             mine = (rate == at_rate) & (eps == at_eps)
@@ -242,7 +249,9 @@ def run(config: Config) -> Iterator[Record | Progress]:
             yield Record(settings, {"margin": margin[mine], "steps": taken[mine]})
     for rate in config.learning_rates:
         stuck = stalls(rate, STALL_MARGINS).astype(np.float64)
-        yield Record({"arm": "B", "rule": PLAIN, "rate": rate, "eps": 0.0}, {"margin": STALL_MARGINS, "stalls": stuck})
+        yield Record(
+            {"arm": SOFTMAX_SE, "rule": PLAIN, "rate": rate, "eps": 0.0}, {"margin": STALL_MARGINS, "stalls": stuck}
+        )
 
 
 Curves = dict[tuple[str, str, float, float], dict[str, np.ndarray]]  # (arm, rule, rate, eps)
@@ -274,11 +283,11 @@ def knee(margin: np.ndarray, slope: np.ndarray) -> float:
 
 
 def knees(curves: Curves) -> dict[tuple[float, float], float]:
-    """(rate, eps) -> knee - ln(2 / eps) under B, wherever the starts reach far enough to show it."""
+    """(rate, eps) -> knee - ln(2 / eps) of squared error, wherever the starts reach far enough to show it."""
     found = {}
     for (arm, rule, rate, eps), curve in curves.items():
         place = math.log(2 / eps) if eps else math.inf
-        if (arm, rule) == ("B", "Adam") and curve["margin"][-1] >= place + KNEE_TOLERANCE:
+        if (arm, rule) == (SOFTMAX_SE, "Adam") and curve["margin"][-1] >= place + KNEE_TOLERANCE:
             found[rate, eps] = knee(*growth(curve, rate)) - place
     return found
 
@@ -293,30 +302,33 @@ def sgd_hypothesis(config: Config, curves: Curves) -> Hypothesis:
     off = {arm: [x for rate in rates for x in deviation(config, curves, arm, "SGD", rate)] for arm in ARMS}
     worst = {arm: max(map(abs, xs)) for arm, xs in off.items() if xs}
     return Hypothesis(
-        "Escape takes time linear in the margin under cross-entropy (A), exponential under softmax squared error (B), "
-        "logarithmic under squared error of a linear output (C): SGD takes the time T of the gradient flow.",
-        "largest deviation from T: " + (", ".join(f"{x:.2%} ({arm})" for arm, x in worst.items()) or "not measured"),
-        f"a start at lr <= {GENTLE_RATE:g} takes more than {TOLERANCE:.0%} more or less than T, under any arm",
+        "Escape takes time linear in the margin under softmax + cross-entropy, exponential under softmax + squared "
+        "error, logarithmic under linear + squared error: SGD takes the time $T$ of the gradient flow.",
+        "largest deviation from $T$: " + (", ".join(f"{x:.2%} ({arm})" for arm, x in worst.items()) or "not measured"),
+        f"a start at $lr <= {GENTLE_RATE:g}$ takes more than {TOLERANCE:.0%} more or less than $T$, under any arm",
         _verdict([] if len(worst) < len(ARMS) else list(worst.values()), TOLERANCE),
+        against_flow(config, curves),
     )
 
 
-def knee_hypothesis(curves: Curves, *, gentle: bool) -> Hypothesis:
+def knee_hypothesis(config: Config, curves: Curves, *, gentle: bool) -> Hypothesis:
     """Adam's knee, at the rates of `sgd_hypothesis` or at the larger ones."""
     found = {key: off for key, off in knees(curves).items() if (key[0] <= GENTLE_RATE) == gentle}
-    shown = ", ".join(f"{off:+.2f} (lr {rate:g}, eps {eps:g})" for (rate, eps), off in found.items())
+    shown = ", ".join(f"{off:+.2f} ($lr = {rate:g}$, $eps = {eps:g}$)" for (rate, eps), off in found.items())
     return Hypothesis(
-        f"At lr {'<=' if gentle else '>'} {GENTLE_RATE:g} Adam hides the saturation of softmax squared error up to "
-        "m0 = ln(2 / eps), and no further.",
-        "knee - ln(2 / eps): " + (shown or "no knee within reach of the starts"),
-        f"a knee (dT/dm0 twice the linear slope 1 / (2 lr)) is more than {KNEE_TOLERANCE:g} from ln(2 / eps)",
+        f"At $lr {'<=' if gentle else '>'} {GENTLE_RATE:g}$ Adam hides the saturation of softmax + squared error up to "
+        "the knee $m0 = ln(2 / eps)$, and no further.",
+        "knee less $ln(2 / eps)$: " + (shown or "no knee within reach of the starts"),
+        "a knee, where one more nat takes twice the $1 / (2 lr)$ steps of sign descent, is more than "
+        f"{KNEE_TOLERANCE:g} from $ln(2 / eps)$",
         _verdict(list(found.values()), KNEE_TOLERANCE),
+        against_knee(config, curves) if gentle else (),
     )
 
 
 def time_figure(config: Config, curves: Curves) -> Plot:
     """Time against start, one panel a rule, in the clock that compares its steps with the flow."""
-    figure, axes = plots.figure(columns=3, width=9.6, height=4.4)
+    figure, axes = plots.figure(columns=3, height=3.9)
     fine = np.linspace(0.1, config.max_margin, 300)
     for axis, rule in zip(axes, RULES, strict=True):
         eps = config.adam_eps[0] if rule == "Adam" else 0.0
@@ -324,42 +336,43 @@ def time_figure(config: Config, curves: Curves) -> Plot:
         for arm in ARMS:
             for rate, marker in zip(config.learning_rates, itertools.cycle("os^v")):
                 curve = curves.get((arm, rule, rate, eps), {"margin": np.zeros(0), "steps": np.zeros(0)})
-                look = {"ms": 4, "alpha": 0.75, "mew": 0, "color": plots.COLOURS[arm], "label": f"{arm}, lr {rate:g}"}
+                look = {"ms": 4, "alpha": 0.75, "mew": 0, "color": arms.COLOURS[arm], "label": f"{arm}, lr {rate:g}"}
                 axis.plot(curve["margin"], clock * rate * curve["steps"], marker, **look)
             want = clock * predicted_steps(arm, rule, 1.0, eps, config.momentum, fine)
             axis.plot(fine, want, **plots.THEORY, label="theory" if arm == ARMS[-1] else None)
-        title = f"Adam, eps = {eps:g}" if rule == "Adam" else rule
-        axis.set(yscale="log", title=title, xlabel="start margin m0 (nats)")
-        axis.set_ylabel("lr * steps / (1 - beta)" if rule == "momentum" else "lr * steps")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        title = rf"Adam, $\epsilon = {eps:g}$" if rule == "Adam" else rule
+        axis.set(yscale="log", title=title, xlabel="start margin $m_0$ (nats)")
+        axis.set_ylabel(r"lr $\cdot$ steps $/\,(1 - \beta)$" if rule == "momentum" else r"lr $\cdot$ steps")
+    plots.legend(figure, *axes[0].get_legend_handles_labels())
     caption = (
-        "Time from margin m0 to 0 for cross-entropy (A), softmax squared error (B) and squared error of a linear "
-        "output (C). Dots: steps made on the device; dashed: the limit of small steps."
+        "Time from margin $m0$ to 0. Dots: steps made on the device, with learning rate lr. Dashed: the limit of small "
+        "steps."
     )
     return Plot(figure, caption)
 
 
 def knee_figure(config: Config, curves: Curves) -> Plot:
-    """What one more nat of margin costs Adam under B, for each eps."""
+    """What one more nat of margin costs Adam under squared error, for each eps."""
     rates = config.learning_rates
-    figure, axes = plots.figure(columns=len(rates), width=2.6 * len(rates) + 1.8, height=4.0)
+    figure, axes = plots.figure(columns=len(rates), height=3.6)
     fine = np.linspace(0.25, config.max_margin, 300)
     colours = colormaps["viridis"](np.linspace(0.0, 0.85, len(config.adam_eps)))
     for axis, rate in zip(axes, rates, strict=True):
         for eps, colour in zip(config.adam_eps, colours, strict=True):
-            curve = curves.get(("B", "Adam", rate, eps), {"margin": np.zeros(0), "steps": np.zeros(0)})
-            axis.plot(*growth(curve, rate), "o-", ms=3, lw=1, color=colour, label=f"eps = {eps:g}")
+            curve = curves.get((SOFTMAX_SE, "Adam", rate, eps), {"margin": np.zeros(0), "steps": np.zeros(0)})
+            axis.plot(*growth(curve, rate), "o-", ms=3, lw=1, color=colour, label=rf"$\epsilon = {eps:g}$")
             axis.plot(fine, 1 + eps * np.exp(fine) * (1 + np.exp(-fine)) ** 3 / 2, **plots.THEORY)
             if math.log(2 / eps) <= config.max_margin:
                 axis.axvline(math.log(2 / eps), color=colour, lw=0.9)
         axis.axhline(2, color="0.5", lw=0.9)
-        axis.set(yscale="log", ylim=(0.2, 300), title=f"lr {rate:g}", xlabel="start margin m0 (nats)")
-    axes[0].set_ylabel("dT/dm0 in units of 1 / (2 lr)")
+        axis.set(yscale="log", ylim=(0.2, 300), title=f"lr {rate:g}", xlabel="start margin $m_0$ (nats)")
+    axes[0].set_ylabel("steps of one more nat, in units of 1 / (2 lr)")
     axes[0].plot([], [], **plots.THEORY, label="theory")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    plots.legend(figure, *axes[0].get_legend_handles_labels())
     caption = (
-        "Adam under B: the price of one more nat of margin. Vertical: ln(2 / eps); horizontal: the knee's level 2; "
-        "dashed: the limit of small steps, with a second moment that follows the gradient at once."
+        "Adam under softmax + squared error: the steps that one more nat of start margin takes. Vertical: "
+        "$ln(2 / eps)$. Horizontal: 2, the level of the knee. Dashed: the limit of small steps, with a second moment "
+        "that follows the gradient at once."
     )
     return Plot(figure, caption)
 
@@ -387,36 +400,57 @@ def tables(config: Config, curves: Curves) -> list[Table]:
     return [
         Table("Measured steps against the limit of small steps.", header, rows),
         Table(
-            "Start margin from which plain float32 SGD under B never moves.",
+            "Start margin from which plain float32 SGD under softmax + squared error never moves.",
             ["lr", "measured", "lr g = half an ulp"],
             stalled,
         ),
     ]
 
 
-def counter_evidence(config: Config, curves: Curves) -> list[str]:
+def against_flow(config: Config, curves: Curves) -> list[str]:
     """What the flow leaves out."""
     coarse, fine = max(config.learning_rates), min(config.learning_rates)
     off = {arm: np.abs(deviation(config, curves, arm, "SGD", coarse)).max(initial=0) for arm in ARMS}
-    slow = deviation(config, curves, "A", "momentum", fine)
-    ratios = [growth(curve, key[2])[1] for key, curve in curves.items() if key[:3] == ("B", "Adam", fine)]
-    least = min((float(np.min(x, initial=np.inf)) for x in ratios), default=math.inf)
+    slow = deviation(config, curves, SOFTMAX_CE, "momentum", fine)
     said = [
-        f"At lr {coarse:g} SGD is off T by up to {', '.join(f'{x:.0%} ({arm})' for arm, x in off.items())}. "
-        "At lr 1 one step under C reaches the target from anywhere, and its logarithm is gone.",
-        "Adam below its knee is not sign descent: its second moment remembers the small gradients of the start, so "
-        f"that at lr {fine:g} a nat costs as little as {least:.2f} of 1 / (2 lr).",
-        f"In float32 the exponential law ends early: at lr {fine:g} plain parameters do not move at all from m0 = "
-        f"{stall_places(curves)[fine]:.2f} on, as a step is less than half an ulp of the logits. The escapes here keep "
-        "what rounding loses in a second number.",
+        f"At $lr = {coarse:g}$ SGD is off $T$ by up to {', '.join(f'{x:.0%} ({arm})' for arm, x in off.items())}. "
+        "At $lr = 1$ one step under linear + squared error reaches the target from anywhere.",
+        f"In float32 the exponential law ends early. At $lr = {fine:g}$ plain parameters do not move at all from "
+        f"$m0 = {stall_places(curves)[fine]:.2f}$ on, as a step is less than half an ulp of the logits. The escapes "
+        "here keep what rounding loses in a second number.",
     ]
     if slow.size:
         said.append(
-            "Momentum nears its limit only once its sum has filled, after some 1 / (1 - beta) = "
-            f"{1 / (1 - config.momentum):.0f} steps: at lr {fine:g} A is {slow[0]:+.0%} off it at the first start, "
-            f"{slow[-1]:+.0%} at the last."
+            "Momentum nears its limit only once its sum has filled, after about $1 / (1 - beta)$ = "
+            f"{1 / (1 - config.momentum):.0f} steps. At $lr = {fine:g}$ softmax + cross-entropy is {slow[0]:+.0%} off "
+            f"the limit at the first start, {slow[-1]:+.0%} at the last."
         )
     return said
+
+
+def against_knee(config: Config, curves: Curves) -> list[str]:
+    """Adam is no sign descent."""
+    fine = min(config.learning_rates)
+    ratios = [growth(curve, key[2])[1] for key, curve in curves.items() if key[:3] == (SOFTMAX_SE, "Adam", fine)]
+    least = min((float(np.min(x, initial=np.inf)) for x in ratios), default=math.inf)
+    return [
+        "Adam below its knee is not sign descent: its second moment remembers the small gradients of the start. At "
+        f"$lr = {fine:g}$ one more nat takes as little as {least:.2f} of the $1 / (2 lr)$ steps of sign descent."
+    ]
+
+
+def abstract(config: Config, curves: Curves) -> list[str]:
+    """How far SGD is from the laws, and what they mean at the last start."""
+    fine = min(config.learning_rates)
+    off = max(float(np.abs(deviation(config, curves, arm, "SGD", fine)).max(initial=0)) for arm in ARMS)
+    last = float(curves[SOFTMAX_SE, "SGD", fine, 0.0]["margin"][-1])
+    steps = {arm: predicted_steps(arm, "SGD", fine, 0.0, config.momentum, np.array([last]))[0] for arm in ARMS}
+    return [
+        "The steps to leave such a start grow linearly in its margin under softmax + cross-entropy, exponentially "
+        f"under softmax + squared error and logarithmically under linear + squared error: from {last:g} nats at "
+        f"learning rate {fine:g} they are {', '.join(f'{n:,.0f}' for n in steps.values())} respectively, and SGD is "
+        f"within {off:.1%} of these laws."
+    ]
 
 
 def report(config: Config, records: Sequence[Record]) -> Section:
@@ -427,19 +461,27 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         curves[key] = {name: np.asarray(value) for name, value in values.items()}
     left_out = sum(count for _, count in plan(config).values())
     text = (
-        "Two logits start confidently wrong, and gradient steps bring their margin to 0. Cross-entropy pulls with the "
-        "same force from everywhere, softmax squared error with a force of e^-m, squared error of a linear output with "
-        "one that grows with the distance.\n\n"
-        "T = ln(1 + m0) of the linear output presumes a one-hot target: its margin decays towards -1 and passes 0 on "
-        "the way. The flow is the limit of small steps, and is held against those at lr <= 0.01."
+        "Two logits start confidently wrong: the wrong one leads by the margin $m0$, in nats. Gradient steps with the "
+        "learning rate lr bring the margin to 0. Three arms take them. Softmax + cross-entropy pulls with the same "
+        "force from everywhere, softmax + squared error with a force of $e^-m$, and linear + squared error with one "
+        "that grows with the distance.\n\n"
+        "The gradient flow is the limit of small steps. Its time from $m0$ to 0, in units of lr times steps, is "
+        "$T = (m0 + 1 - e^-m0) / 2$ under softmax + cross-entropy, "
+        "$T = (e^m0 + 3 m0 - 3 e^-m0 - e^(-2 m0) / 2 + 5 / 2) / 4$ under softmax + squared error and "
+        "$T = ln(1 + m0)$ under linear + squared error. The last presumes a one-hot target: its margin decays towards "
+        "-1 and passes 0 on the way.\n\n"
+        "Adam divides each gradient by its recent size plus $eps$. Gradients far below $eps$ therefore count as what "
+        "they are, and larger ones as their sign."
     )
     if left_out:
         text += (
             f"\n\n{left_out} combinations of arm, rule, rate, eps and start were left out, as they are predicted to "
-            f"take more than max_steps = {config.max_steps} steps."
+            f"take more than max_steps = {config.max_steps:,} steps."
         )
-    hypotheses = [sgd_hypothesis(config, curves), knee_hypothesis(curves, gentle=True)]
+    hypotheses = [sgd_hypothesis(config, curves), knee_hypothesis(config, curves, gentle=True)]
     if max(config.learning_rates) > GENTLE_RATE:
-        hypotheses.append(knee_hypothesis(curves, gentle=False))
+        hypotheses.append(knee_hypothesis(config, curves, gentle=False))
     figures = [time_figure(config, curves), knee_figure(config, curves)]
-    return Section("Escape time", text, figures, hypotheses, tables(config, curves), counter_evidence(config, curves))
+    return Section(
+        "Steps out of a wrong start", abstract(config, curves), text, figures, hypotheses, tables(config, curves)
+    )

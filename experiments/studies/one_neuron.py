@@ -6,10 +6,10 @@ gradient steps in w and b. As x = 1 the two gradients are equal, d = dC/dw = dC/
     squared error   C = a^2 / 2        d = a * a (1 - a)
     cross-entropy   C = -log(1 - a)    d = a
 
-The sigmoid's slope a (1 - a) is in the first gradient and cancels from the second, so that squared error hardly moves
-where a is near 1. Nielsen (2015), chapter 3, shows this with rate .15 for squared error and .005 for cross-entropy. The
+The sigmoid's derivative a (1 - a) is in the first gradient and cancels from the second. Squared error hardly moves
+while a is near 1. Nielsen (2015), chapter 3, shows this with rate .15 for squared error and .005 for cross-entropy. The
 scripts of that page (js/saturation3.js and 4, repository mnielsen/nnadl_site, commit dab1c22) step by 1 / (1 - a) under
-cross-entropy: that is dC/da without the slope, and grows as e^z. Here the step is a; the scripts' is drawn beside it.
+cross-entropy: that is dC/da without the derivative, and grows as e^z. Here the step is a; theirs is drawn, too.
 
 Measured are float32 steps on the device, with gradients by autodiff through jprob. The theory is the same recursion in
 Python's float64, with d written out by hand.
@@ -29,16 +29,16 @@ import msgspec
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from experiments import plots
+from experiments import arms, plots
 from experiments.config import distinct
-from experiments.report import Hypothesis, Plot, Section, Table, decided
+from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from jprob import bernoulli
 
 TOLERANCE = 1e-4
 SQUARED, CROSS = "squared error", "cross-entropy"
 SCRIPT, SCRIPT_RATE = "the page's script", 0.005
-COLOURS = {SQUARED: plots.COLOURS["B"], CROSS: plots.COLOURS["A"]}
+COLOURS = {SQUARED: arms.COLOURS[arms.SOFTMAX_SE], CROSS: arms.COLOURS[arms.SOFTMAX_CE]}
 
 Weight = Annotated[float, msgspec.Meta(ge=-10.0, le=10.0)]
 
@@ -131,7 +131,7 @@ def integration_hypothesis(paths: Paths) -> Hypothesis:
     return Hypothesis(
         "The demonstration's curves are what the formulas give: no part of them is rounding.",
         f"largest deviation of an output or a cost at any step: {worst:.1e}",
-        f"a number is more than {TOLERANCE:g} from the same recursion in float64",
+        f"a number is more than ${TOLERANCE:g}$ from the same recursion in float64",
         decided(worst <= TOLERANCE),
     )
 
@@ -149,13 +149,15 @@ def slowdown_hypothesis(config: Config, paths: Paths) -> Hypothesis:
     verdict, measured = "undecided", "no rate is trained under both losses"
     if rate is not None:
         slow, fast = (steps_to_half(paths[w, b, loss, rate].output) for loss in (SQUARED, CROSS))
-        measured = f"at lr {rate:g}: {slow:g} steps (squared error), {fast:g} (cross-entropy)"
+        measured = f"at learning rate {rate:g}: {slow:g} steps (squared error), {fast:g} (cross-entropy)"
         verdict = "undecided" if slow == fast == math.inf else decided(fast < slow)
     return Hypothesis(
-        f"From (w, b) = ({w:g}, {b:g}), at the same rate, cross-entropy is below 1/2 sooner than squared error.",
+        f"From $w = {w:g}$ and $b = {b:g}$, at the same learning rate, the output is below 1/2 sooner under "
+        "cross-entropy than under squared error.",
         measured,
         "squared error needs as few steps or fewer",
         verdict,
+        against_slowdown(config, paths),
     )
 
 
@@ -177,25 +179,25 @@ def matching_rate(start: tuple[float, float], steps: int) -> float:
 def figure(config: Config, paths: Paths) -> Plot:
     """Cost above, output below, one column a start."""
     columns, fastest = len(config.starts), max(each.rate for each in config.trainings)
-    made, axes = plots.figure(columns=columns, rows=2, width=3.6 * columns + 0.6, height=5.6)
+    made, axes = plots.figure(columns=columns, rows=2, height=5.6)
     for (row, name), (column, (w, b)) in itertools.product(enumerate(("cost", "output")), enumerate(config.starts)):
         axis, script = axes[row * columns + column], theory(SCRIPT, SCRIPT_RATE, (w, b), config.num_steps)
         label = f"cross-entropy, lr {SCRIPT_RATE:g}, as the book's script steps"
-        axis.plot(getattr(script, name), color="0.6", lw=1.4, label=label)
+        axis.plot(getattr(script, name), color=plots.PALETTE[5], lw=1.4, label=label)
         for each in config.trainings:
-            look = {"color": COLOURS[each.loss], "lw": 2.8, "alpha": 1.0 if each.rate == fastest else 0.4}
+            look = {"color": COLOURS[each.loss], "lw": 2.8 if each.rate == fastest else 1.4}
             axis.plot(getattr(paths[w, b, each.loss, each.rate], name), label=f"{each.loss}, lr {each.rate:g}", **look)
             axis.plot(getattr(theory(each.loss, each.rate, (w, b), config.num_steps), name), **plots.THEORY)
         axis.set(xlabel="step")
         if name == "cost":
-            axis.set(yscale="log", ylabel="cost C, of each loss", title=f"start w = {w:g}, b = {b:g}")
+            axis.set(yscale="log", ylabel="cost $C$, of each loss", title=f"start $w = {w:g}$, $b = {b:g}$")
         else:
-            axis.set(ylim=(0, 1), ylabel="output a (target 0)")
+            axis.set(ylim=(0, 1), ylabel="output $a$ (target 0)", title=f"start $w = {w:g}$, $b = {b:g}$")
     axes[0].plot([], [], **plots.THEORY, label="theory")
-    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    plots.legend(made, *axes[0].get_legend_handles_labels())
     caption = (
-        "Cost and output against the step. Squared error rests on a plateau where the start is very wrong; "
-        "cross-entropy at the same rate does not. Dashed: the recursion in float64."
+        "Cost and output against the step, with learning rate lr. Squared error rests on a plateau if the start is "
+        "very wrong; cross-entropy at the same rate does not. Dashed: the recursion in float64."
     )
     return Plot(made, caption)
 
@@ -208,33 +210,54 @@ def table(config: Config, paths: Paths) -> Table:
         half = f"{steps:g}" if math.isfinite(steps) else f"> {config.num_steps}"
         ends = [f"{path.output[0]:.4f}", half, f"{path.output[-1]:.4f}", f"{path.cost[-1]:.4f}"]
         rows.append([f"({w:g}, {b:g})", loss, f"{rate:g}", *ends, f"{deviation((w, b, loss, rate), path):.1e}"])
-    header = ["start (w, b)", "loss", "lr", "first a", "steps to a < 1/2", "last a", "last C", "deviation"]
+    header = [
+        "start ($w$, $b$)",
+        "loss",
+        "lr",
+        "first $a$",
+        "steps to $a < 1 / 2$",
+        "last $a$",
+        "last $C$",
+        "deviation",
+    ]
     return Table(f"{config.num_steps} steps; the deviation is from the float64 recursion.", header, rows)
 
 
-def counter_evidence(config: Config, paths: Paths) -> list[str]:
-    """The rates differ, the page's gradient is not the gradient, and a larger rate makes up for the slope."""
+def against_slowdown(config: Config, paths: Paths) -> list[str]:
+    """The rates differ, the page's gradient is not the gradient, and a larger rate makes up for the derivative."""
     w, b = start = worst_start(config)
     last = {(loss, rate): path.output[-1] for (*at, loss, rate), path in paths.items() if tuple(at) == start}
-    finals = "; ".join(f"{output:.3f} ({loss}, lr {rate:g})" for (loss, rate), output in last.items())
+    finals = "; ".join(f"{output:.3f} ({loss}, {rate:g})" for (loss, rate), output in last.items())
     script = theory(SCRIPT, SCRIPT_RATE, start, config.num_steps).output
     said = [
-        f"The rate decides as much as the loss. From ({w:g}, {b:g}) the outputs after {config.num_steps} steps are "
-        f"{finals}.",
-        "The scripts of the book's web page step by 1 / (1 - a) under cross-entropy, not by a: from this start by "
-        f"{1 / (1 - script[0]):.0f} instead of {script[0]:.2f}. At lr {SCRIPT_RATE:g} the output is then below 1/2 "
-        f"after {steps_to_half(script):g} steps and ends at {script[-1]:.3f}; the page's curves are of that update.",
+        f"The learning rate decides as much as the loss. The outputs after {config.num_steps} steps are {finals}.",
+        "The scripts of the book's web page step by $1 / (1 - a)$ under cross-entropy, not by $a$: from this start by "
+        f"{1 / (1 - script[0]):.0f} instead of {script[0]:.2f}. At learning rate {SCRIPT_RATE:g} their output is below "
+        f"1/2 after {steps_to_half(script):g} steps and ends at {script[-1]:.3f}.",
     ]
     rate = shared_rate(config)
     fast = math.inf if rate is None else steps_to_half(paths[w, b, CROSS, rate].output)
     if rate is not None and 0 < fast < math.inf:
         matching = matching_rate(start, int(fast))
         said.append(
-            f"A larger rate buys the slope back here: at lr {matching:.2f}, {matching / rate:.1f} times as large, "
-            f"squared error needs the {fast:g} steps of cross-entropy at lr {rate:g}. One neuron with one example does "
-            "not show what many examples of different margins, sharing a rate, would need."
+            f"A larger learning rate makes up for the derivative here: at {matching:.2f}, {matching / rate:.1f} times "
+            f"as large, squared error needs the {fast:g} steps of cross-entropy at {rate:g}. One example does not show "
+            "what many examples of different margins, sharing a rate, would need."
         )
     return said
+
+
+def abstract(config: Config, paths: Paths) -> list[str]:
+    """Both losses at one rate, from the most wrong start."""
+    (w, b), rate = worst_start(config), shared_rate(config)
+    if rate is None:
+        return []
+    first = paths[w, b, CROSS, rate].output[0]
+    fast, slow = (steps_to_half(paths[w, b, loss, rate].output) for loss in (CROSS, SQUARED))
+    return [
+        f"A single neuron that should answer 0 and starts at {first:.2f} is below 1/2 after {fast:g} steps under "
+        f"cross-entropy and after {slow:g} under squared error, both at learning rate {rate:g}."
+    ]
 
 
 def report(config: Config, records: Sequence[Record]) -> Section:
@@ -244,12 +267,12 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         key = (float(settings["w"]), float(settings["b"]), str(settings["loss"]), float(settings["rate"]))
         paths[key] = Path(np.asarray(values["output"]), np.asarray(values["cost"]))
     text = (
-        "A sigmoid neuron is to answer 0 and starts near 1: the demonstration of Nielsen (2015), chapter 3. The "
-        "gradient of squared error carries the sigmoid's slope a (1 - a), which vanishes there; the gradient of "
-        "cross-entropy is the error a itself.\n\n"
-        "Published demonstrations give the two losses different rates. Here they are trained at one rate too, so that "
-        "the shapes and the speeds can be compared."
+        "The output of a neuron is $a$, the sigmoid of $w x + b$. It should answer 0 to the input $x = 1$ and starts "
+        "near 1: the demonstration of Nielsen (2015), chapter 3. The gradient of squared error carries the derivative "
+        "of the sigmoid, $a (1 - a)$, which vanishes there. The gradient of cross-entropy is the error $a$.\n\n"
+        "Published demonstrations give the two losses different learning rates. Here they are trained at one rate too, "
+        "so that the shapes and the speeds can be compared."
     )
     hypotheses = [integration_hypothesis(paths), slowdown_hypothesis(config, paths)]
     tables = [table(config, paths)]
-    return Section("One neuron", text, [figure(config, paths)], hypotheses, tables, counter_evidence(config, paths))
+    return Section("One neuron", abstract(config, paths), text, [figure(config, paths)], hypotheses, tables)

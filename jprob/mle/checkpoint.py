@@ -142,7 +142,7 @@ def load_params(
     if which not in ("best", "last"):
         raise ValueError(f'load_params: which must be "best" or "last", got {which!r}')
     directory = Path(checkpoint_dir).expanduser().absolute()
-    found = _steps(directory) if directory.is_dir() else []
+    found = _found(directory) if directory.is_dir() else []
     store = Store(directory, _orbax().StandardCheckpointHandler(), {}, {}, 1, found, set(found))
     with contextlib.closing(store.handler):
         for step in reversed(found):
@@ -212,7 +212,7 @@ def opened(
                 stack.enter_context(_locked(directory))
                 _remove_unfinished(directory)
         handler = stack.enter_context(contextlib.closing(ocp.StandardCheckpointHandler()))
-        found = processes.steps_of_the_first(_steps(directory))
+        found = processes.steps_of_the_first(_found(directory))
         store = Store(directory, handler, run, versions or {}, max_to_keep, found, set(found))
         for step in found:
             _attempt(store, step, _description)
@@ -477,10 +477,25 @@ def _sync(*paths):
             os.close(handle)
 
 
+def _found(directory):
+    """The same as `_steps`. A folder that is named like a checkpoint and holds nothing of one is named on stderr."""
+    for path in sorted(_named(directory)):
+        if path.is_dir() and not _holds_some(path):
+            terminal.tell(f"checkpoint {path} cannot be read: the folder holds nothing of a checkpoint")
+    return _steps(directory)
+
+
 def _steps(directory):
     """Those of folders that are named like a checkpoint and hold some of one. All else is somebody else's."""
-    named = (path for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name))
-    return sorted(int(path.name) for path in named if any((path / part).exists() for part in _PARTS))
+    return sorted(int(path.name) for path in _named(directory) if _holds_some(path))
+
+
+def _named(directory):
+    return [path for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
+
+
+def _holds_some(folder):
+    return any((folder / part).exists() for part in _PARTS)
 
 
 def _remove(folder):

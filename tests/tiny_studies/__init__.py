@@ -27,6 +27,19 @@ height = 1.5
 hand = "left"
 """
 
+MANIFEST = {  # the least of one
+    "identity": "a" * 64,
+    "started": "today",
+    "config": {"file": "a.toml", "title": "A", "studies": {}},
+    "source": "s",
+    "versions": {},
+    "device": None,
+    "numerics": None,
+    "git": {},
+    "data": {},
+    "seconds": {},
+}
+
 # What a process runs instead of `python -m experiments` to find these studies.
 COMMAND = [
     sys.executable,

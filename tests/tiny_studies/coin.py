@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from experiments import plots
-from experiments.report import Hypothesis, Plot, Section, Table
+from experiments.findings import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
 
 
@@ -50,6 +50,7 @@ def report(config: Config, records: Sequence[Record]) -> Section:
     worst = max(abs(float(record.values["off"])) for record in records)
     return Section(
         title="The coin",
+        abstract=[f"After {config.flips} flips the share of heads is {worst:.4f} off at most."],
         text="A coin has a <bias>.\n\nIts flips show it.",
         plots=[Plot(figure, "Share of heads against flips & more flips.")],
         hypotheses=[
@@ -58,10 +59,10 @@ def report(config: Config, records: Sequence[Record]) -> Section:
                 measured=f"{worst:.4f}",
                 falsified_if="further off than .1",
                 verdict="holds" if worst <= 0.1 else "falsified",
+                against=[f"After $n1$ = {config.flips} flips the share is still {worst:.4f} off."],
             )
         ],
         tables=[
             Table("Distances", ["bias", "off"], [[str(r.settings["bias"]), str(r.values["off"])] for r in records])
         ],
-        counter_evidence=[f"After {config.flips} flips the share is still {worst:.4f} off."],
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 
-from experiments.report import Section
+from experiments.findings import Section
 from experiments.results import Progress, Record
 
 

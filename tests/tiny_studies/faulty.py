@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from experiments.report import Section
+from experiments.findings import Section
 from experiments.results import Progress, Record
 
 
@@ -23,4 +23,4 @@ def run(config: Config) -> Iterator[Record | Progress]:
 
 
 def report(config: Config, records: Sequence[Record]) -> Section:
-    return Section("Faulty", f"{len(records)} records", [], [], [], [])
+    return Section("Faulty", [], f"{len(records)} records", [], [], [])

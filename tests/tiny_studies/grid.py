@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from experiments import config as configs
-from experiments.report import Section
+from experiments.findings import Section
 from experiments.results import Progress, Record
 
 
@@ -36,4 +36,4 @@ def run(config: Config) -> Iterator[Record | Progress]:
 
 
 def report(config: Config, records: Sequence[Record]) -> Section:
-    return Section("Grid", f"{[record.settings for record in records]}", [], [], [], [])
+    return Section("Grid", [], f"{[record.settings for record in records]}", [], [], [])
