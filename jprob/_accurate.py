@@ -6,13 +6,18 @@ positive. `sum_exp_below_max` is the sum of exp(shifted) over all classes but on
 and it holds the digits that the sum with 1 rounds away. A row without a possible class (all -inf) is no distribution:
 its value is NaN, and its derivatives are finite.
 
-Masks are arithmetic (factors 0 and 1, minimums) where they meet an exponential: XLA on CPU fuses exp into the sum over
-classes only while the expression holds no select, and otherwise writes all the exponentials to memory.
+A sum that leaves a class out is a `fold`. XLA on CPU hands every sum of 4096 elements or more to a library that knows
+no select, and writes all K terms to memory before such a sum. `fold` adds up slices of the class axis lane by lane and
+leaves only the sum of the lanes to the library.
+
+The plain derivative of each piece is right too. A scan needs that: jax takes the second derivative of what a rule calls
+there, and not by the rules of that.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +39,15 @@ class Sharded(NamedTuple):
 
 def total(x: Array, axis: int | Sharded) -> Array:
     """Sum over all classes."""
-    if isinstance(axis, int):
-        return jnp.sum(x, axis=axis, keepdims=True)
-    return jax.lax.psum(jnp.sum(x, axis=axis.axis, keepdims=True), axis.name)
+    return _psum(_sum(x, axis), axis)
+
+
+def _sum(x, axis):
+    return jnp.sum(x, axis=_place(axis), keepdims=True)
+
+
+def _psum(x, axis):
+    return x if isinstance(axis, int) else jax.lax.psum(x, axis.name)
 
 
 def maximum(z: Array, axis: int | Sharded) -> Array:
@@ -44,6 +55,69 @@ def maximum(z: Array, axis: int | Sharded) -> Array:
     if isinstance(axis, int):
         return jnp.max(z, axis=axis, keepdims=True)
     return jax.lax.pmax(jax.lax.stop_gradient(jnp.max(z, axis=axis.axis, keepdims=True)), axis.name)
+
+
+def _place(axis: int | Sharded) -> int:
+    return axis if isinstance(axis, int) else axis.axis
+
+
+def _lanes(z: Array, axis: int | Sharded) -> int:
+    """Classes of a slice: all of them where the array is small, or where the class axis is sharded explicitly."""
+    size = z.shape[_place(axis)]
+    if (size <= 16 and z.size < 4096) or jax.typeof(z).sharding.spec[_place(axis)] is not None:
+        return size
+    # LLVM vectorises 32 lanes without a remainder. At most 16 classes are one lane each.
+    return 1 if size <= 16 else min(size, 32 * -(-size // 512))
+
+
+def fold(step: Callable, carry: Any, last: Callable, axis: int | Sharded, *arrays: Array) -> Any:
+    """carry = step(carry, classes, *slices) over slices of the class axis on CPU, over the whole axis elsewhere.
+
+    `last(carry)` is the result: numbers per row, made of the lanes that the carry keeps on the class axis, of those of
+    one device where the axis is `Sharded`. The last operation of `step` must be a select: XLA on CPU then makes one
+    loop of all slices, with exp, select and + in registers.
+    """
+    place, size, lanes = _place(axis), arrays[0].shape[_place(axis)], _lanes(arrays[0], axis)
+
+    def slices(lanes, *arrays):
+        out = carry
+        for start in range(0, size, lanes):
+            low = min(start, size - lanes)  # the last slice overlaps the one before
+            parts = [jax.lax.slice_in_dim(x, low, low + lanes, axis=place) for x in arrays]
+            sharding = jax.typeof(parts[0]).sharding
+            k = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, place, out_sharding=sharding) + low
+            new = step(out, k, *parts)
+            out = jax.tree.map(lambda a, b, k=k, s=start: jnp.where(k >= s, a, b), new, out) if low < start else new
+        return last(out)
+
+    if lanes == size:
+        return slices(size, *arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=partial(slices, lanes), default=partial(slices, size))
+
+
+def once(x: Array, z: Array, axis: int | Sharded) -> Array:
+    """x, computed once on CPU, where XLA repeats it in each use: a number per row of `z`, or what is kept of z anyway.
+
+    XLA repeats no division. The barrier keeps XLA from writing exponentials to memory that two passes share.
+    """
+    if _lanes(z, axis) == z.shape[_place(axis)]:
+        return x
+    one = jnp.where(jnp.isnan(x), jnp.nan, 1).astype(x.dtype)
+    kept = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(
+        x, one, cpu=lambda x, one: kept(x / one if x.shape != z.shape else x), default=lambda x, one: x
+    )
+
+
+def sum_where(term: Callable, axis: int | Sharded, *arrays: Array) -> Array:
+    """Sum over classes of x where keep, with keep, x = term(classes, *slices)."""
+
+    def step(acc, k, *parts):
+        keep, x = term(k, *parts)
+        return jnp.where(keep, acc + x, acc)
+
+    sums = fold(step, jnp.zeros((), arrays[0].dtype), partial(_sum, axis=axis), axis, *arrays)
+    return once(_psum(sums, axis), arrays[0], axis)
 
 
 def nan_unless(ok: Array, x: Array) -> Array:
@@ -67,46 +141,47 @@ def shifted(z: Array, axis: int | Sharded) -> Array:
 
 def finite_maximum(z: Array, axis: int | Sharded) -> Array:
     """`maximum`, but the lowest number in a row without a possible class, so that no difference is -inf + inf."""
-    return jnp.maximum(maximum(z, axis), jnp.finfo(z.dtype).min)
+    m = maximum(z, axis)
+    return once(jnp.where(m == -jnp.inf, jnp.finfo(z.dtype).min, m), z, axis)
 
 
 def exp_shifted(z: Array, axis: int | Sharded) -> Array:
-    """exp(shifted): 1 for a maximum.
-
-    Its plain derivative is right too, up to a common factor, also for classes that tie: where a scan is rematerialised,
-    jax takes a second derivative of this, and not by the rules of those that call it.
-    """
+    """exp(shifted): 1 for a maximum. Its plain derivative is right up to a common factor."""
     return jnp.exp(z - jax.lax.stop_gradient(finite_maximum(z, axis)))
 
 
 def below_top(shifted: Array) -> Array:
-    """1 for each class below the maximum, 0 for the maximum itself and for all that tie with it.
-
-    Never less than 0: a logit that XLA computes twice, in two fusions, may be above its own maximum by a rounding.
-    """
-    return jax.lax.stop_gradient(jnp.clip(_lifted(shifted), 0, 1))
+    """1 for each class below the maximum, 0 for the maximum itself and for all that tie with it."""
+    return (shifted < 0).astype(shifted.dtype)
 
 
-def _lifted(shifted: Array) -> Array:
-    """0 at the maximum, above 1 elsewhere: the largest finite number lifts the smallest normal difference above 1."""
-    return -shifted * jnp.finfo(shifted.dtype).max
-
-
-def sum_exp_below_max(z: Array, axis: int | Sharded) -> Array:
+def sum_exp_below_max(z: Array, axis: int | Sharded, top: Array | None = None) -> Array:
     """Sum of exp(shifted) over all classes but one maximum, and 0 in a row without a possible class.
+
+    Each lane leaves out the first class at the maximum that it has, and its sign says so. All but one of those classes
+    tie: they count 1 each.
 
     Logits that come from a tanh or a quotient XLA on CPU may compute anew for each sum, with another rounding, so that
     a logit misses its own maximum. Below it, it is in the sum, is not counted as a tie, and 1 is taken off.
     """
-    d = shifted(z, axis)
-    exponentials = jnp.exp(d)
-    # exp(shifted) is at most 1, so that the minimum leaves every maximum out and changes no other class.
-    below = total(jnp.minimum(jax.lax.stop_gradient(jnp.maximum(_lifted(d), 0)), exponentials), axis)
-    at_top = total(exponentials, axis) - below
-    ties = jax.lax.stop_gradient(jnp.round(at_top))
-    if not isinstance(axis, int):  # there the maximum is a constant to a derivative, and the classes at it are none
-        ties += at_top - jax.lax.stop_gradient(at_top)
-    return jnp.maximum(below + (ties - 1), 0)
+    top = finite_maximum(z, axis) if top is None else top
+
+    def step(carry, k, z):
+        acc, seen = carry
+        first, e = (z == top) & ~seen, jnp.exp(z - top)
+        return jnp.where(first, acc + (e - 1), acc + e), seen | first  # e - 1 is 0, with the derivative of e
+
+    def last(carry):
+        lanes = jnp.where(carry[0] < 0, 0, carry[0])  # a product and z - top in one instruction, and e is below 1
+        lanes = jnp.where(carry[1], -lanes, lanes)
+        seen = jnp.signbit(lanes)
+        lanes = jnp.where(seen, -lanes, lanes)
+        return [_sum(x, axis) for x in (lanes, lanes + seen.astype(z.dtype))]
+
+    below, all = (_psum(x, axis) for x in fold(step, (jnp.zeros((), z.dtype), jnp.zeros((), bool)), last, axis, z))
+    # A count of `seen` could miss what the sum `below` leaves out, where XLA computes the logits anew for each.
+    tops = jnp.round(jax.lax.stop_gradient(all - below))
+    return once(jnp.maximum(below + (tops - 1), 0), z, axis)
 
 
 def softmax(z: Array, axis: int | Sharded) -> Array:
@@ -132,7 +207,8 @@ def _probs_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax(z: Array, axis: int | Sharded) -> Array:
     """log p_i = shifted_i - log1p(sum_exp_below_max), both of one sign. d log p_i = dz_i - <p, dz>."""
-    return shifted(z, axis) - (jnp.log1p(sum_exp_below_max(z, axis)) + undefined(z, axis))
+    top = finite_maximum(z, axis)
+    return (z - top) - (jnp.log1p(sum_exp_below_max(z, axis, top)) + undefined(z, axis))
 
 
 @log_softmax.defjvp
@@ -165,13 +241,13 @@ def unique_top(z: Array, axis: int | Sharded) -> Array:
 def centred(p: Array, v: Array, axis: int | Sharded) -> Array:
     """v_i - <p, v>, linear in v, each entry of its matrix (delta_ij - p_j) accurate.
 
-    Only 1 - p of a class with p > 1/2 could cancel. With v measured from that class, `a`, its own entry is 0: what is
-    left is w_i - sum_{j != a} p_j w_j. The transpose, which reverse mode uses, leaves the class out of its sums alike.
+    Only 1 - p of a class with p > 1/2 could cancel: there it is the sum of the others. All sums, and those of the
+    transpose that reverse mode uses, take one pass.
     """
-    large = jnp.finfo(p.dtype).max
-    a = jax.lax.stop_gradient(jnp.clip((p - 0.5) * large, 0, 1))
-    w = (1 - a) * (v - total(a * v, axis))
-    return w - total(p * w, axis)
+    top = jax.lax.stop_gradient((p > 0.5).astype(p.dtype))
+    below = 1 - top
+    lack, of_top, of_rest = (total(x, axis) for x in (below * p, top * p * v, below * p * v))
+    return (below + top * lack) * v - below * of_top - of_rest
 
 
 @jax.custom_jvp
@@ -186,13 +262,6 @@ def _multiply_no_nan_jvp(primals, tangents):
     weight, value = (jnp.where(jnp.isfinite(x), x, 0) for x in primals)
     dweight, dvalue = tangents
     return multiply_no_nan(*primals), value * dweight + weight * dvalue
-
-
-def dot_no_nan(weights: Array, shifted: Array, axis: int | Sharded) -> Array:
-    """sum_i weight_i shifted_i over classes of positive weight: `multiply_no_nan` by arithmetic."""
-    largest = jnp.finfo(shifted.dtype).max
-    floor = -jnp.minimum(jnp.abs(weights) * largest, 4) * largest  # 0 where the weight is, else -inf
-    return total(weights * jnp.maximum(shifted, floor), axis)
 
 
 def exp_remainder(t: Array) -> Array:

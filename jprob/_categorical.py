@@ -25,88 +25,115 @@ def tempered(z, axis, temperature):
     return jnp.where(temperature == 0, cold, jnp.where(possible, warm, d))
 
 
-def uniform(z, axis):
-    """The uniform distribution over the possible classes."""
-    possible = (z > -jnp.inf).astype(z.dtype)
-    return possible / jnp.maximum(1, _accurate.total(possible, axis))
-
-
-def class_distance(z, labels, axis):
-    """|class - label|: 0 at the label and at least 1 elsewhere, by arithmetic (see `_accurate`)."""
-    dtype = z.dtype if z.shape[axis] <= 2**24 else jnp.int32  # float32 counts no further
-    classes = jax.lax.broadcasted_iota(dtype, z.shape, axis, out_sharding=jax.typeof(z).sharding)
-    return jnp.abs(classes - labels.astype(dtype)).astype(z.dtype)
-
-
-def _label_terms(z, labels, axis):
-    """exp(shifted), twice the distance, sum of the other exponentials, the label's gap.
-
-    exp(shifted) is at most 1, so that min(distance, exp(shifted)) leaves the label out and changes no other class.
-    """
-    exponentials = _accurate.exp_shifted(z, axis)
-    distance = 2 * class_distance(z, labels, axis)  # never equal to an exponential, where a minimum has half a slope
-    others = _accurate.total(jnp.minimum(distance, exponentials), axis)
-    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
-    label_logit = _placement.entries(z, labels, axis)
-    return exponentials, distance, others, label_logit - top
+def is_class(z, labels, axis):
+    """Whether each class is the label."""
+    sharding = jax.typeof(z).sharding
+    return jax.lax.broadcasted_iota(jnp.int32, z.shape, axis, out_sharding=sharding) == labels.astype(jnp.int32)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def class_loss(z, labels, axis):
-    """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum where it is at the maximum.
+    """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum.
 
-    Where it is not, p_y <= 1/2, and the loss is at least ln 2: there is no small number to keep. In a row without a
-    possible class it is log 0 - log 0, NaN.
+    At the maximum, exp(z_y - m) - 1 = 0 is added to the others; elsewhere the loss is at least ln 2, and has no small
+    number to keep. In a row without a possible class it is log 0 - log 0, NaN.
     """
-    _, _, others, label_shifted = _label_terms(z, labels, axis)
-    at_top = jnp.log1p(others + jnp.expm1(label_shifted))  # of 0: it adds the label's part to the plain derivative
-    return jnp.where(label_shifted == 0, at_top, jnp.log(others + jnp.exp(label_shifted))) - label_shifted
+    top = _accurate.finite_maximum(z, axis)
+    others = _accurate.sum_where(lambda k, z: (k != labels.astype(k.dtype), jnp.exp(z - top)), axis, z)
+    gap = _placement.entries(z, labels, axis) - top
+    return jnp.log1p(others + jnp.expm1(gap)) - gap
 
 
 @class_loss.defjvp
 def _class_loss_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
-    slope = _accurate.total(_class_residual(z, labels, axis) * dz, axis)
-    return class_loss(z, labels, axis), slope
+    loss, residual = _loss_and_residual(z, labels, axis)
+    return loss, _accurate.total(residual * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _class_residual(z, labels, axis):
-    """p - y for a class y: p_j for the others, and minus their sum for y, never p_y - 1."""
-    exponentials, distance, others, label_shifted = _label_terms(z, labels, axis)
-    at_label = jnp.maximum(1 - distance, 0)
-    normaliser = others + jnp.exp(label_shifted)  # at least 1, but 0 in a row without a possible class
-    return (jnp.minimum(distance, exponentials) - at_label * others) / jnp.where(normaliser == 0, 1, normaliser)
+def _loss_and_residual(z, labels, axis):
+    """The loss, and p - y: p_j for the others, and minus their sum for y, never p_y - 1."""
+    top = _accurate.finite_maximum(z, axis)
+    # The gradient takes the place of these exponentials in memory. To compute them again costs a CPU more.
+    exponentials = _accurate.once(jnp.exp(z - top), z, axis)
+    others = _accurate.sum_where(lambda k, e: (k != labels.astype(k.dtype), e), axis, exponentials)
+    gap = _placement.entries(z, labels, axis) - top
+    normaliser = jnp.maximum(others + jnp.exp(gap), 0.5)  # at least 1, but 0 in a row without a possible class
+    share, at_label = (_accurate.once(x / normaliser, z, axis) for x in (jnp.ones_like(others), -others))
+    residual = jnp.where(is_class(z, labels, axis), at_label, exponentials * share)
+    return jnp.log1p(others + jnp.expm1(gap)) - gap, residual
 
 
-@_class_residual.defjvp
-def _class_residual_jvp(axis, primals, tangents):
+@_loss_and_residual.defjvp
+def _loss_and_residual_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
+    loss, residual = _loss_and_residual(z, labels, axis)
     p = _accurate.probs(z, axis)
-    dp = p * _accurate.centred(p, dz, axis)
-    return _class_residual(z, labels, axis), dp
+    return (loss, residual), (_accurate.total(residual * dz, axis), p * _accurate.centred(p, dz, axis))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def uniform_loss(z, axis):
+    """The mean of -log p_i over the possible classes, log sum_i exp(z_i - m) + mean (m - z_i): at least log K."""
+    possible = (z > -jnp.inf).astype(z.dtype)
+    top, count = _accurate.finite_maximum(z, axis), jnp.maximum(_accurate.total(possible, axis), 1)
+    gaps = _accurate.sum_where(lambda k, z: (z > -jnp.inf, top - z), axis, z)
+    return jnp.log(_accurate.total(jnp.exp(z - top), axis)) + gaps / count + _accurate.undefined(z, axis)
+
+
+@uniform_loss.defjvp
+def _uniform_loss_jvp(axis, primals, tangents):
+    """sum_i (p_i - 1 / K) dz_i."""
+    (z,), (dz,) = primals, tangents
+    possible = (z > -jnp.inf).astype(z.dtype)
+    target = possible / jnp.maximum(_accurate.total(possible, axis), 1)
+    return uniform_loss(z, axis), _accurate.total((_accurate.probs(z, axis) - target) * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def target_loss(z, targets, axis):
-    """-sum_i t_i log p_i = sum t log1p(sum_exp_below_max) + sum_i t_i (m - z_i): no term is negative."""
-    log_total = jnp.log1p(_accurate.sum_exp_below_max(z, axis)) + _accurate.undefined(z, axis)
-    gaps = _accurate.dot_no_nan(targets, _accurate.shifted(z, axis), axis)
-    return _accurate.total(targets, axis) * log_total - gaps
+    """-sum_i t_i log p_i = sum_i t_i (log1p(sum_exp_below_max) + (m - z_i)): no term is negative."""
+    top = _accurate.finite_maximum(z, axis)
+    log_total = jnp.log1p(_accurate.sum_exp_below_max(z, axis, top)) + _accurate.undefined(z, axis)
+    top, log_total = (_accurate.once(x, z, axis) for x in (top, log_total))
+    loss = _accurate.sum_where(lambda k, z, t: (t != 0, t * (log_total + (top - z))), axis, z, targets)
+    return jnp.where(jnp.isnan(log_total), log_total, loss)  # also where no class has a target
 
 
 @partial(target_loss.defjvp, symbolic_zeros=True)
 def _target_loss_jvp(axis, primals, tangents):
-    """-sum_i t_i (dz_i - <p, dz>) - sum_i log p_i dt_i, the latter over possible classes."""
+    """sum_i (p_i sum(t) - t_i) dz_i - sum_i log p_i dt_i, the latter over possible classes."""
     (z, targets), (dz, dt) = primals, tangents
     slope = jnp.zeros_like(out := target_loss(z, targets, axis))
     if type(dz) is not SymbolicZero:
-        targets = _finite_rows(targets, axis)
-        slope -= _accurate.total(targets * _accurate.centred(_accurate.probs(z, axis), dz, axis), axis)
+        slope += _accurate.total(_target_residual(z, _finite_rows(targets, axis), axis) * dz, axis)
     if type(dt) is not SymbolicZero:
         log_p = _accurate.log_softmax(z, axis)
         slope -= _accurate.total(jnp.where(jnp.isfinite(log_p), log_p, 0) * dt, axis)
     return out, slope
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _target_residual(z, targets, axis):
+    """p_i sum(t) - t_i; for the one class with p > 1/2 what the others have of t, less sum(t) (1 - p_i)."""
+    top = _accurate.finite_maximum(z, axis)
+    others = _accurate.sum_exp_below_max(z, axis, top)
+    rest = _accurate.sum_where(lambda k, z, t: (z != top, t), axis, z, targets)
+    mass = _accurate.total(targets, axis)
+    scale, at_top = (_accurate.once(x / (1 + others), z, axis) for x in (mass, rest * (1 + others) - mass * others))
+    # One comparison with a number of the row: LLVM vectorises no more than that next to an exponential.
+    large = _accurate.once(jnp.where(others < 1, top, jnp.inf), z, axis)
+    return jnp.where(z == large, at_top, scale * jnp.exp(z - top) - targets)
+
+
+@_target_residual.defjvp
+def _target_residual_jvp(axis, primals, tangents):
+    """d(p_i sum(t) - t_i) = sum(t) p_i (dz_i - <p, dz>) + p_i sum(dt) - dt_i."""
+    (z, targets), (dz, dt) = primals, tangents
+    p, mass = _accurate.probs(z, axis), _accurate.total(targets, axis)
+    slope = mass * (p * _accurate.centred(p, dz, axis)) + (p * _accurate.total(dt, axis) - dt)
+    return _target_residual(z, targets, axis), slope
 
 
 def _finite_rows(targets, axis):
@@ -175,26 +202,33 @@ def _brier_slope_jvp(axis, primals, tangents):
     return slope, slope * centred + p * (de - _accurate.total(dp * e + p * de, axis))
 
 
-def _finite_shifted(z, axis):
-    """`shifted`, with 0 for an impossible class, whose probability of 0 it is about to meet."""
-    d = _accurate.shifted(z, axis)
-    return jnp.where(d == -jnp.inf, 0, d)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def entropy(z, axis):
     """H = log1p(sum_exp_below_max) + sum p_i (m - z_i): no term is negative."""
-    p, d = _accurate.probs(z, axis), _finite_shifted(z, axis)
-    log_total = jnp.log1p(_accurate.sum_exp_below_max(z, axis)) + _accurate.undefined(z, axis)
-    return log_total - _accurate.total(p * d, axis)
+    _, others, gap = _mean_gap(z, axis)
+    return jnp.log1p(others) + gap + _accurate.undefined(z, axis)
+
+
+def _mean_gap(z, axis):
+    """The maximum m, the sum of exponentials below it, and sum p_i (m - z_i)."""
+    top = _accurate.finite_maximum(z, axis)
+    others = _accurate.sum_exp_below_max(z, axis, top)
+    top = _accurate.once(top, z, axis)
+    gaps = _accurate.sum_where(lambda k, z: (z > -jnp.inf, jnp.exp(z - top) * _finite(top - z)), axis, z)
+    return top, others, gaps / (1 + others)
+
+
+def _finite(gap):
+    """The gap, and 0 for that of an impossible class, whose probability of 0 it is about to meet."""
+    return jnp.where(gap < jnp.inf, gap, 0)
 
 
 @entropy.defjvp
 def _entropy_jvp(axis, primals, tangents):
-    """dH = -sum p_i (log p_i + H) dz_i, and log p_i + H = d_i - <p, d>."""
+    """dH = -sum p_i (log p_i + H) dz_i, and log p_i + H = sum_j p_j (m - z_j) - (m - z_i)."""
     (z,), (dz,) = primals, tangents
-    p, d = _accurate.probs(z, axis), _finite_shifted(z, axis)
-    slope = p * (_accurate.total(p * d, axis) - d)
+    top, others, gap = (_accurate.once(x, z, axis) for x in _mean_gap(z, axis))
+    slope = jnp.exp(z - top) / (1 + others) * (_finite(top - z) - gap)
     return entropy(z, axis), _accurate.total(slope * dz, axis)
 
 
