@@ -172,15 +172,16 @@ def sum_exp_below_max(z: Array, axis: int | Sharded, top: Array | None = None) -
         return jnp.where(first, acc + (e - 1), acc + e), seen | first  # e - 1 is 0, with the derivative of e
 
     def last(carry):
-        lanes = jnp.where(carry[0] < 0, 0, carry[0])  # a product and z - top in one instruction, and e is below 1
-        lanes = jnp.where(carry[1], -lanes, lanes)
-        seen = jnp.signbit(lanes)
-        lanes = jnp.where(seen, -lanes, lanes)
-        return [_sum(x, axis) for x in (lanes, lanes + seen.astype(z.dtype))]
+        # Below 0: a product in z and the difference from its maximum in one instruction, whose exp is below 1.
+        acc, tiny = jnp.where(carry[0] < 0, 0, carry[0]), jnp.finfo(z.dtype).tiny
+        lanes = jnp.where(carry[1], -acc - tiny, acc)  # at 0 the absolute value has no derivative
+        size, seen = jnp.abs(lanes), jnp.signbit(lanes).astype(z.dtype)
+        below, tops = _sum(size, axis), _sum(seen, axis)
+        if lanes.shape == z.shape:  # one slice: what this sum left out, `seen` may count otherwise
+            tops = jnp.round(jax.lax.stop_gradient(_sum(size + seen, axis) - below))
+        return below - tops * tiny, tops
 
-    below, all = (_psum(x, axis) for x in fold(step, (jnp.zeros((), z.dtype), jnp.zeros((), bool)), last, axis, z))
-    # A count of `seen` could miss what the sum `below` leaves out, where XLA computes the logits anew for each.
-    tops = jnp.round(jax.lax.stop_gradient(all - below))
+    below, tops = (_psum(x, axis) for x in fold(step, (jnp.zeros((), z.dtype), jnp.zeros((), bool)), last, axis, z))
     return once(jnp.maximum(below + (tops - 1), 0), z, axis)
 
 
