@@ -194,7 +194,8 @@ def softmax(z: Array, axis: int | Sharded) -> Array:
 def probs(z: Array, axis: int | Sharded) -> Array:
     """p_i = exp(z_i) / sum_j exp(z_j), and 0 in a row without a possible class. d p_i = p_i (dz_i - <p, dz>)."""
     e = exp_shifted(z, axis)
-    return e / jnp.maximum(total(e, axis), 0.5)  # a sum without its maximum is 0
+    normaliser = total(e, axis)  # at least 1, but 0 in a row without a possible class
+    return e / jnp.where(normaliser == 0, 1, normaliser)
 
 
 @probs.defjvp
@@ -215,7 +216,10 @@ def log_softmax(z: Array, axis: int | Sharded) -> Array:
 @log_softmax.defjvp
 def _log_softmax_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
-    return log_softmax(z, axis), centred(probs(z, axis), dz, axis)
+    top = finite_maximum(z, axis)
+    others = sum_exp_below_max(z, axis, top)
+    top, share, log_total = (once(x, z, axis) for x in (top, 1 / (1 + others), jnp.log1p(others) + undefined(z, axis)))
+    return (z - top) - log_total, centred(jnp.exp(z - top) * share, dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -240,15 +244,30 @@ def unique_top(z: Array, axis: int | Sharded) -> Array:
 
 
 def centred(p: Array, v: Array, axis: int | Sharded) -> Array:
-    """v_i - <p, v>, linear in v, each entry of its matrix (delta_ij - p_j) accurate.
+    """v_i - <p, v>, linear in v, each entry of its matrix (delta_ij - p_j) accurate, and of its transpose too.
 
-    Only 1 - p of a class with p > 1/2 could cancel: there it is the sum of the others. All sums, and those of the
-    transpose that reverse mode uses, take one pass.
+    Only 1 - p of a class with p > 1/2 could cancel. In one pass, 1 - p is the sum of the others. CPUs are faster in two:
+    with v measured from that class, its own entry is 0, and the others need no 1 - p.
     """
-    top = jax.lax.stop_gradient((p > 0.5).astype(p.dtype))
-    below = 1 - top
-    lack, of_top, of_rest = (total(x, axis) for x in (below * p, top * p * v, below * p * v))
-    return (below + top * lack) * v - below * of_top - of_rest
+    large = jnp.finfo(p.dtype).max
+
+    def one_pass(p, v):
+        top = jax.lax.stop_gradient((p > 0.5).astype(p.dtype))
+        below = 1 - top
+        lack, of_top, of_rest = (total(x, axis) for x in (below * p, top * p * v, below * p * v))
+        return (below + top * lack) * v - below * of_top - of_rest
+
+    def two_passes(p, v):
+        # The barrier hides that it is 0. A clamp, and what follows a sum without a select, are slow with the library.
+        zero = jax.lax.optimization_barrier(jnp.zeros((), p.dtype))
+        row = lambda x: jnp.where(zero == 0, total(x, axis), 0)  # noqa: E731
+        below = jax.lax.stop_gradient(jnp.maximum(jnp.minimum((0.5 - p) * large + 1, 1), zero))
+        w = below * (v - row((1 - below) * v))
+        return w - row(p * w)
+
+    if not isinstance(axis, int) or _lanes(p, axis) == p.shape[axis]:
+        return one_pass(p, v)
+    return jax.lax.platform_dependent(p, v, cpu=two_passes, default=one_pass)
 
 
 @jax.custom_jvp

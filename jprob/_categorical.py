@@ -94,20 +94,17 @@ def _uniform_loss_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def target_loss(z, targets, axis):
     """-sum_i t_i log p_i = sum_i t_i (log1p(sum_exp_below_max) + (m - z_i)): no term is negative."""
-    top = _accurate.finite_maximum(z, axis)
-    log_total = jnp.log1p(_accurate.sum_exp_below_max(z, axis, top)) + _accurate.undefined(z, axis)
-    top, log_total = (_accurate.once(x, z, axis) for x in (top, log_total))
-    loss = _accurate.sum_where(lambda k, z, t: (t != 0, t * (log_total + (top - z))), axis, z, targets)
-    return jnp.where(jnp.isnan(log_total), log_total, loss)  # also where no class has a target
+    return _target_terms(z, targets, axis)[0]
 
 
 @partial(target_loss.defjvp, symbolic_zeros=True)
 def _target_loss_jvp(axis, primals, tangents):
     """sum_i (p_i sum(t) - t_i) dz_i - sum_i log p_i dt_i, the latter over possible classes."""
     (z, targets), (dz, dt) = primals, tangents
-    slope = jnp.zeros_like(out := target_loss(z, targets, axis))
+    out, residual = _target_terms(z, targets, axis)
+    slope = jnp.zeros_like(out)
     if type(dz) is not SymbolicZero:
-        slope += _accurate.total(_target_residual(z, _finite_rows(targets, axis), axis) * dz, axis)
+        slope += _accurate.total(residual * dz, axis)
     if type(dt) is not SymbolicZero:
         log_p = _accurate.log_softmax(z, axis)
         slope -= _accurate.total(jnp.where(jnp.isfinite(log_p), log_p, 0) * dt, axis)
@@ -115,25 +112,36 @@ def _target_loss_jvp(axis, primals, tangents):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _target_residual(z, targets, axis):
-    """p_i sum(t) - t_i; for the one class with p > 1/2 what the others have of t, less sum(t) (1 - p_i)."""
+def _target_terms(z, targets, axis):
+    """The loss, and p_i sum(t) - t_i; for the one class with p > 1/2 what the others have of t, less sum(t) (1 - p_i).
+
+    The gradient of a row of targets with a NaN or an infinite one is 0.
+    """
     top = _accurate.finite_maximum(z, axis)
     others = _accurate.sum_exp_below_max(z, axis, top)
-    rest = _accurate.sum_where(lambda k, z, t: (z != top, t), axis, z, targets)
-    mass = _accurate.total(targets, axis)
-    scale, at_top = (_accurate.once(x / (1 + others), z, axis) for x in (mass, rest * (1 + others) - mass * others))
+    mass, log_total = _accurate.total(targets, axis), jnp.log1p(others) + _accurate.undefined(z, axis)
     # One comparison with a number of the row: LLVM vectorises no more than that next to an exponential.
-    large = _accurate.once(jnp.where(others < 1, top, jnp.inf), z, axis)
-    return jnp.where(z == large, at_top, scale * jnp.exp(z - top) - targets)
+    top, log_total, large, scale = (
+        _accurate.once(x, z, axis)
+        for x in (top, log_total, jnp.where(others < 1, top, jnp.inf), mass / (1 + others))
+    )
+    loss = _accurate.sum_where(lambda k, z, t: (t != 0, t * (log_total + (top - z))), axis, z, targets)
+    rest = _accurate.sum_where(lambda k, z, t: (z != large, t), axis, z, targets)
+    at_top = _accurate.once(rest - scale * others, z, axis)
+    residual = jnp.where(z == large, at_top, scale * jnp.exp(z - top) - targets)
+    # Without a target the loss is NaN too where the logits are no distribution.
+    return jnp.where(jnp.isnan(log_total), log_total, loss), jnp.where(jnp.isfinite(mass), residual, 0)
 
 
-@_target_residual.defjvp
-def _target_residual_jvp(axis, primals, tangents):
+@_target_terms.defjvp
+def _target_terms_jvp(axis, primals, tangents):
     """d(p_i sum(t) - t_i) = sum(t) p_i (dz_i - <p, dz>) + p_i sum(dt) - dt_i."""
     (z, targets), (dz, dt) = primals, tangents
-    p, mass = _accurate.probs(z, axis), _accurate.total(targets, axis)
-    slope = mass * (p * _accurate.centred(p, dz, axis)) + (p * _accurate.total(dt, axis) - dt)
-    return _target_residual(z, targets, axis), slope
+    (loss, residual), finite = _target_terms(z, targets, axis), _finite_rows(targets, axis)
+    p, log_p = _accurate.probs(z, axis), _accurate.log_softmax(z, axis)
+    terms = residual * dz - jnp.where(jnp.isfinite(log_p), log_p, 0) * dt
+    slope = _accurate.total(finite, axis) * (p * _accurate.centred(p, dz, axis)) + (p * _accurate.total(dt, axis) - dt)
+    return (loss, residual), (_accurate.total(terms, axis), slope)
 
 
 def _finite_rows(targets, axis):
