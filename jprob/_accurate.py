@@ -95,18 +95,17 @@ def fold(step: Callable, carry: Any, last: Callable, axis: int | Sharded, *array
     return jax.lax.platform_dependent(*arrays, cpu=partial(slices, lanes), default=partial(slices, size))
 
 
-def once(x: Array, z: Array, axis: int | Sharded) -> Array:
-    """x, computed once on CPU, where XLA repeats it in each use: a number per row of `z`, or what is kept of z anyway.
+def kept(x: Array) -> Array:
+    """x, that CPUs keep as it is: XLA writes exponentials to memory that two passes share, up to such a barrier."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
-    XLA repeats no division. The barrier keeps XLA from writing exponentials to memory that two passes share.
-    """
+
+def once(x: Array, z: Array, axis: int | Sharded) -> Array:
+    """x, one number per row of `z`, which XLA on CPU repeats in each use unless it is a quotient."""
     if _lanes(z, axis) == z.shape[_place(axis)]:
         return x
-    one = jnp.where(jnp.isnan(x), jnp.nan, 1).astype(x.dtype)
-    kept = jax.lax.optimization_barrier
-    return jax.lax.platform_dependent(
-        x, one, cpu=lambda x, one: kept(x / one if x.shape != z.shape else x), default=lambda x, one: x
-    )
+    divided = lambda x: jax.lax.optimization_barrier(x / jnp.where(jnp.isnan(x), jnp.nan, 1).astype(x.dtype))  # noqa: E731
+    return jax.lax.platform_dependent(x, cpu=divided, default=lambda x: x)
 
 
 def sum_where(term: Callable, axis: int | Sharded, *arrays: Array) -> Array:
@@ -126,7 +125,7 @@ def nan_unless(ok: Array, x: Array) -> Array:
     The NaN is computed, not a constant: XLA on CPU (jax 0.10 and 0.12) makes a number of exp(where(ok, x, nan)), since
     LLVM may take any number for the integer part of a NaN that it knows of.
     """
-    return jnp.where(ok, x, 0) + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype))
+    return jnp.where(ok, x, jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype)))
 
 
 def undefined(z: Array, axis: int | Sharded) -> Array:
@@ -141,8 +140,7 @@ def shifted(z: Array, axis: int | Sharded) -> Array:
 
 def finite_maximum(z: Array, axis: int | Sharded) -> Array:
     """`maximum`, but the lowest number in a row without a possible class, so that no difference is -inf + inf."""
-    m = maximum(z, axis)
-    return once(jnp.where(m == -jnp.inf, jnp.finfo(z.dtype).min, m), z, axis)
+    return jnp.maximum(kept(maximum(z, axis)), jnp.finfo(z.dtype).min)
 
 
 def exp_shifted(z: Array, axis: int | Sharded) -> Array:
@@ -187,23 +185,22 @@ def sum_exp_below_max(z: Array, axis: int | Sharded, top: Array | None = None) -
 
 def softmax(z: Array, axis: int | Sharded) -> Array:
     """`probs`, NaN in a row without a possible class."""
-    return probs(z, axis) + undefined(z, axis)
+    return probs(z, axis, 0.0)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def probs(z: Array, axis: int | Sharded) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def probs(z: Array, axis: int | Sharded, least: float = 0.5) -> Array:
     """p_i = exp(z_i) / sum_j exp(z_j), and 0 in a row without a possible class. d p_i = p_i (dz_i - <p, dz>)."""
     e = exp_shifted(z, axis)
-    normaliser = total(e, axis)  # at least 1, but 0 in a row without a possible class
-    return e / jnp.where(normaliser == 0, 1, normaliser)
+    return e / jnp.maximum(total(e, axis), least)  # a sum without its maximum is 0
 
 
 @probs.defjvp
-def _probs_jvp(axis, primals, tangents):
+def _probs_jvp(axis, least, primals, tangents):
     (z,), (dz,) = primals, tangents
     p = probs(z, axis)
     # Selected, so that in reverse mode an infinite cotangent of an impossible class (its log, say) stops here.
-    return p, jnp.where(p == 0, 0, p * centred(p, dz, axis))
+    return probs(z, axis, least), jnp.where(p == 0, 0, p * centred(p, dz, axis))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

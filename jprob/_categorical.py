@@ -35,13 +35,13 @@ def is_class(z, labels, axis):
 def class_loss(z, labels, axis):
     """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum.
 
-    At the maximum, exp(z_y - m) - 1 = 0 is added to the others; elsewhere the loss is at least ln 2, and has no small
+    At the maximum, exp(z_y - m) - 1 = 0 is added to the others. Elsewhere the loss is at least ln 2, and has no small
     number to keep. In a row without a possible class it is log 0 - log 0, NaN.
     """
     top = _accurate.finite_maximum(z, axis)
     others = _accurate.sum_where(lambda k, z: (k != labels.astype(k.dtype), jnp.exp(z - top)), axis, z)
     gap = _placement.entries(z, labels, axis) - top
-    return jnp.log1p(others + jnp.expm1(gap)) - gap
+    return jnp.log1p(others + (jnp.exp(gap) - 1)) - gap
 
 
 @class_loss.defjvp
@@ -56,13 +56,12 @@ def _loss_and_residual(z, labels, axis):
     """The loss, and p - y: p_j for the others, and minus their sum for y, never p_y - 1."""
     top = _accurate.finite_maximum(z, axis)
     # The gradient takes the place of these exponentials in memory. To compute them again costs a CPU more.
-    exponentials = _accurate.once(jnp.exp(z - top), z, axis)
+    exponentials = _accurate.kept(jnp.exp(z - top))
     others = _accurate.sum_where(lambda k, e: (k != labels.astype(k.dtype), e), axis, exponentials)
     gap = _placement.entries(z, labels, axis) - top
-    normaliser = jnp.maximum(others + jnp.exp(gap), 0.5)  # at least 1, but 0 in a row without a possible class
-    share, at_label = (_accurate.once(x / normaliser, z, axis) for x in (jnp.ones_like(others), -others))
-    residual = jnp.where(is_class(z, labels, axis), at_label, exponentials * share)
-    return jnp.log1p(others + jnp.expm1(gap)) - gap, residual
+    below = others + (jnp.exp(gap) - 1)  # the sum of all less 1; -1 in a row without a possible class
+    share, at_label = (_accurate.once(x / jnp.maximum(1 + below, 0.5), z, axis) for x in (jnp.ones_like(gap), -others))
+    return jnp.log1p(below) - gap, jnp.where(is_class(z, labels, axis), at_label, exponentials * share)
 
 
 @_loss_and_residual.defjvp
@@ -122,8 +121,7 @@ def _target_terms(z, targets, axis):
     mass, log_total = _accurate.total(targets, axis), jnp.log1p(others) + _accurate.undefined(z, axis)
     # One comparison with a number of the row: LLVM vectorises no more than that next to an exponential.
     top, log_total, large, scale = (
-        _accurate.once(x, z, axis)
-        for x in (top, log_total, jnp.where(others < 1, top, jnp.inf), mass / (1 + others))
+        _accurate.once(x, z, axis) for x in (top, log_total, jnp.where(others < 1, top, jnp.inf), mass / (1 + others))
     )
     loss = _accurate.sum_where(lambda k, z, t: (t != 0, t * (log_total + (top - z))), axis, z, targets)
     rest = _accurate.sum_where(lambda k, z, t: (z != large, t), axis, z, targets)
