@@ -243,7 +243,7 @@ def unique_top(z: Array, axis: int | Sharded) -> Array:
 def centred(p: Array, v: Array, axis: int | Sharded) -> Array:
     """v_i - <p, v>, linear in v, each entry of its matrix (delta_ij - p_j) accurate, and of its transpose too.
 
-    Only 1 - p of a class with p > 1/2 could cancel. In one pass, 1 - p is the sum of the others. CPUs are faster in two:
+    Only 1 - p of a class with p > 1/2 could cancel. In one pass, 1 - p is the sum of the others. A CPU prefers two:
     with v measured from that class, its own entry is 0, and the others need no 1 - p.
     """
     large = jnp.finfo(p.dtype).max
