@@ -119,6 +119,18 @@ def sum_where(term: Callable, axis: int | Sharded, *arrays: Array) -> Array:
     return once(_psum(sums, axis), arrays[0], axis)
 
 
+def max_where(term: Callable, axis: int | Sharded, *arrays: Array) -> Array:
+    """Largest x where keep, with keep, x = term(classes, *slices), and -inf where none is kept."""
+
+    def step(most, k, *parts):
+        keep, x = term(k, *parts)
+        return jnp.where(keep, jnp.maximum(most, x), most)
+
+    last = partial(jnp.max, axis=_place(axis), keepdims=True)
+    x = fold(step, jnp.full((), -jnp.inf, arrays[0].dtype), last, axis, *arrays)
+    return x if isinstance(axis, int) else jax.lax.pmax(x, axis.name)
+
+
 def nan_unless(ok: Array, x: Array) -> Array:
     """x where `ok`, NaN elsewhere, with a gradient of exactly 0 there: what is left out downstream poisons nothing.
 

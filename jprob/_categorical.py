@@ -260,44 +260,63 @@ def _room(z):
 
 
 class _Pair(NamedTuple):
-    """Two distributions over the same classes, and how they differ.
+    """Two distributions over the same classes, and how they differ; numbers per row but for the logits, all finite.
 
     Attributes:
-      shifted_p, shifted_q: logits less their maximum, finite: that of an impossible class has an exponential of 0.
-      total_p, total_q: sums of these exponentials.
-      d: z^q - z^p less its mean under p.
-      mean: that mean, of the difference of the gaps: exp(shifted_q - mean) = exp(shifted_p + d).
+      p, q: logits; an impossible class has minus `_room`, and an exponential of 0.
+      top_p, top_q: their maximum.
+      total_p, total_q: sums of exp(p - top_p) and exp(q - top_q).
+      reference: q - p of p's top class, and its rounding error.
+      mean: of q - p - reference under p.
       excluded: whether q excludes a class that p does not.
     """
 
-    shifted_p: Array
-    shifted_q: Array
+    p: Array
+    q: Array
+    top_p: Array
+    top_q: Array
     total_p: Array
     total_q: Array
-    d: Array
+    reference: tuple[Array, Array]
     mean: Array
     excluded: Array
 
+    def centred(self, p, q):
+        """q - p less its mean under p. Measured from the top class, that class keeps its digits too."""
+        (high, low), (r_high, r_low) = _accurate.difference(q, p), self.reference
+        return ((high - r_high) + (low - r_low)) - self.mean
+
+    def probs(self, p, q):
+        return jnp.exp(p - self.top_p) / self.total_p, jnp.exp(q - self.top_q) / self.total_q
+
+    def log_ratio(self, p, q, divergence):
+        """log q - log p = centred - KL(p || q). A divergence above 1 has no small difference to lose."""
+        plain = ((q - self.top_q) - (p - self.top_p)) - jnp.log(self.total_q / self.total_p)
+        return jnp.where(divergence > 1, plain, self.centred(p, q) - divergence)
+
 
 def _pair(p_logits, q_logits, axis) -> _Pair:
-    """By arithmetic alone where a sum over classes follows, see `_accurate`."""
-    (p_logits, p_top), (q_logits, q_top) = _bounded(p_logits, axis), _bounded(q_logits, axis)
-    shifted_p, shifted_q = p_logits - p_top, q_logits - q_top
-    total_p, total_q = (_accurate.total(jnp.exp(x), axis) for x in (shifted_p, shifted_q))
-    high, low = _accurate.difference(q_logits, p_logits)
+    (p, top_p), (q, top_q) = _bounded(p_logits, axis), _bounded(q_logits, axis)
+    room, once = _room(p), partial(_accurate.once, z=p, axis=axis)
+    total_p, total_q = (
+        _accurate.sum_where(lambda k, z, top=top: (z > -room, jnp.exp(z - top)), axis, z)
+        for z, top in ((p, top_p), (q, top_q))
+    )
+    at_top = _accurate.max_where(lambda k, p, q: (p == top_p, q), axis, *map(jax.lax.stop_gradient, (p, q)))
+    at_top = jnp.where(at_top == -jnp.inf, top_q, at_top)  # XLA may compute logits twice, so that none is the maximum
+    reference = tuple(once(x) for x in _accurate.difference(at_top, top_p))
+    excluded = _accurate.maximum(jnp.minimum(-q, p + room), axis) > room / 2
+    pair = _Pair(p, q, top_p, top_q, total_p, total_q, reference, jnp.zeros_like(top_p), excluded)
+    return pair._replace(mean=_mean(pair, axis))
 
-    def mean_from(reference):
-        d = (high - reference) + low
-        return _accurate.total(jnp.exp(shifted_p) * d, axis) / total_p
 
-    # Measured from near its mean, the difference keeps its digits whatever shift is common to all logits.
-    top_high, top_low = _accurate.difference(q_top, p_top)
-    reference = top_high + mean_from(top_high)
-    mean = mean_from(reference)
-    room = _room(shifted_p)
-    excluded = _accurate.maximum(jnp.minimum(-q_logits, p_logits + room), axis) > room / 2
-    shift = ((reference - top_high) - top_low) + mean
-    return _Pair(shifted_p, shifted_q, total_p, total_q, ((high - reference) + low) - mean, shift, excluded)
+def _mean(pair, axis):
+    """The mean of q - p under p, less what `pair` takes for it."""
+
+    def term(k, p, q):
+        return p > -_room(p), jnp.exp(p - pair.top_p) * pair.centred(p, q)
+
+    return _accurate.once(_accurate.sum_where(term, axis, pair.p, pair.q) / pair.total_p, pair.p, axis)
 
 
 def kl_divergence(p_logits, q_logits, axis):
@@ -307,29 +326,38 @@ def kl_divergence(p_logits, q_logits, axis):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _finite_kl(p_logits, q_logits, axis):
+    return _kl(_pair(p_logits, q_logits, axis), axis)
+
+
+def _kl(pair, axis):
     """KL = log sum_i p_i exp(d_i) = log1p(sum_i p_i (exp(d_i) - 1 - d_i)) with <p, d> = 0: no term is negative.
 
     An error of the mean reaches the divergence in second order only. exp(d) is taken from d where d is small, and from
     the logits of q elsewhere, also where p is 0. A divergence above 1 has no small difference to lose.
     """
-    pair = _pair(p_logits, q_logits, axis)
-    near = jnp.clip(pair.d, -1, 2)
-    beyond = pair.d - near
-    centred = pair.shifted_q - pair.mean
-    # Where d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
-    term = jnp.exp(pair.shifted_p) * (_accurate.near_exp_remainder(near) - beyond)
-    term += jnp.exp(centred) - jnp.exp(centred - beyond)
-    excess = _accurate.total(term, axis) / pair.total_p
-    far = jnp.log(pair.total_q / pair.total_p) - pair.mean
-    return jnp.where(pair.excluded, jnp.inf, jnp.where(far > 1, far, jnp.log1p(excess)))
+    # exp(q - top_q - shift) = exp(p - top_p + d)
+    shift = _accurate.once((sum(pair.reference) + (pair.top_p - pair.top_q)) + pair.mean, pair.p, axis)
+
+    def term(k, p, q):
+        d = pair.centred(p, q)
+        near = jnp.clip(d, -1, 2)
+        beyond, c = d - near, (q - pair.top_q) - shift
+        # Where d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
+        x = jnp.exp(p - pair.top_p) * (_accurate.near_exp_remainder(near) - beyond) + (jnp.exp(c) - jnp.exp(c - beyond))
+        return jnp.maximum(p, q) > -_room(p), x
+
+    excess = _accurate.sum_where(term, axis, pair.p, pair.q) / pair.total_p
+    far = jnp.log(pair.total_q / pair.total_p) - shift
+    kl = jnp.where(far > 1, far, jnp.log1p(excess))
+    return _accurate.once(jnp.where(pair.excluded, jnp.inf, kl), pair.p, axis)
 
 
 @partial(_finite_kl.defjvp, symbolic_zeros=True)
 def _finite_kl_jvp(axis, primals, tangents):
     """dKL = sum_i -p_i d_i dz^p_i + (q_i - p_i) dz^q_i."""
-    slopes = (partial(slope, *primals, axis) for slope in (_kl_slope_p, _kl_slope_q))
-    out = _finite_kl(*primals, axis)
-    return out, _along(out, slopes, tangents, axis)
+    pair = _pair(*primals, axis)
+    kl = _kl(pair, axis)
+    return kl, _along(kl, (partial(_kl_slope_p, pair, axis), partial(_kl_slope_q, pair, kl)), tangents, axis)
 
 
 def _along(out, slopes, tangents, axis):
@@ -339,49 +367,31 @@ def _along(out, slopes, tangents, axis):
     return sum(terms, jnp.zeros_like(out))
 
 
-def _kl_slope_p(p_logits, q_logits, axis):
-    """-p d, and 0 where the divergence is infinite."""
-    pair = _pair(p_logits, q_logits, axis)
-    p = jnp.exp(pair.shifted_p) / pair.total_p
-    return _balanced(jnp.where((p == 0) | pair.excluded, 0, -p * pair.d), p_logits, axis)
+def _kl_slope_p(pair, axis):
+    """-p d, and 0 where the divergence is infinite. The mean is taken once more, from near it."""
+    p, _ = pair.probs(pair.p, pair.q)
+    d = pair.centred(pair.p, pair.q) - _mean(pair, axis)
+    return jnp.where((p == 0) | pair.excluded, 0, -p * d)
 
 
-def _kl_slope_q(p_logits, q_logits, axis):
+def _kl_slope_q(pair, kl):
     """q - p, through expm1 where they are close."""
-    pair = _pair(p_logits, q_logits, axis)
-    p, q = jnp.exp(pair.shifted_p) / pair.total_p, jnp.exp(pair.shifted_q) / pair.total_q
-    t = _log_ratio(p_logits, q_logits, axis)
-    slope = jnp.where((p > 0) & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
-    return _balanced(slope, p_logits, axis)
-
-
-def _excluded(p_logits, q_logits):
-    """Classes that q excludes and p does not."""
-    return (q_logits == -jnp.inf) & (p_logits > -jnp.inf)
-
-
-def _log_ratio(p_logits, q_logits, axis):
-    """t = log q - log p = d - KL(p || q) over the classes possible under both, of no meaning for the others."""
-    pair, divergence = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
-    # Beside an excluded class d has no mean. A large divergence has no small difference to lose.
-    plain = (pair.shifted_q - pair.shifted_p) - jnp.log(pair.total_q / pair.total_p)
-    return jnp.where(divergence > 1, plain, pair.d - divergence)
-
-
-def _balanced(slope, logits, axis):
-    """Slopes that add up to 0: that of the one class with p > 1/2 is taken from the others, whose digits it lacks."""
-    top = _accurate.unique_top(logits, axis)
-    others = jnp.where(top == 1, 0, slope)
-    return others - top * _accurate.total(others, axis)
+    (p, q), t = pair.probs(pair.p, pair.q), pair.log_ratio(pair.p, pair.q, kl)
+    return jnp.where((p > 0) & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def js_divergence(p_logits, q_logits, axis):
     """sum_i m_i h(t_i), t = log q - log p, with h >= 0 even: h = ln 2 where only one of p and q is 0."""
-    p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
-    one_sided = _excluded(p_logits, q_logits) | _excluded(q_logits, p_logits)
-    t = jnp.where(one_sided, jnp.inf, _log_ratio(p_logits, q_logits, axis))
-    return jnp.minimum(_accurate.total((p + q) / 2 * _js_term(t), axis), math.log(2))
+    pair = _pair(p_logits, q_logits, axis)
+    kl, room = _kl(pair, axis), _room(pair.p)
+
+    def term(k, p, q):
+        t = jnp.where((p == -room) != (q == -room), jnp.inf, pair.log_ratio(p, q, kl))
+        return jnp.maximum(p, q) > -room, sum(pair.probs(p, q)) / 2 * _js_term(t)
+
+    undefined = _accurate.undefined(p_logits, axis) + _accurate.undefined(q_logits, axis)
+    return jnp.minimum(_accurate.sum_where(term, axis, pair.p, pair.q), math.log(2)) + undefined
 
 
 # A log-ratio at which the smaller probability is nothing beside the larger, in every dtype.
@@ -416,8 +426,10 @@ def _js_slope(p_logits, q_logits, axis):
     l itself is 0 for t = 0, where p and q agree; l - ln 2 is 0 where q is far below p. The one that is small where p
     lies keeps the digits of the differences.
     """
-    p, t = _accurate.probs(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
-    t = jnp.where(_excluded(p_logits, q_logits), -_LARGE_GAP, t)
+    pair = _pair(p_logits, q_logits, axis)
+    p, _ = pair.probs(pair.p, pair.q)
+    t = pair.log_ratio(pair.p, pair.q, _kl(pair, axis))
+    t = jnp.where((q_logits == -jnp.inf) & (p_logits > -jnp.inf), -_LARGE_GAP, t)
     # log1p(tanh(|t| / 2)), not -log1p(expm1(-|t|) / 2), whose argument lies where XLA's float64 log1p errs by 240 u.
     near = jnp.log1p(jnp.tanh(jnp.abs(t) / 2)) - jnp.maximum(t, 0)
     below = -jnp.maximum(t, 0) - jnp.log1p(jnp.exp(-jnp.abs(t)))
