@@ -95,8 +95,8 @@ def fold(step: Callable, carry: Any, last: Callable, axis: int | Sharded, *array
     return jax.lax.platform_dependent(*arrays, cpu=partial(slices, lanes), default=partial(slices, size))
 
 
-def kept(x: Array) -> Array:
-    """x, that CPUs keep as it is: XLA writes exponentials to memory that two passes share, up to such a barrier."""
+def kept(x: Any) -> Any:
+    """x, behind a barrier on CPU: XLA writes to memory what two passes share, and shares nothing across it."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 

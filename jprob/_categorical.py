@@ -238,16 +238,6 @@ def _entropy_jvp(axis, primals, tangents):
     return entropy(z, axis), _accurate.total(slope * dz, axis)
 
 
-def _bounded(z, axis):
-    """The same distribution with finite logits, so that differences of them are finite, and its maximum.
-
-    Where the maximum is huge, the logits are measured from it. An impossible class gets minus `_room`; a row without a
-    possible class becomes uniform.
-    """
-    top, shift = top_and_shift(z, axis)
-    return jnp.maximum(z - shift, -_room(z)), jnp.where(top > jnp.finfo(z.dtype).min, top - shift, -_room(z))
-
-
 def top_and_shift(z, axis, scale: Any = 1.0):
     """The maximum, and what the logits are measured from: the maximum where it is huge in units of `scale`, else 0."""
     top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
@@ -260,11 +250,12 @@ def _room(z):
 
 
 class _Pair(NamedTuple):
-    """Two distributions over the same classes, and how they differ; numbers per row but for the logits, all finite.
+    """Two distributions over the same classes, and how they differ; numbers per row but for the logits.
 
     Attributes:
-      p, q: logits; an impossible class has minus `_room`, and an exponential of 0.
-      top_p, top_q: their maximum.
+      p, q: logits.
+      shift_p, shift_q: what finite logits are measured from: their maximum where it is huge, else 0.
+      top_p, top_q: maximum of the finite logits.
       total_p, total_q: sums of exp(p - top_p) and exp(q - top_q).
       reference: q - p of p's top class, and its rounding error.
       mean: of q - p - reference under p.
@@ -273,6 +264,8 @@ class _Pair(NamedTuple):
 
     p: Array
     q: Array
+    shift_p: Array
+    shift_q: Array
     top_p: Array
     top_q: Array
     total_p: Array
@@ -281,40 +274,66 @@ class _Pair(NamedTuple):
     mean: Array
     excluded: Array
 
+    def kept(self):
+        """For another pass."""
+        rows = self._asdict()
+        del rows["p"], rows["q"]
+        return self._replace(**_accurate.kept(rows))
+
+    def finite(self, p, q):
+        """Finite logits, so that no difference is infinite: an impossible class gets minus `_room`."""
+        return jnp.maximum(p - self.shift_p, -_room(p)), jnp.maximum(q - self.shift_q, -_room(q))
+
     def centred(self, p, q):
         """q - p less its mean under p. Measured from the top class, that class keeps its digits too."""
-        (high, low), (r_high, r_low) = _accurate.difference(q, p), self.reference
+        (p, q), (r_high, r_low) = self.finite(p, q), self.reference
+        high, low = _accurate.difference(q, p)
         return ((high - r_high) + (low - r_low)) - self.mean
 
+    def shifted(self, p, q):
+        p, q = self.finite(p, q)
+        return p - self.top_p, q - self.top_q
+
     def probs(self, p, q):
-        return jnp.exp(p - self.top_p) / self.total_p, jnp.exp(q - self.top_q) / self.total_q
+        p, q = self.shifted(p, q)
+        return jnp.exp(p) / self.total_p, jnp.exp(q) / self.total_q
 
     def log_ratio(self, p, q, divergence):
         """log q - log p = centred - KL(p || q). A divergence above 1 has no small difference to lose."""
-        plain = ((q - self.top_q) - (p - self.top_p)) - jnp.log(self.total_q / self.total_p)
-        return jnp.where(divergence > 1, plain, self.centred(p, q) - divergence)
+        d, (p, q) = self.centred(p, q), self.shifted(p, q)
+        return jnp.where(divergence > 1, (q - p) - jnp.log(self.total_q / self.total_p), d - divergence)
 
 
 def _pair(p_logits, q_logits, axis) -> _Pair:
-    (p, top_p), (q, top_q) = _bounded(p_logits, axis), _bounded(q_logits, axis)
-    room, once = _room(p), partial(_accurate.once, z=p, axis=axis)
+    once, logits = partial(_accurate.once, z=p_logits, axis=axis), (p_logits, q_logits)
+    (top_p, shift_p), (top_q, shift_q) = (top_and_shift(z, axis) for z in logits)
+    lowest, room = jnp.finfo(top_p.dtype).min, _room(top_p)
+    tops = [jnp.where(top > lowest, top - s, -room) for top, s in ((top_p, shift_p), (top_q, shift_q))]
+    zero = jnp.zeros_like(top_p)
+    pair = _Pair(p_logits, q_logits, shift_p, shift_q, tops[0], tops[1], zero, zero, (zero, zero), zero, zero)
     total_p, total_q = (
-        _accurate.sum_where(lambda k, z, top=top: (z > -room, jnp.exp(z - top)), axis, z)
-        for z, top in ((p, top_p), (q, top_q))
+        _accurate.sum_where(lambda k, *z, i=i: (z[i] > -jnp.inf, jnp.exp(pair.shifted(*z)[i])), axis, *logits)
+        for i in (0, 1)
     )
-    at_top = _accurate.max_where(lambda k, p, q: (p == top_p, q), axis, *map(jax.lax.stop_gradient, (p, q)))
-    at_top = jnp.where(at_top == -jnp.inf, top_q, at_top)  # XLA may compute logits twice, so that none is the maximum
-    reference = tuple(once(x) for x in _accurate.difference(at_top, top_p))
-    excluded = _accurate.maximum(jnp.minimum(-q, p + room), axis) > room / 2
-    pair = _Pair(p, q, top_p, top_q, total_p, total_q, reference, jnp.zeros_like(top_p), excluded)
-    return pair._replace(mean=_mean(pair, axis))
+    fixed = [jax.lax.stop_gradient(z) for z in logits]
+
+    def at_top(k, p, q):
+        out = (q == -jnp.inf) & (p > -jnp.inf)
+        return (p == top_p) | out, jnp.where(out, jnp.inf, pair.finite(p, q)[1])
+
+    most = _accurate.max_where(at_top, axis, *fixed)
+    # Where XLA computes logits twice, none may be the maximum.
+    high, low = _accurate.difference(jnp.where(jnp.abs(most) < jnp.inf, most, pair.top_q), pair.top_p)
+    totals = {"total_p": jnp.maximum(total_p, 0.5), "total_q": jnp.maximum(total_q, 0.5)}  # at least 1, or no class
+    pair = pair._replace(**totals, reference=(once(high), once(low)), excluded=most == jnp.inf).kept()
+    return pair._replace(mean=_mean(pair, axis)).kept()
 
 
 def _mean(pair, axis):
     """The mean of q - p under p, less what `pair` takes for it."""
 
     def term(k, p, q):
-        return p > -_room(p), jnp.exp(p - pair.top_p) * pair.centred(p, q)
+        return p > -jnp.inf, jnp.exp(pair.shifted(p, q)[0]) * pair.centred(p, q)
 
     return _accurate.once(_accurate.sum_where(term, axis, pair.p, pair.q) / pair.total_p, pair.p, axis)
 
@@ -336,15 +355,17 @@ def _kl(pair, axis):
     the logits of q elsewhere, also where p is 0. A divergence above 1 has no small difference to lose.
     """
     # exp(q - top_q - shift) = exp(p - top_p + d)
-    shift = _accurate.once((sum(pair.reference) + (pair.top_p - pair.top_q)) + pair.mean, pair.p, axis)
+    (high, low), (top_high, top_low) = pair.reference, _accurate.difference(pair.top_q, pair.top_p)
+    shift = _accurate.once(((high - top_high) + (low - top_low)) + pair.mean, pair.p, axis)
 
     def term(k, p, q):
-        d = pair.centred(p, q)
+        d, (shifted_p, shifted_q) = pair.centred(p, q), pair.shifted(p, q)
         near = jnp.clip(d, -1, 2)
-        beyond, c = d - near, (q - pair.top_q) - shift
+        # No more than a finite number: beyond it, `far` is the divergence.
+        beyond, c = d - near, jnp.minimum(shifted_q - shift, math.log(jnp.finfo(d.dtype).max) / 2)
         # Where d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
-        x = jnp.exp(p - pair.top_p) * (_accurate.near_exp_remainder(near) - beyond) + (jnp.exp(c) - jnp.exp(c - beyond))
-        return jnp.maximum(p, q) > -_room(p), x
+        x = jnp.exp(shifted_p) * (_accurate.near_exp_remainder(near) - beyond) + (jnp.exp(c) - jnp.exp(c - beyond))
+        return jnp.maximum(p, q) > -jnp.inf, x
 
     excess = _accurate.sum_where(term, axis, pair.p, pair.q) / pair.total_p
     far = jnp.log(pair.total_q / pair.total_p) - shift
@@ -355,8 +376,10 @@ def _kl(pair, axis):
 @partial(_finite_kl.defjvp, symbolic_zeros=True)
 def _finite_kl_jvp(axis, primals, tangents):
     """dKL = sum_i -p_i d_i dz^p_i + (q_i - p_i) dz^q_i."""
-    pair = _pair(*primals, axis)
-    kl = _kl(pair, axis)
+    p_logits, q_logits = primals
+    # The divergence by its rule, which is finite where its plain derivative is not; XLA merges what both compute.
+    pair, kl = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
+    pair = pair._replace(mean=_accurate.kept((pair.mean, kl))[0]).kept()
     return kl, _along(kl, (partial(_kl_slope_p, pair, axis), partial(_kl_slope_q, pair, kl)), tangents, axis)
 
 
@@ -383,12 +406,12 @@ def _kl_slope_q(pair, kl):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def js_divergence(p_logits, q_logits, axis):
     """sum_i m_i h(t_i), t = log q - log p, with h >= 0 even: h = ln 2 where only one of p and q is 0."""
-    pair = _pair(p_logits, q_logits, axis)
-    kl, room = _kl(pair, axis), _room(pair.p)
+    pair, kl = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
 
     def term(k, p, q):
-        t = jnp.where((p == -room) != (q == -room), jnp.inf, pair.log_ratio(p, q, kl))
-        return jnp.maximum(p, q) > -room, sum(pair.probs(p, q)) / 2 * _js_term(t)
+        t, (a, b) = pair.log_ratio(p, q, kl), pair.probs(p, q)
+        t = jnp.where((p == -jnp.inf) != (q == -jnp.inf), jnp.inf, t)
+        return jnp.maximum(p, q) > -jnp.inf, (a + b) / 2 * _js_term(t)
 
     undefined = _accurate.undefined(p_logits, axis) + _accurate.undefined(q_logits, axis)
     return jnp.minimum(_accurate.sum_where(term, axis, pair.p, pair.q), math.log(2)) + undefined
@@ -428,7 +451,7 @@ def _js_slope(p_logits, q_logits, axis):
     """
     pair = _pair(p_logits, q_logits, axis)
     p, _ = pair.probs(pair.p, pair.q)
-    t = pair.log_ratio(pair.p, pair.q, _kl(pair, axis))
+    t = pair.log_ratio(pair.p, pair.q, _finite_kl(p_logits, q_logits, axis))
     t = jnp.where((q_logits == -jnp.inf) & (p_logits > -jnp.inf), -_LARGE_GAP, t)
     # log1p(tanh(|t| / 2)), not -log1p(expm1(-|t|) / 2), whose argument lies where XLA's float64 log1p errs by 240 u.
     near = jnp.log1p(jnp.tanh(jnp.abs(t) / 2)) - jnp.maximum(t, 0)
