@@ -92,7 +92,7 @@ def _uniform_loss_jvp(axis, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def target_loss(z, targets, axis):
-    """-sum_i t_i log p_i = sum_i t_i (log1p(sum_exp_below_max) + (m - z_i)): no term is negative."""
+    """-sum_i t_i log p_i = sum t log1p(sum_exp_below_max) + sum_i t_i (m - z_i): no term is negative."""
     return _target_terms(z, targets, axis)[0]
 
 
@@ -117,18 +117,17 @@ def _target_terms(z, targets, axis):
     The gradient of a row of targets with a NaN or an infinite one is 0.
     """
     top = _accurate.finite_maximum(z, axis)
-    others = _accurate.sum_exp_below_max(z, axis, top)
-    mass, log_total = _accurate.total(targets, axis), jnp.log1p(others) + _accurate.undefined(z, axis)
+    others, mass = _accurate.sum_exp_below_max(z, axis, top), _accurate.total(targets, axis)
+    gaps = _accurate.sum_where(lambda k, z, t: (t != 0, t * (top - z)), axis, z, targets)
+    rest = _accurate.sum_where(lambda k, z, t: (z != top, t), axis, z, targets)
+    loss = mass * (jnp.log1p(others) + _accurate.undefined(z, axis)) + gaps
     # One comparison with a number of the row: LLVM vectorises no more than that next to an exponential.
-    top, log_total, large, scale = (
-        _accurate.once(x, z, axis) for x in (top, log_total, jnp.where(others < 1, top, jnp.inf), mass / (1 + others))
+    large, scale, at_top = (
+        _accurate.once(x, z, axis)
+        for x in (jnp.where(others < 1, top, jnp.inf), mass / (1 + others), rest - mass * (others / (1 + others)))
     )
-    loss = _accurate.sum_where(lambda k, z, t: (t != 0, t * (log_total + (top - z))), axis, z, targets)
-    rest = _accurate.sum_where(lambda k, z, t: (z != large, t), axis, z, targets)
-    at_top = _accurate.once(rest - scale * others, z, axis)
     residual = jnp.where(z == large, at_top, scale * jnp.exp(z - top) - targets)
-    # Without a target the loss is NaN too where the logits are no distribution.
-    return jnp.where(jnp.isnan(log_total), log_total, loss), jnp.where(jnp.isfinite(mass), residual, 0)
+    return loss, jnp.where(jnp.isfinite(mass), residual, 0)
 
 
 @_target_terms.defjvp
