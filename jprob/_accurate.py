@@ -137,7 +137,8 @@ def nan_unless(ok: Array, x: Array) -> Array:
     The NaN is computed, not a constant: XLA on CPU (jax 0.10 and 0.12) makes a number of exp(where(ok, x, nan)), since
     LLVM may take any number for the integer part of a NaN that it knows of.
     """
-    return jnp.where(ok, x, jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype)))
+    # The last operation is a select, lest the library of sums computes a loss anew, number by number, for its mean.
+    return jnp.where(ok, jnp.where(ok, x, 0), jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype)))
 
 
 def undefined(z: Array, axis: int | Sharded) -> Array:
@@ -158,11 +159,6 @@ def finite_maximum(z: Array, axis: int | Sharded) -> Array:
 def exp_shifted(z: Array, axis: int | Sharded) -> Array:
     """exp(shifted): 1 for a maximum. Its plain derivative is right up to a common factor."""
     return jnp.exp(z - jax.lax.stop_gradient(finite_maximum(z, axis)))
-
-
-def below_top(shifted: Array) -> Array:
-    """1 for each class below the maximum, 0 for the maximum itself and for all that tie with it."""
-    return (shifted < 0).astype(shifted.dtype)
 
 
 def sum_exp_below_max(z: Array, axis: int | Sharded, top: Array | None = None) -> Array:
@@ -225,17 +221,41 @@ def log_softmax(z: Array, axis: int | Sharded) -> Array:
 @log_softmax.defjvp
 def _log_softmax_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
+    rows = normaliser(z, axis)
+    log_total = once(jnp.log1p(rows.others) + undefined(z, axis), z, axis)
+    return (z - rows.top) - log_total, centred(jnp.exp(z - rows.top) * rows.share, dz, axis)
+
+
+class Normaliser(NamedTuple):
+    """Numbers per row.
+
+    Attributes:
+      top: the maximum.
+      others: `sum_exp_below_max`.
+      share: 1 / (1 + others), the probability of a class at the maximum.
+      lack: others / (1 + others), 1 minus that, which 1 - p would round to 0 once p is within u of 1.
+      large: the logit of the one class with p > 1/2, or inf. LLVM vectorises one comparison with a number of the row
+        next to an exponential, and no more.
+    """
+
+    top: Array
+    others: Array
+    share: Array
+    lack: Array
+    large: Array
+
+
+def normaliser(z: Array, axis: int | Sharded) -> Normaliser:
     top = finite_maximum(z, axis)
     others = sum_exp_below_max(z, axis, top)
-    top, share, log_total = (once(x, z, axis) for x in (top, 1 / (1 + others), jnp.log1p(others) + undefined(z, axis)))
-    return (z - top) - log_total, centred(jnp.exp(z - top) * share, dz, axis)
+    rows = 1 / (1 + others), others / (1 + others), jnp.where(others < 1, top, jnp.inf)
+    return Normaliser(kept(top), others, *(once(x, z, axis) for x in rows))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_complement(z: Array, axis: int | Sharded) -> Array:
-    """1 - max p = s / (1 + s) with s = sum_exp_below_max, which 1 - p would round to 0 once p is within u of 1."""
-    others = sum_exp_below_max(z, axis)
-    return others / (1 + others) + undefined(z, axis)
+    """1 - max p."""
+    return normaliser(z, axis).lack + undefined(z, axis)
 
 
 @top_complement.defjvp
@@ -243,13 +263,7 @@ def _top_complement_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
     p = probs(z, axis)
     dp = p * centred(p, dz, axis)
-    return top_complement(z, axis), -total(unique_top(z, axis) * dp, axis)
-
-
-def unique_top(z: Array, axis: int | Sharded) -> Array:
-    """1 for the maximum where nothing ties with it, else 0 everywhere (then no class has p > 1/2)."""
-    top = 1 - below_top(shifted(z, axis))
-    return top * (total(top, axis) == 1).astype(top.dtype)
+    return top_complement(z, axis), -total(jnp.where(z == normaliser(z, axis).large, dp, 0), axis)
 
 
 def centred(p: Array, v: Array, axis: int | Sharded) -> Array:

@@ -116,17 +116,12 @@ def _target_terms(z, targets, axis):
 
     The gradient of a row of targets with a NaN or an infinite one is 0.
     """
-    top = _accurate.finite_maximum(z, axis)
-    others, mass = _accurate.sum_exp_below_max(z, axis, top), _accurate.total(targets, axis)
-    gaps = _accurate.sum_where(lambda k, z, t: (t != 0, t * (top - z)), axis, z, targets)
-    rest = _accurate.sum_where(lambda k, z, t: (z != top, t), axis, z, targets)
-    loss = mass * (jnp.log1p(others) + _accurate.undefined(z, axis)) + gaps
-    # One comparison with a number of the row: LLVM vectorises no more than that next to an exponential.
-    large, scale, at_top = (
-        _accurate.once(x, z, axis)
-        for x in (jnp.where(others < 1, top, jnp.inf), mass / (1 + others), rest - mass * (others / (1 + others)))
-    )
-    residual = jnp.where(z == large, at_top, scale * jnp.exp(z - top) - targets)
+    rows, mass = _accurate.normaliser(z, axis), _accurate.total(targets, axis)
+    gaps = _accurate.sum_where(lambda k, z, t: (t != 0, t * (rows.top - z)), axis, z, targets)
+    rest = _accurate.sum_where(lambda k, z, t: (z != rows.top, t), axis, z, targets)
+    loss = mass * (jnp.log1p(rows.others) + _accurate.undefined(z, axis)) + gaps
+    scale, at_top = (_accurate.once(x, z, axis) for x in (mass * rows.share, rest - mass * rows.lack))
+    residual = jnp.where(z == rows.large, at_top, scale * jnp.exp(z - rows.top) - targets)
     return loss, jnp.where(jnp.isfinite(mass), residual, 0)
 
 
@@ -149,7 +144,14 @@ def _finite_rows(targets, axis):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def squared_error(z, targets, axis):
     """sum_i e_i^2."""
-    return _accurate.total(jnp.square(_probability_error(z, targets, axis)), axis) + _accurate.undefined(z, axis)
+    rows = _accurate.normaliser(z, axis)
+    squares = _accurate.sum_where(lambda k, z, t: (z != jnp.inf, jnp.square(_error(rows, z, t))), axis, z, targets)
+    return squares + _accurate.undefined(z, axis)
+
+
+def _error(rows, z, targets):
+    """e = p - t; for the one class with p > 1/2 it is (1 - t) - (1 - p), both known without cancellation."""
+    return jnp.where(z == rows.large, (1 - targets) - rows.lack, jnp.exp(z - rows.top) * rows.share - targets)
 
 
 @squared_error.defjvp
@@ -163,9 +165,7 @@ def _squared_error_jvp(axis, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _probability_error(z, targets, axis):
-    """e = p - t; for the one class with p > 1/2 it is (1 - t) - (1 - p), both known without cancellation."""
-    top, p = _accurate.unique_top(z, axis), _accurate.probs(z, axis)
-    return jnp.where(top == 1, (1 - targets) - _accurate.top_complement(z, axis), p - targets)
+    return _error(_accurate.normaliser(z, axis), z, targets)
 
 
 @_probability_error.defjvp
@@ -184,16 +184,28 @@ def _brier_slope(z, targets, axis):
     those that tie), e_r - e_i of a class near it is (t_i - t_r) - p_r expm1(shifted_i). For the others e_i - <p, e>
     itself will do, with <p, e> = sum_i p_i (p_i - <p, t>), p_i - <p, t> = p_r (exp(shifted_i) - <t, exp(shifted)>).
     """
-    d = _accurate.shifted(z, axis)
-    top = 1 - _accurate.below_top(d)
-    total = partial(_accurate.total, axis=axis)
-    p, e, growth = _accurate.probs(z, axis), _probability_error(z, targets, axis), jnp.expm1(d)
+    rows, total = _accurate.normaliser(z, axis), partial(_accurate.total, axis=axis)
+    top, p_r = rows.top, rows.share
+    ties, of_ties = (
+        _accurate.sum_where(lambda k, z, t, x=x: (z == top, x(t)), axis, z, targets)
+        for x in (jnp.ones_like, lambda t: t)
+    )
+    t_r = of_ties / jnp.maximum(ties, 1)
+    e_r = jnp.where(rows.others < 1, (1 - t_r) - rows.lack, p_r - t_r)
+    t_r, e_r = (_accurate.once(x, z, axis) for x in (t_r, e_r))
 
-    p_r, t_r, e_r = (total(top * x) / jnp.maximum(total(top), 1) for x in (p, targets, e))
-    near = d > -math.log(2)
-    drop = jnp.where(near, (targets - t_r) - p_r * growth, e_r - e)
-    mean = p_r * total(p * (growth - (total(targets * growth) + (total(targets) - 1))))
-    return p * jnp.where(near, total(p * drop) - drop, e - mean)
+    def drop(z, t):
+        near = z - top > -math.log(2)
+        return near, jnp.where(near, (t - t_r) - p_r * jnp.expm1(z - top), e_r - _error(rows, z, t))
+
+    dropped = _accurate.sum_where(
+        lambda k, z, t: (z != jnp.inf, jnp.exp(z - top) * p_r * drop(z, t)[1]), axis, z, targets
+    )
+    growth = jnp.expm1(z - top)
+    missing = total(targets * growth) + (total(targets) - 1)
+    mean = _accurate.once(p_r * total(jnp.exp(z - top) * p_r * (growth - missing)), z, axis)
+    near, fall = drop(z, targets)
+    return jnp.exp(z - top) * p_r * jnp.where(near, dropped - fall, _error(rows, z, targets) - mean)
 
 
 @_brier_slope.defjvp

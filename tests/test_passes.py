@@ -85,7 +85,7 @@ NEEDED = {
     "kl_divergence, gradient in q": (value_and_gradient(categorical.kl_divergence, 1), (Z, Z), (5, 1)),
     "js_divergence": (categorical.js_divergence, (Z, Z), (5, 0)),
     "brier_score": (categorical.brier_score, (Z, LABELS), (3, 0)),
-    "brier_score, gradient": (value_and_gradient(categorical.brier_score), (Z, LABELS), (5, 1)),
+    "brier_score, gradient": (value_and_gradient(categorical.brier_score), (Z, LABELS), (4, 1)),
 }  # fmt: skip
 
 
