@@ -137,8 +137,7 @@ def nan_unless(ok: Array, x: Array) -> Array:
     The NaN is computed, not a constant: XLA on CPU (jax 0.10 and 0.12) makes a number of exp(where(ok, x, nan)), since
     LLVM may take any number for the integer part of a NaN that it knows of.
     """
-    # The last operation is a select, lest the library of sums computes a loss anew, number by number, for its mean.
-    return jnp.where(ok, jnp.where(ok, x, 0), jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype)))
+    return jnp.where(ok, x, 0) + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype))
 
 
 def undefined(z: Array, axis: int | Sharded) -> Array:
@@ -252,18 +251,9 @@ def normaliser(z: Array, axis: int | Sharded) -> Normaliser:
     return Normaliser(kept(top), others, *(once(x, z, axis) for x in rows))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_complement(z: Array, axis: int | Sharded) -> Array:
     """1 - max p."""
     return normaliser(z, axis).lack + undefined(z, axis)
-
-
-@top_complement.defjvp
-def _top_complement_jvp(axis, primals, tangents):
-    (z,), (dz,) = primals, tangents
-    p = probs(z, axis)
-    dp = p * centred(p, dz, axis)
-    return top_complement(z, axis), -total(jnp.where(z == normaliser(z, axis).large, dp, 0), axis)
 
 
 def centred(p: Array, v: Array, axis: int | Sharded) -> Array:

@@ -486,7 +486,8 @@ def _existing(out, where, without):
 def _per_example(out, axis, where, valid=None):
     """`out` without the class axis: NaN where not `valid`, and 0 where no class exists, both with a gradient of 0."""
     if valid is not None:
-        out = _accurate.nan_unless(valid, out)
+        # A select last: otherwise XLA on CPU computes the losses within the sum of their mean, one by one.
+        out = jnp.where(valid, out, _accurate.nan_unless(valid, out))
     if where is not None:
         out = jnp.where(jnp.any(where, axis=axis, keepdims=True), out, 0)
     return jnp.squeeze(out, axis)

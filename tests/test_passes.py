@@ -1,8 +1,8 @@
-"""How often a program reads and writes arrays of the size of the logits, on a GPU, where that is what a function costs.
+"""How often a program reads and writes arrays of the size of the logits, on a GPU, whose time that is.
 
-What is counted is the program that jax lowers for CUDA, before XLA. XLA makes one kernel of all that is elementwise, and
-of sums of one array that do not wait for each other. So a pass is a step of waiting: a sum or maximum over classes
-waits for the passes that make its operand, and a result of the logits' size for those that make its numbers per row.
+What is counted is the program that jax lowers for CUDA, before XLA. XLA makes one kernel of what is elementwise, and of
+sums of an array that do not wait for each other. So a pass is a step of waiting: a sum or maximum over classes waits
+for the passes that make its operand, and a result of the logits' size for those that make its numbers per row.
 """
 
 import math
