@@ -119,7 +119,9 @@ def _target_terms(z, targets, axis):
     rows, mass = _accurate.normaliser(z, axis), _accurate.total(targets, axis)
     gaps = _accurate.sum_where(lambda k, z, t: (t != 0, t * (rows.top - z)), axis, z, targets)
     rest = _accurate.sum_where(lambda k, z, t: (z != rows.top, t), axis, z, targets)
-    loss = mass * (jnp.log1p(rows.others) + _accurate.undefined(z, axis)) + gaps
+    log_total = jnp.log1p(rows.others) + _accurate.undefined(z, axis)
+    # A select last, as in a loss of labels.
+    loss = jnp.where(jnp.isnan(log_total), log_total, mass * log_total + gaps)
     scale, at_top = (_accurate.once(x, z, axis) for x in (mass * rows.share, rest - mass * rows.lack))
     residual = jnp.where(z == rows.large, at_top, scale * jnp.exp(z - rows.top) - targets)
     return loss, jnp.where(jnp.isfinite(mass), residual, 0)
