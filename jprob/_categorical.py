@@ -25,88 +25,117 @@ def tempered(z, axis, temperature):
     return jnp.where(temperature == 0, cold, jnp.where(possible, warm, d))
 
 
-def uniform(z, axis):
-    """The uniform distribution over the possible classes."""
-    possible = (z > -jnp.inf).astype(z.dtype)
-    return possible / jnp.maximum(1, _accurate.total(possible, axis))
-
-
-def class_distance(z, labels, axis):
-    """|class - label|: 0 at the label and at least 1 elsewhere, by arithmetic (see `_accurate`)."""
-    dtype = z.dtype if z.shape[axis] <= 2**24 else jnp.int32  # float32 counts no further
-    classes = jax.lax.broadcasted_iota(dtype, z.shape, axis, out_sharding=jax.typeof(z).sharding)
-    return jnp.abs(classes - labels.astype(dtype)).astype(z.dtype)
-
-
-def _label_terms(z, labels, axis):
-    """exp(shifted), twice the distance, sum of the other exponentials, the label's gap.
-
-    exp(shifted) is at most 1, so that min(distance, exp(shifted)) leaves the label out and changes no other class.
-    """
-    exponentials = _accurate.exp_shifted(z, axis)
-    distance = 2 * class_distance(z, labels, axis)  # never equal to an exponential, where a minimum has half a slope
-    others = _accurate.total(jnp.minimum(distance, exponentials), axis)
-    top = jax.lax.stop_gradient(_accurate.finite_maximum(z, axis))
-    label_logit = _placement.entries(z, labels, axis)
-    return exponentials, distance, others, label_logit - top
+def is_class(z, labels, axis):
+    """Whether each class is the label."""
+    sharding = jax.typeof(z).sharding
+    return jax.lax.broadcasted_iota(jnp.int32, z.shape, axis, out_sharding=sharding) == labels.astype(jnp.int32)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def class_loss(z, labels, axis):
-    """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum where it is at the maximum.
+    """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum.
 
-    Where it is not, p_y <= 1/2, and the loss is at least ln 2: there is no small number to keep. In a row without a
-    possible class it is log 0 - log 0, NaN.
+    At the maximum, exp(z_y - m) - 1 = 0 is added to the others. Elsewhere the loss is at least ln 2, and has no small
+    number to keep. In a row without a possible class it is log 0 - log 0, NaN.
     """
-    _, _, others, label_shifted = _label_terms(z, labels, axis)
-    at_top = jnp.log1p(others + jnp.expm1(label_shifted))  # of 0: it adds the label's part to the plain derivative
-    return jnp.where(label_shifted == 0, at_top, jnp.log(others + jnp.exp(label_shifted))) - label_shifted
+    top = _accurate.finite_maximum(z, axis)
+    others = _accurate.sum_where(lambda k, z: (k != labels.astype(k.dtype), jnp.exp(z - top)), axis, z)
+    gap = _placement.entries(z, labels, axis) - top
+    return jnp.log1p(others + (jnp.exp(gap) - 1)) - gap
 
 
 @class_loss.defjvp
 def _class_loss_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
-    slope = _accurate.total(_class_residual(z, labels, axis) * dz, axis)
-    return class_loss(z, labels, axis), slope
+    loss, residual = _loss_and_residual(z, labels, axis)
+    return loss, _accurate.total(residual * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _class_residual(z, labels, axis):
-    """p - y for a class y: p_j for the others, and minus their sum for y, never p_y - 1."""
-    exponentials, distance, others, label_shifted = _label_terms(z, labels, axis)
-    at_label = jnp.maximum(1 - distance, 0)
-    normaliser = others + jnp.exp(label_shifted)  # at least 1, but 0 in a row without a possible class
-    return (jnp.minimum(distance, exponentials) - at_label * others) / jnp.where(normaliser == 0, 1, normaliser)
+def _loss_and_residual(z, labels, axis):
+    """The loss, and p - y: p_j for the others, and minus their sum for y, never p_y - 1."""
+    top = _accurate.finite_maximum(z, axis)
+    # The gradient takes the place of these exponentials in memory. To compute them again costs a CPU more.
+    exponentials = _accurate.kept(jnp.exp(z - top))
+    others = _accurate.sum_where(lambda k, e: (k != labels.astype(k.dtype), e), axis, exponentials)
+    gap = _placement.entries(z, labels, axis) - top
+    below = others + (jnp.exp(gap) - 1)  # the sum of all less 1; -1 in a row without a possible class
+    share, at_label = (_accurate.once(x / jnp.maximum(1 + below, 0.5), z, axis) for x in (jnp.ones_like(gap), -others))
+    return jnp.log1p(below) - gap, jnp.where(is_class(z, labels, axis), at_label, exponentials * share)
 
 
-@_class_residual.defjvp
-def _class_residual_jvp(axis, primals, tangents):
+@_loss_and_residual.defjvp
+def _loss_and_residual_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
+    loss, residual = _loss_and_residual(z, labels, axis)
     p = _accurate.probs(z, axis)
-    dp = p * _accurate.centred(p, dz, axis)
-    return _class_residual(z, labels, axis), dp
+    return (loss, residual), (_accurate.total(residual * dz, axis), p * _accurate.centred(p, dz, axis))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def uniform_loss(z, axis):
+    """The mean of -log p_i over the possible classes, log sum_i exp(z_i - m) + mean (m - z_i): at least log K."""
+    possible = (z > -jnp.inf).astype(z.dtype)
+    top, count = _accurate.finite_maximum(z, axis), jnp.maximum(_accurate.total(possible, axis), 1)
+    gaps = _accurate.sum_where(lambda k, z: (z > -jnp.inf, top - z), axis, z)
+    return jnp.log(_accurate.total(jnp.exp(z - top), axis)) + gaps / count + _accurate.undefined(z, axis)
+
+
+@uniform_loss.defjvp
+def _uniform_loss_jvp(axis, primals, tangents):
+    """sum_i (p_i - 1 / K) dz_i."""
+    (z,), (dz,) = primals, tangents
+    possible = (z > -jnp.inf).astype(z.dtype)
+    target = possible / jnp.maximum(_accurate.total(possible, axis), 1)
+    return uniform_loss(z, axis), _accurate.total((_accurate.probs(z, axis) - target) * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def target_loss(z, targets, axis):
     """-sum_i t_i log p_i = sum t log1p(sum_exp_below_max) + sum_i t_i (m - z_i): no term is negative."""
-    log_total = jnp.log1p(_accurate.sum_exp_below_max(z, axis)) + _accurate.undefined(z, axis)
-    gaps = _accurate.dot_no_nan(targets, _accurate.shifted(z, axis), axis)
-    return _accurate.total(targets, axis) * log_total - gaps
+    return _target_terms(z, targets, axis)[0]
 
 
 @partial(target_loss.defjvp, symbolic_zeros=True)
 def _target_loss_jvp(axis, primals, tangents):
-    """-sum_i t_i (dz_i - <p, dz>) - sum_i log p_i dt_i, the latter over possible classes."""
+    """sum_i (p_i sum(t) - t_i) dz_i - sum_i log p_i dt_i, the latter over possible classes."""
     (z, targets), (dz, dt) = primals, tangents
-    slope = jnp.zeros_like(out := target_loss(z, targets, axis))
+    out, residual = _target_terms(z, targets, axis)
+    slope = jnp.zeros_like(out)
     if type(dz) is not SymbolicZero:
-        targets = _finite_rows(targets, axis)
-        slope -= _accurate.total(targets * _accurate.centred(_accurate.probs(z, axis), dz, axis), axis)
+        slope += _accurate.total(residual * dz, axis)
     if type(dt) is not SymbolicZero:
         log_p = _accurate.log_softmax(z, axis)
         slope -= _accurate.total(jnp.where(jnp.isfinite(log_p), log_p, 0) * dt, axis)
     return out, slope
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _target_terms(z, targets, axis):
+    """The loss, and p_i sum(t) - t_i; for the one class with p > 1/2 what the others have of t, less sum(t) (1 - p_i).
+
+    The gradient of a row of targets with a NaN or an infinite one is 0.
+    """
+    rows, mass = _accurate.normaliser(z, axis), _accurate.total(targets, axis)
+    gaps = _accurate.sum_where(lambda k, z, t: (t != 0, t * (rows.top - z)), axis, z, targets)
+    rest = _accurate.sum_where(lambda k, z, t: (z != rows.top, t), axis, z, targets)
+    log_total = jnp.log1p(rows.others) + _accurate.undefined(z, axis)
+    # A select last, as in a loss of labels.
+    loss = jnp.where(jnp.isnan(log_total), log_total, mass * log_total + gaps)
+    scale, at_top = (_accurate.once(x, z, axis) for x in (mass * rows.share, rest - mass * rows.lack))
+    residual = jnp.where(z == rows.large, at_top, scale * jnp.exp(z - rows.top) - targets)
+    return loss, jnp.where(jnp.isfinite(mass), residual, 0)
+
+
+@_target_terms.defjvp
+def _target_terms_jvp(axis, primals, tangents):
+    """d(p_i sum(t) - t_i) = sum(t) p_i (dz_i - <p, dz>) + p_i sum(dt) - dt_i."""
+    (z, targets), (dz, dt) = primals, tangents
+    (loss, residual), finite = _target_terms(z, targets, axis), _finite_rows(targets, axis)
+    p, log_p = _accurate.probs(z, axis), _accurate.log_softmax(z, axis)
+    terms = residual * dz - jnp.where(jnp.isfinite(log_p), log_p, 0) * dt
+    slope = _accurate.total(finite, axis) * (p * _accurate.centred(p, dz, axis)) + (p * _accurate.total(dt, axis) - dt)
+    return (loss, residual), (_accurate.total(terms, axis), slope)
 
 
 def _finite_rows(targets, axis):
@@ -117,7 +146,14 @@ def _finite_rows(targets, axis):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def squared_error(z, targets, axis):
     """sum_i e_i^2."""
-    return _accurate.total(jnp.square(_probability_error(z, targets, axis)), axis) + _accurate.undefined(z, axis)
+    rows = _accurate.normaliser(z, axis)
+    squares = _accurate.sum_where(lambda k, z, t: (z != jnp.inf, jnp.square(_error(rows, z, t))), axis, z, targets)
+    return squares + _accurate.undefined(z, axis)
+
+
+def _error(rows, z, targets):
+    """e = p - t; for the one class with p > 1/2 it is (1 - t) - (1 - p), both known without cancellation."""
+    return jnp.where(z == rows.large, (1 - targets) - rows.lack, jnp.exp(z - rows.top) * rows.share - targets)
 
 
 @squared_error.defjvp
@@ -131,9 +167,7 @@ def _squared_error_jvp(axis, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _probability_error(z, targets, axis):
-    """e = p - t; for the one class with p > 1/2 it is (1 - t) - (1 - p), both known without cancellation."""
-    top, p = _accurate.unique_top(z, axis), _accurate.probs(z, axis)
-    return jnp.where(top == 1, (1 - targets) - _accurate.top_complement(z, axis), p - targets)
+    return _error(_accurate.normaliser(z, axis), z, targets)
 
 
 @_probability_error.defjvp
@@ -152,16 +186,28 @@ def _brier_slope(z, targets, axis):
     those that tie), e_r - e_i of a class near it is (t_i - t_r) - p_r expm1(shifted_i). For the others e_i - <p, e>
     itself will do, with <p, e> = sum_i p_i (p_i - <p, t>), p_i - <p, t> = p_r (exp(shifted_i) - <t, exp(shifted)>).
     """
-    d = _accurate.shifted(z, axis)
-    top = 1 - _accurate.below_top(d)
-    total = partial(_accurate.total, axis=axis)
-    p, e, growth = _accurate.probs(z, axis), _probability_error(z, targets, axis), jnp.expm1(d)
+    rows, total = _accurate.normaliser(z, axis), partial(_accurate.total, axis=axis)
+    top, p_r = rows.top, rows.share
+    ties, of_ties = (
+        _accurate.sum_where(lambda k, z, t, x=x: (z == top, x(t)), axis, z, targets)
+        for x in (jnp.ones_like, lambda t: t)
+    )
+    t_r = of_ties / jnp.maximum(ties, 1)
+    e_r = jnp.where(rows.others < 1, (1 - t_r) - rows.lack, p_r - t_r)
+    t_r, e_r = (_accurate.once(x, z, axis) for x in (t_r, e_r))
 
-    p_r, t_r, e_r = (total(top * x) / jnp.maximum(total(top), 1) for x in (p, targets, e))
-    near = d > -math.log(2)
-    drop = jnp.where(near, (targets - t_r) - p_r * growth, e_r - e)
-    mean = p_r * total(p * (growth - (total(targets * growth) + (total(targets) - 1))))
-    return p * jnp.where(near, total(p * drop) - drop, e - mean)
+    def drop(z, t):
+        near = z - top > -math.log(2)
+        return near, jnp.where(near, (t - t_r) - p_r * jnp.expm1(z - top), e_r - _error(rows, z, t))
+
+    dropped = _accurate.sum_where(
+        lambda k, z, t: (z != jnp.inf, jnp.exp(z - top) * p_r * drop(z, t)[1]), axis, z, targets
+    )
+    growth = jnp.expm1(z - top)
+    missing = total(targets * growth) + (total(targets) - 1)
+    mean = _accurate.once(p_r * total(jnp.exp(z - top) * p_r * (growth - missing)), z, axis)
+    near, fall = drop(z, targets)
+    return jnp.exp(z - top) * p_r * jnp.where(near, dropped - fall, _error(rows, z, targets) - mean)
 
 
 @_brier_slope.defjvp
@@ -175,37 +221,34 @@ def _brier_slope_jvp(axis, primals, tangents):
     return slope, slope * centred + p * (de - _accurate.total(dp * e + p * de, axis))
 
 
-def _finite_shifted(z, axis):
-    """`shifted`, with 0 for an impossible class, whose probability of 0 it is about to meet."""
-    d = _accurate.shifted(z, axis)
-    return jnp.where(d == -jnp.inf, 0, d)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def entropy(z, axis):
     """H = log1p(sum_exp_below_max) + sum p_i (m - z_i): no term is negative."""
-    p, d = _accurate.probs(z, axis), _finite_shifted(z, axis)
-    log_total = jnp.log1p(_accurate.sum_exp_below_max(z, axis)) + _accurate.undefined(z, axis)
-    return log_total - _accurate.total(p * d, axis)
+    _, others, gap = _mean_gap(z, axis)
+    return jnp.log1p(others) + gap + _accurate.undefined(z, axis)
+
+
+def _mean_gap(z, axis):
+    """The maximum m, the sum of exponentials below it, and sum p_i (m - z_i)."""
+    top = _accurate.finite_maximum(z, axis)
+    others = _accurate.sum_exp_below_max(z, axis, top)
+    top = _accurate.once(top, z, axis)
+    gaps = _accurate.sum_where(lambda k, z: (z > -jnp.inf, jnp.exp(z - top) * _finite(top - z)), axis, z)
+    return top, others, gaps / (1 + others)
+
+
+def _finite(gap):
+    """The gap, and 0 for that of an impossible class, whose probability of 0 it is about to meet."""
+    return jnp.where(gap < jnp.inf, gap, 0)
 
 
 @entropy.defjvp
 def _entropy_jvp(axis, primals, tangents):
-    """dH = -sum p_i (log p_i + H) dz_i, and log p_i + H = d_i - <p, d>."""
+    """dH = -sum p_i (log p_i + H) dz_i, and log p_i + H = sum_j p_j (m - z_j) - (m - z_i)."""
     (z,), (dz,) = primals, tangents
-    p, d = _accurate.probs(z, axis), _finite_shifted(z, axis)
-    slope = p * (_accurate.total(p * d, axis) - d)
+    top, others, gap = (_accurate.once(x, z, axis) for x in _mean_gap(z, axis))
+    slope = jnp.exp(z - top) / (1 + others) * (_finite(top - z) - gap)
     return entropy(z, axis), _accurate.total(slope * dz, axis)
-
-
-def _bounded(z, axis):
-    """The same distribution with finite logits, so that differences of them are finite, and its maximum.
-
-    Where the maximum is huge, the logits are measured from it. An impossible class gets minus `_room`; a row without a
-    possible class becomes uniform.
-    """
-    top, shift = top_and_shift(z, axis)
-    return jnp.maximum(z - shift, -_room(z)), jnp.where(top > jnp.finfo(z.dtype).min, top - shift, -_room(z))
 
 
 def top_and_shift(z, axis, scale: Any = 1.0):
@@ -220,44 +263,92 @@ def _room(z):
 
 
 class _Pair(NamedTuple):
-    """Two distributions over the same classes, and how they differ.
+    """Two distributions over the same classes, and how they differ; numbers per row but for the logits.
 
     Attributes:
-      shifted_p, shifted_q: logits less their maximum, finite: that of an impossible class has an exponential of 0.
-      total_p, total_q: sums of these exponentials.
-      d: z^q - z^p less its mean under p.
-      mean: that mean, of the difference of the gaps: exp(shifted_q - mean) = exp(shifted_p + d).
+      p, q: logits.
+      shift_p, shift_q: what finite logits are measured from: their maximum where it is huge, else 0.
+      top_p, top_q: maximum of the finite logits.
+      total_p, total_q: sums of exp(p - top_p) and exp(q - top_q).
+      reference: q - p of p's top class, and its rounding error.
+      mean: of q - p - reference under p.
       excluded: whether q excludes a class that p does not.
     """
 
-    shifted_p: Array
-    shifted_q: Array
+    p: Array
+    q: Array
+    shift_p: Array
+    shift_q: Array
+    top_p: Array
+    top_q: Array
     total_p: Array
     total_q: Array
-    d: Array
+    reference: tuple[Array, Array]
     mean: Array
     excluded: Array
 
+    def kept(self):
+        """For another pass."""
+        rows = self._asdict()
+        del rows["p"], rows["q"]
+        return self._replace(**_accurate.kept(rows))
+
+    def finite(self, p, q):
+        """Finite logits, so that no difference is infinite: an impossible class gets minus `_room`."""
+        return jnp.maximum(p - self.shift_p, -_room(p)), jnp.maximum(q - self.shift_q, -_room(q))
+
+    def centred(self, p, q):
+        """q - p less its mean under p. Measured from the top class, that class keeps its digits too."""
+        (p, q), (r_high, r_low) = self.finite(p, q), self.reference
+        high, low = _accurate.difference(q, p)
+        return ((high - r_high) + (low - r_low)) - self.mean
+
+    def shifted(self, p, q):
+        p, q = self.finite(p, q)
+        return p - self.top_p, q - self.top_q
+
+    def probs(self, p, q):
+        p, q = self.shifted(p, q)
+        return jnp.exp(p) / self.total_p, jnp.exp(q) / self.total_q
+
+    def log_ratio(self, p, q, divergence):
+        """log q - log p = centred - KL(p || q). A divergence above 1 has no small difference to lose."""
+        d, (p, q) = self.centred(p, q), self.shifted(p, q)
+        return jnp.where(divergence > 1, (q - p) - jnp.log(self.total_q / self.total_p), d - divergence)
+
 
 def _pair(p_logits, q_logits, axis) -> _Pair:
-    """By arithmetic alone where a sum over classes follows, see `_accurate`."""
-    (p_logits, p_top), (q_logits, q_top) = _bounded(p_logits, axis), _bounded(q_logits, axis)
-    shifted_p, shifted_q = p_logits - p_top, q_logits - q_top
-    total_p, total_q = (_accurate.total(jnp.exp(x), axis) for x in (shifted_p, shifted_q))
-    high, low = _accurate.difference(q_logits, p_logits)
+    once, logits = partial(_accurate.once, z=p_logits, axis=axis), (p_logits, q_logits)
+    (top_p, shift_p), (top_q, shift_q) = (top_and_shift(z, axis) for z in logits)
+    lowest, room = jnp.finfo(top_p.dtype).min, _room(top_p)
+    tops = [jnp.where(top > lowest, top - s, -room) for top, s in ((top_p, shift_p), (top_q, shift_q))]
+    zero = jnp.zeros_like(top_p)
+    pair = _Pair(p_logits, q_logits, shift_p, shift_q, tops[0], tops[1], zero, zero, (zero, zero), zero, zero)
+    total_p, total_q = (
+        _accurate.sum_where(lambda k, *z, i=i: (z[i] > -jnp.inf, jnp.exp(pair.shifted(*z)[i])), axis, *logits)
+        for i in (0, 1)
+    )
+    fixed = [jax.lax.stop_gradient(z) for z in logits]
 
-    def mean_from(reference):
-        d = (high - reference) + low
-        return _accurate.total(jnp.exp(shifted_p) * d, axis) / total_p
+    def at_top(k, p, q):
+        out = (q == -jnp.inf) & (p > -jnp.inf)
+        return (p == top_p) | out, jnp.where(out, jnp.inf, pair.finite(p, q)[1])
 
-    # Measured from near its mean, the difference keeps its digits whatever shift is common to all logits.
-    top_high, top_low = _accurate.difference(q_top, p_top)
-    reference = top_high + mean_from(top_high)
-    mean = mean_from(reference)
-    room = _room(shifted_p)
-    excluded = _accurate.maximum(jnp.minimum(-q_logits, p_logits + room), axis) > room / 2
-    shift = ((reference - top_high) - top_low) + mean
-    return _Pair(shifted_p, shifted_q, total_p, total_q, ((high - reference) + low) - mean, shift, excluded)
+    most = _accurate.max_where(at_top, axis, *fixed)
+    # Where XLA computes logits twice, none may be the maximum.
+    high, low = _accurate.difference(jnp.where(jnp.abs(most) < jnp.inf, most, pair.top_q), pair.top_p)
+    totals = {"total_p": jnp.maximum(total_p, 0.5), "total_q": jnp.maximum(total_q, 0.5)}  # at least 1, or no class
+    pair = pair._replace(**totals, reference=(once(high), once(low)), excluded=most == jnp.inf).kept()
+    return pair._replace(mean=_mean(pair, axis)).kept()
+
+
+def _mean(pair, axis):
+    """The mean of q - p under p, less what `pair` takes for it."""
+
+    def term(k, p, q):
+        return p > -jnp.inf, jnp.exp(pair.shifted(p, q)[0]) * pair.centred(p, q)
+
+    return _accurate.once(_accurate.sum_where(term, axis, pair.p, pair.q) / pair.total_p, pair.p, axis)
 
 
 def kl_divergence(p_logits, q_logits, axis):
@@ -267,29 +358,42 @@ def kl_divergence(p_logits, q_logits, axis):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _finite_kl(p_logits, q_logits, axis):
+    return _kl(_pair(p_logits, q_logits, axis), axis)
+
+
+def _kl(pair, axis):
     """KL = log sum_i p_i exp(d_i) = log1p(sum_i p_i (exp(d_i) - 1 - d_i)) with <p, d> = 0: no term is negative.
 
     An error of the mean reaches the divergence in second order only. exp(d) is taken from d where d is small, and from
     the logits of q elsewhere, also where p is 0. A divergence above 1 has no small difference to lose.
     """
-    pair = _pair(p_logits, q_logits, axis)
-    near = jnp.clip(pair.d, -1, 2)
-    beyond = pair.d - near
-    centred = pair.shifted_q - pair.mean
-    # Where d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
-    term = jnp.exp(pair.shifted_p) * (_accurate.near_exp_remainder(near) - beyond)
-    term += jnp.exp(centred) - jnp.exp(centred - beyond)
-    excess = _accurate.total(term, axis) / pair.total_p
-    far = jnp.log(pair.total_q / pair.total_p) - pair.mean
-    return jnp.where(pair.excluded, jnp.inf, jnp.where(far > 1, far, jnp.log1p(excess)))
+    # exp(q - top_q - shift) = exp(p - top_p + d)
+    (high, low), (top_high, top_low) = pair.reference, _accurate.difference(pair.top_q, pair.top_p)
+    shift = _accurate.once(((high - top_high) + (low - top_low)) + pair.mean, pair.p, axis)
+
+    def term(k, p, q):
+        d, (shifted_p, shifted_q) = pair.centred(p, q), pair.shifted(p, q)
+        near = jnp.clip(d, -1, 2)
+        # No more than a finite number: beyond it, `far` is the divergence.
+        beyond, c = d - near, jnp.minimum(shifted_q - shift, math.log(jnp.finfo(d.dtype).max) / 2)
+        # Where d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
+        x = jnp.exp(shifted_p) * (_accurate.near_exp_remainder(near) - beyond) + (jnp.exp(c) - jnp.exp(c - beyond))
+        return jnp.maximum(p, q) > -jnp.inf, x
+
+    excess = _accurate.sum_where(term, axis, pair.p, pair.q) / pair.total_p
+    far = jnp.log(pair.total_q / pair.total_p) - shift
+    kl = jnp.where(far > 1, far, jnp.log1p(excess))
+    return _accurate.once(jnp.where(pair.excluded, jnp.inf, kl), pair.p, axis)
 
 
 @partial(_finite_kl.defjvp, symbolic_zeros=True)
 def _finite_kl_jvp(axis, primals, tangents):
     """dKL = sum_i -p_i d_i dz^p_i + (q_i - p_i) dz^q_i."""
-    slopes = (partial(slope, *primals, axis) for slope in (_kl_slope_p, _kl_slope_q))
-    out = _finite_kl(*primals, axis)
-    return out, _along(out, slopes, tangents, axis)
+    p_logits, q_logits = primals
+    # The divergence by its rule, which is finite where its plain derivative is not; XLA merges what both compute.
+    pair, kl = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
+    pair = pair._replace(mean=_accurate.kept((pair.mean, kl))[0]).kept()
+    return kl, _along(kl, (partial(_kl_slope_p, pair, axis), partial(_kl_slope_q, pair, kl)), tangents, axis)
 
 
 def _along(out, slopes, tangents, axis):
@@ -299,49 +403,31 @@ def _along(out, slopes, tangents, axis):
     return sum(terms, jnp.zeros_like(out))
 
 
-def _kl_slope_p(p_logits, q_logits, axis):
-    """-p d, and 0 where the divergence is infinite."""
-    pair = _pair(p_logits, q_logits, axis)
-    p = jnp.exp(pair.shifted_p) / pair.total_p
-    return _balanced(jnp.where((p == 0) | pair.excluded, 0, -p * pair.d), p_logits, axis)
+def _kl_slope_p(pair, axis):
+    """-p d, and 0 where the divergence is infinite. The mean is taken once more, from near it."""
+    p, _ = pair.probs(pair.p, pair.q)
+    d = pair.centred(pair.p, pair.q) - _mean(pair, axis)
+    return jnp.where((p == 0) | pair.excluded, 0, -p * d)
 
 
-def _kl_slope_q(p_logits, q_logits, axis):
+def _kl_slope_q(pair, kl):
     """q - p, through expm1 where they are close."""
-    pair = _pair(p_logits, q_logits, axis)
-    p, q = jnp.exp(pair.shifted_p) / pair.total_p, jnp.exp(pair.shifted_q) / pair.total_q
-    t = _log_ratio(p_logits, q_logits, axis)
-    slope = jnp.where((p > 0) & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
-    return _balanced(slope, p_logits, axis)
-
-
-def _excluded(p_logits, q_logits):
-    """Classes that q excludes and p does not."""
-    return (q_logits == -jnp.inf) & (p_logits > -jnp.inf)
-
-
-def _log_ratio(p_logits, q_logits, axis):
-    """t = log q - log p = d - KL(p || q) over the classes possible under both, of no meaning for the others."""
-    pair, divergence = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
-    # Beside an excluded class d has no mean. A large divergence has no small difference to lose.
-    plain = (pair.shifted_q - pair.shifted_p) - jnp.log(pair.total_q / pair.total_p)
-    return jnp.where(divergence > 1, plain, pair.d - divergence)
-
-
-def _balanced(slope, logits, axis):
-    """Slopes that add up to 0: that of the one class with p > 1/2 is taken from the others, whose digits it lacks."""
-    top = _accurate.unique_top(logits, axis)
-    others = jnp.where(top == 1, 0, slope)
-    return others - top * _accurate.total(others, axis)
+    (p, q), t = pair.probs(pair.p, pair.q), pair.log_ratio(pair.p, pair.q, kl)
+    return jnp.where((p > 0) & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def js_divergence(p_logits, q_logits, axis):
     """sum_i m_i h(t_i), t = log q - log p, with h >= 0 even: h = ln 2 where only one of p and q is 0."""
-    p, q = _accurate.softmax(p_logits, axis), _accurate.softmax(q_logits, axis)
-    one_sided = _excluded(p_logits, q_logits) | _excluded(q_logits, p_logits)
-    t = jnp.where(one_sided, jnp.inf, _log_ratio(p_logits, q_logits, axis))
-    return jnp.minimum(_accurate.total((p + q) / 2 * _js_term(t), axis), math.log(2))
+    pair, kl = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
+
+    def term(k, p, q):
+        t, (a, b) = pair.log_ratio(p, q, kl), pair.probs(p, q)
+        t = jnp.where((p == -jnp.inf) != (q == -jnp.inf), jnp.inf, t)
+        return jnp.maximum(p, q) > -jnp.inf, (a + b) / 2 * _js_term(t)
+
+    undefined = _accurate.undefined(p_logits, axis) + _accurate.undefined(q_logits, axis)
+    return jnp.minimum(_accurate.sum_where(term, axis, pair.p, pair.q), math.log(2)) + undefined
 
 
 # A log-ratio at which the smaller probability is nothing beside the larger, in every dtype.
@@ -376,8 +462,10 @@ def _js_slope(p_logits, q_logits, axis):
     l itself is 0 for t = 0, where p and q agree; l - ln 2 is 0 where q is far below p. The one that is small where p
     lies keeps the digits of the differences.
     """
-    p, t = _accurate.probs(p_logits, axis), _log_ratio(p_logits, q_logits, axis)
-    t = jnp.where(_excluded(p_logits, q_logits), -_LARGE_GAP, t)
+    pair = _pair(p_logits, q_logits, axis)
+    p, _ = pair.probs(pair.p, pair.q)
+    t = pair.log_ratio(pair.p, pair.q, _finite_kl(p_logits, q_logits, axis))
+    t = jnp.where((q_logits == -jnp.inf) & (p_logits > -jnp.inf), -_LARGE_GAP, t)
     # log1p(tanh(|t| / 2)), not -log1p(expm1(-|t|) / 2), whose argument lies where XLA's float64 log1p errs by 240 u.
     near = jnp.log1p(jnp.tanh(jnp.abs(t) / 2)) - jnp.maximum(t, 0)
     below = -jnp.maximum(t, 0) - jnp.log1p(jnp.exp(-jnp.abs(t)))

@@ -157,9 +157,8 @@ def cross_entropy(
         loss = jnp.where(kept, loss, 0)
     if not (isinstance(label_smoothing, float) and label_smoothing == 0):
         e = _checks.number("cross_entropy", "label_smoothing", label_smoothing, _checks.UNIT_INTERVAL, z.dtype)
-        loss = _accurate.multiply_no_nan(1 - e, loss) + _accurate.multiply_no_nan(
-            e, _categorical.target_loss(z, _categorical.uniform(z, axis), axis)
-        )
+        uniform = _categorical.uniform_loss(z, axis)
+        loss = _accurate.multiply_no_nan(1 - e, loss) + _accurate.multiply_no_nan(e, uniform)
     return _per_example(loss, axis, where, valid)
 
 
@@ -201,7 +200,7 @@ def brier_score(
     """
     z, labels, valid, axis, where = _labelled("brier_score", logits, labels, axis, where)
     if valid is not None:
-        labels = _existing(jnp.maximum(1 - _categorical.class_distance(z, labels, axis), 0), where, 0)
+        labels = _existing(_categorical.is_class(z, labels, axis).astype(z.dtype), where, 0)
     return _per_example(_categorical.squared_error(z, labels, axis), axis, where, valid)
 
 
@@ -487,7 +486,8 @@ def _existing(out, where, without):
 def _per_example(out, axis, where, valid=None):
     """`out` without the class axis: NaN where not `valid`, and 0 where no class exists, both with a gradient of 0."""
     if valid is not None:
-        out = _accurate.nan_unless(valid, out)
+        # A select last: otherwise XLA on CPU computes the losses within the sum of their mean, one by one.
+        out = jnp.where(valid, out, _accurate.nan_unless(valid, out))
     if where is not None:
         out = jnp.where(jnp.any(where, axis=axis, keepdims=True), out, 0)
     return jnp.squeeze(out, axis)

@@ -44,12 +44,9 @@ AWKWARD = {
 
 def history(length, scores=()):
     rows = np.arange(length, dtype=np.float32)
-    return {
-        "loss": rows,
-        "metrics/a/b": rows * np.nan,
-        "skipped": rows.astype(np.int32),
-        "validation": np.array(scores),
-    }
+    return mle.History(
+        rows, rows, rows, rows.astype(np.int32), {"a/b": rows * np.nan}, np.array(scores), {"c": np.array(scores)}
+    )
 
 
 def saved(step=10, scores=(), params=AWKWARD):

@@ -24,10 +24,10 @@ U = 2.0**-24
 
 # Each of these cases has a custom derivative rule that no other one has: together they try every rule.
 RULES = [
-    "categorical.cross_entropy, smoothed", "categorical.brier_score", "categorical.entropy",
-    "categorical.js_divergence", "bernoulli.entropy", "gaussian.log_prob", "gaussian.log_prob, log_scale",
-    "gaussian.prob", "gaussian.prob, log_scale", "gaussian.cdf", "gaussian.log_cdf", "gaussian.quantile",
-    "gaussian.interval_prob", "gaussian.kl_divergence", "gaussian.cross_entropy", "gaussian.nll",
+    "categorical.cross_entropy, smoothed", "categorical.cross_entropy, soft", "categorical.brier_score",
+    "categorical.entropy", "categorical.js_divergence", "bernoulli.entropy", "gaussian.log_prob",
+    "gaussian.log_prob, log_scale", "gaussian.prob", "gaussian.prob, log_scale", "gaussian.cdf", "gaussian.log_cdf",
+    "gaussian.quantile", "gaussian.interval_prob", "gaussian.kl_divergence", "gaussian.cross_entropy", "gaussian.nll",
     "gaussian.nll, log_scale", "expectation.mean", "expectation.variance", "bayes.log_evidence",
     "bayes.gaussian_posterior", "linear_categorical.cross_entropy", "calibration.fit_temperature", "gaussian.fit",
     "gaussian.log_interval_prob", "mvn.fit", "mvn.log_prob", "mvn.kl_divergence", "mvn.scale_tril, covariance",

@@ -415,9 +415,9 @@ def test_series_of_failures_are_found_across_chunks(cuts, max_skipped):
     for seed in range(20):
         fails = np.random.default_rng(seed).random(20) < 0.6
         want = next((i for i in range(20) if i + max_skipped <= 20 and fails[i : i + max_skipped].all()), None)
-        plan, before, done, got = SimpleNamespace(max_skipped=max_skipped, log_every=1), 0, 0, None
+        before, done, got = 0, 0, None
         for length in cuts:
-            first, before = host._failing_rows(fails[done : done + length], before, plan)
+            first, before = host._failing_rows(fails[done : done + length], before, max_skipped)
             if first is not None:
                 got = done + first
                 break
@@ -673,6 +673,10 @@ class Empty(Batches):
         (VALIDATION | {"validate_every": 9}, "fit: num_steps must be a multiple of validate_every = 9, got 60"),
         ({"validate_every": 6}, "fit: validation and validate_every must be given together, got validate_every alone"),
         ({"patience": 6}, "fit: patience needs validation and validate_every, got neither"),
+        (
+            VALIDATION | {"validation": (X for _ in range(3))},
+            "fit: validation must be arrays with one leading axis of ex",
+        ),
         ({"progress": "loud"}, 'fit: progress must be "auto" or "none", got \'loud\''),
         ({"data": (X, Y[:5])}, "fit: expected data with one leading axis of examples, got shapes [(24, 5), (5,)]"),
         ({"data": [(X, Y)]}, "fit: data must be arrays with one leading axis of examples (a tuple or dict of them), a"),

@@ -95,6 +95,25 @@ def test_fit_and_its_checkpoints_are_timed(capsys, tmp_path):
     assert any(tmp_path.iterdir())
 
 
+def test_the_cost_of_fit_is_measured_next_to_a_donating_loop():
+    """The loop by hand holds one copy; `run` what it is given and what it gives, `fit` no more."""
+    record = loop.measure_cost(loop.task(1024, 1), loop.RECORD_EVERY, rounds=2)
+    assert record.settings == {"part": "cost", "batch_size": 1024, "steps": loop.RECORD_EVERY}
+    copies = {name: record.values[f"copies_{name}"] for name in ("hand", "run", "fit")}
+    np.testing.assert_allclose(copies["hand"], 1, rtol=0.05)
+    np.testing.assert_allclose(copies["run"], 2, rtol=0.5)
+    assert 0.9 < copies["fit"] <= 2.05
+    assert record.values["programs_hand"] > 0
+    table, (memory, _) = loop.cost_table(record), loop.cost_hypotheses(record)
+    assert memory.verdict == "holds"
+    assert [row[0] for row in table.rows] == ["a donating loop by hand", "mle.run", "mle.fit"]
+    slow = {"seconds_hand": np.ones(15), "seconds_run": np.ones(15), "seconds_fit": np.linspace(2, 2.1, 15)}
+    more = record.values | slow | {"copies_fit": 3.0}
+    section = loop.report(settings(), [*records(), loop.Record(record.settings, more)])
+    assert [hypothesis.verdict for hypothesis in section.hypotheses[-2:]] == ["falsified", "falsified"]
+    assert section.tables[-1].rows[2][1] == "3.00"
+
+
 def test_torch_runs_only_where_it_is(monkeypatch):
     monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
     assert loop.torch_loop(loop.task(1024, 1)) is None

@@ -16,8 +16,8 @@ PARAMS = {"w": jnp.full((4, 3), 0.3), "b": jnp.zeros(3)}
 KEY = jax.random.key(1)
 
 
-# Two that combine others, and sophia: it asks for obj_fn, which a step does not have.
-EXCEPT = ("chain", "named_chain", "sophia")
+# Two that combine others.
+EXCEPT = ("chain", "named_chain")
 
 
 def nll(params, batch, key):
@@ -55,6 +55,10 @@ ASKING = {
     "value of momo": contrib.momo(),
     "value_fn": optax.lbfgs(),
     "value of a chain": optax.chain(optax.sgd(0.05), contrib.reduce_on_plateau(patience=1)),
+    "grad_fn": contrib.sam(
+        optax.sgd(0.05), optax.chain(contrib.normalize(), optax.sgd(0.05)), opaque_mode=True, sync_period=2
+    ),
+    "obj_fn": contrib.sophia(0.05),
     "its own average": contrib.schedule_free_sgd(0.05),
 }
 
@@ -70,7 +74,12 @@ def test_what_an_optimizer_asks_for_it_gets(name):
         for row in rows:
             state, metrics = mle.step(nll, optimizer, state, X[row])
             loss, gradient = jax.value_and_grad(value)(params, X[row])
-            extra = {"value": loss, "grad": gradient, "value_fn": lambda params: value(params, X[row])}  # noqa: B023
+            if name == "grad_fn":
+                extra = {"grad_fn": lambda params, _: jax.grad(value)(params, X[row])}  # noqa: B023
+            elif name == "obj_fn":
+                extra = {"obj_fn": lambda params: value(params, X[row])}  # noqa: B023
+            else:
+                extra = {"value": loss, "grad": gradient, "value_fn": lambda params: value(params, X[row])}  # noqa: B023
             updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
                 gradient, optimizer_state, params, **extra
             )
@@ -127,3 +136,24 @@ def test_injected_learning_rates_are_vmapped_without_retracing_or_leaking():
         sgd = optax.sgd(0.05)
         alone, _ = mle.run(nll, sgd, mle.init(PARAMS, sgd, keys[1]), X, num_steps=4, batch_size=8)
     np.testing.assert_allclose(together.params["w"][1], alone.params["w"], rtol=0, atol=64 * 2.0**-24)
+
+
+@pytest.mark.wrong_types
+def test_what_no_optimizer_may_be_or_ask_for_is_told_in_one_line():
+    def update(updates, state, params=None, *, temperature):
+        return updates, state
+
+    steps = optax.MultiSteps(optax.sgd(0.1), 2)
+    asking = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    for optimizer, message in [
+        (
+            steps,
+            "step: optimizer must be an optax gradient transformation, got MultiSteps; pass its gradient_transformat",
+        ),
+        (asking, "step: optimizer asks for what a step does not have: "),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            mle.step(nll, optimizer, mle.init(PARAMS, optimizer, KEY), X)
+        assert "\n" not in str(caught.value).split("\n---")[0]
+    with jax.numpy_dtype_promotion("standard"):
+        mle.step(nll, steps.gradient_transformation(), mle.init(PARAMS, steps.gradient_transformation(), KEY), X)

@@ -228,6 +228,30 @@ def test_each_process_gives_its_share_of_the_batches_and_what_one_is_killed_in_g
     assert lines(told[1]) == [failed]
 
 
+def logged(number, port, folder):
+    """In a process of its own: the log of the first fails after step 3."""
+    join(number, port)
+    host._SECONDS_OF_A_CHUNK = 0.0
+
+    def log(report):
+        if report.step == 3:
+            raise LookupError("fit: the tracker is down")
+
+    try:
+        trained_on_shares(number, "function", log=log, checkpoint_dir=folder)
+    except (LookupError, OSError) as error:
+        print(error.args[0], file=sys.stderr)
+
+
+def test_a_log_that_fails_ends_both_with_what_was_reached_saved(tmp_path):
+    folder = tmp_path / "run"
+    codes, told = two("logged", folder)
+    assert codes == [0, 0], told
+    assert lines(told[0]) == ["fit: the tracker is down"]
+    assert lines(told[1]) == ["fit: process 0 of 2 could not go on"]
+    assert {path.name for path in folder.iterdir()} == {"3", ".lock"}
+
+
 def share_vocabulary(number, port, folder):
     """In a process of its own: a loss whose tokens and classes lie on two processes, by the compiler and by name."""
     join(number, port)

@@ -6,11 +6,16 @@ epoch in a new order. The contestants: `mle.run`, which also records the norms a
 where it is installed; and scikit-learn's `MLPClassifier.partial_fit`. The first two train any number of seeds at once
 under `vmap`; the others train one, and are compared by the time of a step of one seed.
 
+What `run` and `fit` cost is measured next to a Python loop by hand over a jitted step, which donates its params and
+state: bytes alive at most, programs compiled, and time.
+
 In one round every contestant trains once, in an order that moves on from round to round, so that a disturbance of the
 machine meets them all. What is compared is the ratio of two times of the same round, and its median over rounds.
 """
 
 import contextlib
+import functools
+import gc
 import importlib
 import importlib.util
 import io
@@ -18,6 +23,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import jax
@@ -40,6 +46,7 @@ SLOWER = 1.03  # a ratio to the hand-written scan up to which `run` counts as no
 OVERHEAD = 1.02  # a ratio of `fit` to `run` up to which it counts as free
 RECORD_EVERY = 100  # steps of a row of history, for both of these
 FASTER = {"torch": 4.0, "sklearn": 2.5}  # how many times their time is claimed to be that of `run`
+COPIES = 2  # of params and optimizer state that `fit` may keep alive
 NAMES = {"run": "mle.run", "scan": "lax.scan by hand", "python": "a Python loop of mle.step", "torch": "torch",
          "sklearn": "scikit-learn"}  # fmt: skip
 
@@ -219,7 +226,9 @@ def measure_cell(t: Task, seeds: int, rounds: int) -> Record:
     return Record({"part": "loops", "batch_size": t.batch_size, "seeds": seeds}, times | compiling)
 
 
-def fit_once(t: Task, num_steps: int, directory: str | None = None) -> Callable[[], object]:
+def fit_once(
+    t: Task, num_steps: int, directory: str | None = None, log: Callable[[mle.Report], None] | None = None
+) -> Callable[[], object]:
     """By `fit`, which says on stderr where it resumes."""
     params, examples = jax.device_put((t.params, (t.features, t.labels)))
 
@@ -227,7 +236,7 @@ def fit_once(t: Task, num_steps: int, directory: str | None = None) -> Callable[
         with contextlib.redirect_stderr(io.StringIO()):
             result = mle.fit(nll, OPTIMIZER, params, examples, jax.random.key(0), num_steps=num_steps,
                                 batch_size=t.batch_size, log_every=RECORD_EVERY, checkpoint_dir=directory,
-                                progress="none")  # fmt: skip
+                                progress="none", log=log)  # fmt: skip
         return jax.block_until_ready(result.state)
 
     return train
@@ -249,6 +258,86 @@ def measure_fit(t: Task, num_steps: int, rounds: int) -> Record:
     return Record({"part": "fit", "batch_size": t.batch_size, "steps": num_steps}, values)
 
 
+def by_hand(t: Task, num_steps: int, watch: Callable[[object], object]) -> Callable[[], object]:
+    """A step that writes over its params and state, called for each batch."""
+    params, examples = jax.device_put((t.params, (t.features, t.labels)))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, examples, rows):
+        batch = jax.tree.map(lambda x: x[rows], examples)
+        loss, gradient = jax.value_and_grad(lambda params: jnp.mean(nll(params, batch, None)))(params)
+        updates, state = OPTIMIZER.update(gradient, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    def train():
+        own, losses = jax.tree.map(jnp.copy, params), []
+        orders = itertools.chain.from_iterable(batches(t) for _ in itertools.count())
+        state = OPTIMIZER.init(own)
+        for number, rows in zip(range(num_steps), orders, strict=False):
+            own, state, loss = step(own, state, examples, rows)
+            losses.append(loss)
+            if number % RECORD_EVERY == 0:
+                watch(own)
+        return jax.block_until_ready((own, jnp.stack(losses)))
+
+    return train
+
+
+_PROGRAMS: list[str] = []  # one entry for each program that was compiled, once `programs` is called
+
+
+@functools.cache
+def programs() -> list[str]:
+    """The list of programs compiled from now on."""
+
+    def listen(event: str, duration_secs: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            _PROGRAMS.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return _PROGRAMS
+
+
+def alive() -> int:
+    """Bytes of all arrays on the device."""
+    return sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted())
+
+
+def measure_cost(t: Task, num_steps: int, rounds: int) -> Record:
+    """Copies of params and optimizer state alive at most, programs compiled, and seconds, of each of three."""
+    peak = 0
+
+    def watch(_: object) -> None:
+        nonlocal peak
+        peak = max(peak, alive())
+
+    params, examples = jax.device_put((t.params, (t.features, t.labels)))
+
+    def run_once():
+        state = mle.init(params, OPTIMIZER, jax.random.key(0))
+        after = mle.run(nll, OPTIMIZER, state, examples, num_steps=num_steps, batch_size=t.batch_size,
+                        log_every=RECORD_EVERY)  # fmt: skip
+        watch(after)
+        return after
+
+    contestants = {"hand": by_hand(t, num_steps, watch), "run": run_once, "fit": fit_once(t, num_steps, log=watch)}
+    state = jax.eval_shape(lambda: (t.params, OPTIMIZER.init(params)))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    values = {}
+    for name, train in contestants.items():
+        jax.clear_caches()
+        gc.collect()
+        before, compiled, start = alive(), len(programs()), time.perf_counter()
+        peak = before
+        jax.block_until_ready(train())
+        values[f"first_{name}"] = time.perf_counter() - start
+        values[f"programs_{name}"] = len(programs()) - compiled
+        values[f"copies_{name}"] = (peak - before) / size
+    taken = timing.race(list(contestants.values()), rounds)
+    values |= {f"seconds_{name}": row for name, row in zip(contestants, taken, strict=True)}
+    return Record({"part": "cost", "batch_size": t.batch_size, "steps": num_steps}, values)
+
+
 def checkpoint_times(t: Task, rounds: int) -> dict[str, np.ndarray]:
     """Of the shortest fit: without a checkpoint, with one saved at its end, and resumed where it has ended."""
     taken = np.array([checkpoint_round(t) for _ in range(rounds + 1)])
@@ -265,13 +354,16 @@ def checkpoint_round(t: Task) -> list[float]:
 
 
 def run(config: Config) -> Iterator[Record | Progress]:
-    """A record for each batch size and number of seeds, and one of `fit`."""
+    """A record for each batch size and number of seeds, one of `fit`, and one of what it costs the machine."""
     cells = list(itertools.product(config.batch_sizes, config.seeds))
+    parts, t = len(cells) + 2, task(config.fit_batch_size, 1)
     for done, (batch_size, seeds) in enumerate(cells):
-        yield Progress(done / (len(cells) + 1), cell_name(batch_size, seeds))
+        yield Progress(done / parts, cell_name(batch_size, seeds))
         yield measure_cell(task(batch_size, config.epochs), seeds, config.rounds)
-    yield Progress(len(cells) / (len(cells) + 1), "fit, and its checkpoints")
-    yield measure_fit(task(config.fit_batch_size, 1), config.fit_steps, config.rounds)
+    yield Progress(len(cells) / parts, "fit, and its checkpoints")
+    yield measure_fit(t, config.fit_steps, config.rounds)
+    yield Progress((len(cells) + 1) / parts, "memory, programs and time")
+    yield measure_cost(t, config.fit_steps, config.rounds)
 
 
 def cell_name(batch_size: Setting, seeds: Setting) -> str:
@@ -312,6 +404,42 @@ def fit_hypothesis(record: Record) -> Hypothesis:
         f"the 95 % interval of the median ratio lies above {OVERHEAD}; undecided while the median does",
         verdict,
     )
+
+
+def cost_hypotheses(record: Record) -> list[Hypothesis]:
+    """`fit` in the memory of two copies, and in the time of the loop by hand."""
+    copies, steps = (float(np.asarray(record.values["copies_fit"])), record.settings["steps"])
+    names = {"fit": "mle.fit", "hand": "a donating loop by hand"}
+    memory = Hypothesis(
+        f"mle.fit keeps at most {COPIES} copies of params and optimizer state alive from one chunk to the next.",
+        f"{copies:.2f} copies alive at most, next to the caller's own params and data ({steps} steps)",
+        f"more than {COPIES} copies, and a twentieth for history and numbers, are alive",
+        "holds" if copies <= COPIES + 0.05 else "falsified",
+    )
+    claim = f"mle.fit takes at most {OVERHEAD} times as long as a Python loop over a donating step."
+    return [memory, timing.hypothesis(claim, [record], "fit", "hand", OVERHEAD, names, lambda _: f"{steps} steps")]
+
+
+def cost_table(record: Record) -> Table:
+    """Memory, programs and time of the loop by hand, `run` and `fit`."""
+    names = {"hand": "a donating loop by hand", "run": "mle.run", "fit": "mle.fit"}
+
+    def row(name):
+        copies, compiled, first = (
+            np.asarray(record.values[f"{what}_{name}"]) for what in ("copies", "programs", "first")
+        )
+        seconds = np.median(np.asarray(record.values[f"seconds_{name}"]))
+        ratio = timing.ratio_text(record, name, "hand")
+        return [names[name], f"{copies:.2f}", f"{compiled:.0f}", f"{first:.2g}", f"{seconds:.2g}", ratio]
+
+    caption = (
+        "Copies of params and optimizer state alive at most, next to what the caller holds, as seen between steps, "
+        "between chunks and after run; programs compiled in a first call with empty caches, small ones included; the "
+        "time of that call, and of a later one of "
+        f"{record.settings['steps']} steps."
+    )
+    header = ["", "copies alive", "programs", "first call, s", "later call, s", "later call / by hand"]
+    return Table(caption, header, [row(name) for name in names])
 
 
 def loop_table(records: Sequence[Record]) -> Table:
@@ -402,7 +530,7 @@ def abstract(loops: Sequence[Record], fit: Record) -> list[str]:
 
 def report(config: Config, records: Sequence[Record]) -> Section:
     """Ratios and times."""
-    loops, (fit,) = ([r for r in records if r.settings["part"] == part] for part in ("loops", "fit"))
+    loops, (fit,), costs = ([r for r in records if r.settings["part"] == part] for part in ("loops", "fit", "cost"))
     text = (
         f"A network of {FEATURES}-{HIDDEN}-{CLASSES} trains on {EXAMPLES} digits with Adam for {config.epochs} epochs, "
         "again and again. mle.run and the scan train all seeds at once; the other loops train one, and the time of a "
@@ -411,5 +539,7 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         "finite, and goes on from any step as if it had never stopped."
     )
     hypotheses = [scan_hypothesis(loops), *(faster_hypothesis(loops, name) for name in FASTER), fit_hypothesis(fit)]
+    hypotheses += [hypothesis for record in costs for hypothesis in cost_hypotheses(record)]
     tables = [loop_table(loops)] + ([checkpoint_table(fit)] if "seconds_saved" in fit.values else [])
+    tables += map(cost_table, costs)
     return Section("The training loop", abstract(loops, fit), text, [ratio_figure(loops)], hypotheses, tables)

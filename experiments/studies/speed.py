@@ -36,8 +36,8 @@ MODES = ("forward", "value and gradient")
 STEP, BATCH, FEATURES, HIDDEN, CLASSES = ("cross_entropy", "training step"), 32, 64, 128, 10
 SLOWER = 1.1  # a ratio to the peer up to which a function counts as not slower
 QUEUED = 1 << 17
-PEERS = {"cross_entropy": "optax", "cross_entropy, soft": "optax", "kl_divergence": "optax", "softmax": "jax.nn",
-         "log_softmax": "jax.nn"}  # fmt: skip
+PEERS = {"cross_entropy": "optax", "cross_entropy, soft": "optax", "entropy": "jax.nn", "kl_divergence": "optax",
+         "softmax": "jax.nn", "log_softmax": "jax.nn"}  # fmt: skip
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 Shape = Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)]
@@ -47,7 +47,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Each shape is [rows, classes]; a time is that of as many calls as take `seconds_a_sample`, or of one."""
 
     functions: Annotated[
-        list[Literal["cross_entropy", "cross_entropy, soft", "kl_divergence", "softmax", "log_softmax"]],
+        list[Literal["cross_entropy", "cross_entropy, soft", "entropy", "kl_divergence", "softmax", "log_softmax"]],
         msgspec.Meta(min_length=1),
     ]
     shapes: Annotated[list[Shape], msgspec.Meta(min_length=1)]
@@ -82,11 +82,19 @@ def optax_kl_divergence(others: jax.Array, logits: jax.Array) -> jax.Array:
     return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits), jax.nn.log_softmax(others))
 
 
+@jax.jit
+def plain_entropy(logits: jax.Array) -> jax.Array:
+    """From the log-probabilities of jax.nn, as code without a library writes it."""
+    log_probs = jax.nn.log_softmax(logits)
+    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+
+
 optax_cross_entropy = jax.jit(optax.losses.softmax_cross_entropy_with_integer_labels)
 CALLS = {  # function -> what jprob has, what the peer has, and the fields of Inputs that they take
     "cross_entropy": (categorical.cross_entropy, optax_cross_entropy, ["logits", "labels"]),
     "cross_entropy, soft": (categorical.cross_entropy, jax.jit(optax.losses.softmax_cross_entropy),
                             ["logits", "targets"]),
+    "entropy": (categorical.entropy, plain_entropy, ["logits"]),
     "kl_divergence": (categorical.kl_divergence, optax_kl_divergence, ["others", "logits"]),
     "softmax": (categorical.softmax, jax.jit(jax.nn.softmax), ["logits"]),
     "log_softmax": (categorical.log_softmax, jax.jit(jax.nn.log_softmax), ["logits"]),

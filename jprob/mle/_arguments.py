@@ -10,11 +10,7 @@ from jaxtyping import PyTree
 
 from .._checks import describe
 
-_MULTIPLES = {
-    "num_steps": ("log_every", "validate_every"),
-    "validate_every": ("log_every",),
-    "batch_size": ("micro_batches",),
-}
+_MULTIPLES = "num_steps log_every", "num_steps validate_every", "validate_every log_every", "batch_size micro_batches"
 
 
 def options(
@@ -25,11 +21,10 @@ def options(
     for name, value in given.items():
         if not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{function}: {name} must be a whole number of at least 1, got {value!r}")
-    for name, parts in _MULTIPLES.items():
-        for part in parts:
-            if name in given and part in given and given[name] % given[part]:
-                expected = f"a multiple of {part} = {given[part]}"
-                raise ValueError(f"{function}: {name} must be {expected}, got {given[name]}")
+    for name, part in map(str.split, _MULTIPLES):
+        if name in given and part in given and given[name] % given[part]:
+            expected = f"a multiple of {part} = {given[part]}"
+            raise ValueError(f"{function}: {name} must be {expected}, got {given[name]}")
     if (validation is None) == ("validate_every" in given):
         only = "validation" if validation is not None else "validate_every"
         raise ValueError(f"{function}: validation and validate_every must be given together, got {only} alone")
@@ -45,15 +40,31 @@ def state(function: str, value: Any) -> None:
         raise ValueError(f"{function}: state must be a State, as init gives it, got {describe(value)}")
 
 
-def optimizer_state(
-    function: str, value: Any, optimizer: optax.GradientTransformation, ema_decay: float | None
-) -> None:
+def training(given: Any, validation: Any = None, validation_weights: Any = None, **counts: int | None) -> None:
+    """What a training is told, and the counts of the function that trains; `given` is a `Training`."""
+    nlls = {"nll": given.nll, "validation_nll": given.validation_nll or given.nll}
+    functions(given.function, **nlls, optimizer=given.optimizer, evaluation_params=given.evaluation_params)
+    names = "batch_size", "micro_batches", "log_every", "validate_every", "patience", "ema_decay"
+    options(given.function, validation=validation, **counts, **{name: getattr(given, name) for name in names})
+    if not isinstance(given.monitor, str):
+        raise ValueError(f'{given.function}: monitor must be "loss" or the name of a metric, got {given.monitor!r}')
+    if given.monitor_mode not in ("min", "max"):
+        raise ValueError(f'{given.function}: monitor_mode must be "min" or "max", got {given.monitor_mode!r}')
+    monitor = None if given.monitor == "loss" else given.monitor
+    of_validation = {"weights": validation_weights, "nll": given.validation_nll}
+    alone = {f"validation_{name}": value for name, value in of_validation.items()} | {"monitor": monitor}
+    for name, value in alone.items():
+        if validation is None and value is not None:
+            raise ValueError(f"{given.function}: {name} needs validation, got none")
+
+
+def optimizer_state(given: Any, state: Any) -> None:
     """The state is one that this optimizer goes on from, and its average, if it has one, is kept."""
-    if ema_decay is None and value.average is not None:
-        raise ValueError(f"{function}: ema_decay must be given, since the state has an average, got None")
-    expected = jax.tree.structure(jax.eval_shape(optimizer.init, value.params))
-    if (got := jax.tree.structure(value.optimizer_state)) != expected:
-        raise ValueError(f"{function}: state.optimizer_state must be of this optimizer, {expected}, got {got}")
+    if given.ema_decay is None and state.average is not None:
+        raise ValueError(f"{given.function}: ema_decay must be given, since the state has an average, got None")
+    expected = jax.tree.structure(jax.eval_shape(given.optimizer.init, state.params))
+    if (got := jax.tree.structure(state.optimizer_state)) != expected:
+        raise ValueError(f"{given.function}: state.optimizer_state must be of this optimizer, {expected}, got {got}")
 
 
 def functions(function: str, **given: Any) -> None:
@@ -67,19 +78,8 @@ def functions(function: str, **given: Any) -> None:
                 continue
             except TypeError:
                 expected = "hashable, such as a function defined with def"
-        raise ValueError(f"{function}: {name} must be {expected}, got {describe(value)}")
-
-
-def of_validation(function: str, data: Any, weights: Any, nll: Any, monitor: Any, mode: Any) -> None:
-    """What belongs to a validation comes with one; the monitor is a name, and its mode says which way is better."""
-    if not isinstance(monitor, str):
-        raise ValueError(f'{function}: monitor must be "loss" or the name of a metric, got {monitor!r}')
-    if mode not in ("min", "max"):
-        raise ValueError(f'{function}: monitor_mode must be "min" or "max", got {mode!r}')
-    given = {"validation_weights": weights, "validation_nll": nll, "monitor": None if monitor == "loss" else monitor}
-    alone = [name for name, value in given.items() if value is not None]
-    if data is None and alone:
-        raise ValueError(f"{function}: {alone[0]} needs validation, got none")
+        cure = "; pass its gradient_transformation()" if hasattr(value, "gradient_transformation") else ""
+        raise ValueError(f"{function}: {name} must be {expected}, got {describe(value)}{cure}")
 
 
 def key(function: str, value: Any) -> Any:

@@ -26,12 +26,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from .. import _checks
-from . import _order, terminal
-from .state import State, is_key
+from . import _order, processes, terminal
+from .state import History, State, is_key
 
 _ARRAYS, _DESCRIPTION, _SEAL = _PARTS = "arrays", "description.json", "seal.json"
 _ASK = 'nothing was validated, or all scores were NaN; ask for "last"'
@@ -44,13 +43,13 @@ class Saved(NamedTuple):
     Attributes:
       step: `state.step` as a number.
       state: all that training carries.
-      history: what was measured up to there: the columns of a `History` in numpy arrays, by name.
+      history: what was measured up to there, in numpy arrays.
       position: where the source of batches stands, in values of JSON; None if it cannot tell.
     """
 
     step: int
     state: State
-    history: dict[str, Any]
+    history: History
     position: Any
 
 
@@ -82,14 +81,12 @@ def describe(name: str, tree: Any, *, fingerprint: bool = False) -> dict[str, st
     >>> describe("data", (np.zeros((100, 8)), np.zeros(100, np.int32)))
     {'data[0]': 'float64[100, 8]', 'data[1]': 'int32[100]'}
     """
+
+    def of(leaf):
+        return _checks.describe(leaf) + (f", fingerprint {int(_fingerprint(leaf)):08x}" if fingerprint else "")
+
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    bits = [f", fingerprint {int(_fingerprint(leaf)):08x}" if fingerprint else "" for _, leaf in leaves]
-    named = zip(leaves, bits, strict=True)
-    return {_name(name, path): f"{_checks.describe(leaf)}{mark}" for (path, leaf), mark in named}
-
-
-def _name(name, path):
-    return (name + jax.tree_util.keystr(path)).lstrip(".")
+    return {(name + jax.tree_util.keystr(path)).lstrip("."): of(leaf) for path, leaf in leaves}
 
 
 @jax.jit
@@ -149,17 +146,19 @@ def load_params(
     store = Store(directory, _orbax().StandardCheckpointHandler(), {}, {}, 1, found, set(found))
     with contextlib.closing(store.handler):
         for step in reversed(found):
-            description = _attempt(store, step, _check_seal) and _attempt(store, step, _description)
+            description = _attempt(store, step, _sealed)
             if description is None:
                 continue
             wanted = {"params": like} if model_state is None else {"params": like, "model_state": model_state}
-            numbers = _numbers(description["leaves"], "best." if which == "best" else "", wanted, _folder(store, step))
-            arrays = _attempt(store, step, _some_arrays, numbers)
+            prefix = "best." if which == "best" else ""
+            numbers = _numbers(description["leaves"], prefix, wanted, _folder(store, step))
+            arrays = _attempt(store, step, _state_arrays)
             if arrays is not None:
-                if which == "best" and not np.isfinite(arrays.pop()):
+                if prefix and not np.isfinite(arrays[str(numbers.pop())]):
                     raise ValueError(f"load_params: {_folder(store, step)} has no best params yet; {_ASK}")
                 leaves, treedef = jax.tree.flatten(wanted)
-                tree = treedef.unflatten([_like(leaf, x) for leaf, x in zip(leaves, arrays, strict=True)])
+                found = [_like(leaf, arrays.get(str(number))) for leaf, number in zip(leaves, numbers, strict=True)]
+                tree = treedef.unflatten(found)
                 return tree["params"] if model_state is None else (tree["params"], tree["model_state"])
     raise OSError(f"load_params: no checkpoint in {directory} can be read")
 
@@ -182,9 +181,8 @@ def _numbers(leaves, prefix, wanted, folder):
     return [*numbers, there["best.score"][0]] if prefix else numbers
 
 
-def _some_arrays(store, step, numbers):
-    arrays = store.handler.restore(_arrays_of(_folder(store, step)))["state"]
-    return [arrays.get(str(number)) for number in numbers]
+def _state_arrays(store, step):
+    return store.handler.restore(_arrays_of(_folder(store, step)))["state"]
 
 
 @contextlib.contextmanager
@@ -208,13 +206,13 @@ def opened(
     ocp = _orbax()
     directory = Path(directory).expanduser().absolute()
     with contextlib.ExitStack() as stack:
-        with _together():
+        with processes.together():
             _check_writable(directory)
             if jax.process_index() == 0:
                 stack.enter_context(_locked(directory))
                 _remove_unfinished(directory)
         handler = stack.enter_context(contextlib.closing(ocp.StandardCheckpointHandler()))
-        found = _of_the_first(_found(directory))
+        found = processes.steps_of_the_first(_found(directory))
         store = Store(directory, handler, run, versions or {}, max_to_keep, found, set(found))
         for step in found:
             _attempt(store, step, _description)
@@ -236,10 +234,10 @@ def latest(store: Store, template: State) -> Saved | None:
       OSError: there are checkpoints, and none can be read.
     """
     for step in sorted(store.sound, reverse=True):
-        description = _attempt(store, step, _check_seal) and _attempt(store, step, _description)
+        description = _attempt(store, step, _sealed)
         if description is None:
             continue
-        with _together():
+        with processes.together():
             _refuse_another_run(store, step, description["run"])
         arrays = _attempt(store, step, _arrays, template, description["history"])
         if arrays is not None:
@@ -305,50 +303,24 @@ def _check_writable(directory):
 
 
 @contextlib.contextmanager
-def _together():
-    """What fails in one process fails in all of them, rather than leaving the others to wait for it."""
-    if jax.process_count() == 1:
-        yield
-        return
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
-    if failed.size:
-        raise error or OSError(f"fit: process {failed[0]} of {jax.process_count()} could not go on")
-
-
-def _of_the_first(steps):
-    """A list as the first process has it: others may look at a folder that their file system remembers."""
-    if jax.process_count() == 1:
-        return steps
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-    return multihost_utils.broadcast_one_to_all(np.resize(np.array(steps, np.int32), count)).tolist()
-
-
-@contextlib.contextmanager
 def _locked(directory):
     """Keeps a second process with the same call out. The system drops the lock however this process ends."""
     import fcntl  # no part of Python on Windows
 
     # A file, opened to be written: on NFS the lock of a folder would be known to this machine alone.
-    handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise OSError(f"fit: another process is training in {directory}") from None
-    except OSError as error:
-        reason = f"cannot be locked, {error.strerror}"
-        terminal.tell(f"{directory} {reason}: see to it that no other process trains there")
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile may have the file open still
-        os.close(handle)
+    with (directory / _LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"fit: another process is training in {directory}") from None
+        except OSError as error:
+            reason = f"cannot be locked, {error.strerror}"
+            terminal.tell(f"{directory} {reason}: see to it that no other process trains there")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile may have the file open still
 
 
 @contextlib.contextmanager
@@ -374,7 +346,7 @@ def _quiet():
 def _attempt(store, step, read, *arguments):
     """What `read` gives; None where it fails, whatever with, and then this checkpoint does not count as sound."""
     try:
-        with _quiet(), _together():
+        with _quiet(), processes.together():
             return read(store, step, *arguments)
     except Exception as error:
         store.sound.discard(step)
@@ -382,14 +354,15 @@ def _attempt(store, step, read, *arguments):
         return None
 
 
-def _check_seal(store, step):
+def _sealed(store, step):
+    """The description of a checkpoint whose files are all as they were."""
     if jax.process_index() == 0:
         folder = _folder(store, step)
         sums, wanted = _sums(folder), json.loads((folder / _SEAL).read_bytes())
         for name in wanted | sums:
             if wanted.get(name) != sums.get(name):
                 raise ValueError(f"{name} is {'damaged' if name in sums else 'missing'}")
-    return True
+    return _description(store, step)
 
 
 def _description(store, step):
@@ -406,24 +379,18 @@ def _refuse_another_run(store, step, there):
 
 
 def _arrays(store, step, template, lengths):
-    ocp = _orbax()
-    targets = {
-        "state": {name: _target(leaf) for name, leaf in _leaves(template).items()},
-        "history": {_key(name): np.empty(length, dtype) for name, (length, dtype) in lengths.items() if length},
-    }
-    arrays = store.handler.restore(_arrays_of(_folder(store, step)), args=ocp.args.StandardRestore(targets))
+    """The state and the history. Of an array of the history the description has the length and the dtype."""
+    history = jax.tree.map(lambda x: np.empty(*x), History(**lengths), is_leaf=lambda x: isinstance(x, list))
+    targets = {"state": jax.tree.map(_target, _leaves(template)), "history": _leaves(history)}
+    args = _orbax().args.StandardRestore(targets)
+    arrays = store.handler.restore(_arrays_of(_folder(store, step)), args=args)
+    state, history = _filled(template, arrays["state"]), _filled(history, arrays.get("history", {}))
+    return _with_hyperparams_of(template, state), history
+
+
+def _filled(template, arrays):
     leaves, treedef = jax.tree.flatten(template)
-    leaves = [_like(leaf, arrays["state"].get(str(i))) for i, leaf in enumerate(leaves)]
-    empty = {name: np.empty(0, dtype) for name, (_, dtype) in lengths.items()}
-    state = _with_hyperparams_of(template, treedef.unflatten(leaves))
-    return state, empty | {
-        name: arrays["history"][_key(name)] for name in lengths if _key(name) in arrays.get("history", {})
-    }
-
-
-def _key(column):
-    """orbax takes no / in a name."""
-    return column.replace("/", " ")
+    return treedef.unflatten([_like(leaf, arrays.get(str(i))) for i, leaf in enumerate(leaves)])
 
 
 def _with_hyperparams_of(template, state):
@@ -449,9 +416,9 @@ def _tell_of_versions(store, step, there):
             terminal.tell(f"checkpoint {_folder(store, step)} was made {what}; training goes on")
 
 
-def _leaves(state):
-    """The arrays of a state by their number. orbax knows neither typed keys nor arrays without elements."""
-    leaves = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(state)]
+def _leaves(tree):
+    """The arrays of a tree by their number. orbax knows neither typed keys nor arrays without elements."""
+    leaves = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree)]
     return {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
 
 
@@ -465,28 +432,30 @@ def _target(leaf):
 def _like(leaf, restored):
     if restored is None:
         return leaf  # without elements
+    if isinstance(leaf, np.ndarray):
+        return np.asarray(restored)
     restored = jnp.asarray(restored)
     return jax.random.wrap_key_data(restored, impl=jax.random.key_impl(leaf)) if is_key(leaf) else restored
 
 
 def _write(store, saved):
-    ocp, folder, history = _orbax(), _folder(store, saved.step), saved.history
+    folder, history = _folder(store, saved.step), saved.history
     description = {
         "run": store.run,
         "versions": store.versions,
         "leaves": list(describe("", saved.state).items()),
         "position": saved.position,
-        "history": {name: (len(values), values.dtype.name) for name, values in history.items()},
+        "history": jax.tree.map(lambda x: [len(x), x.dtype.name], history)._asdict(),
     }
-    arrays = {"state": _leaves(saved.state), "history": {_key(name): x for name, x in history.items() if x.size}}
+    arrays = {"state": _leaves(saved.state), "history": _leaves(history)}
     unfinished = folder.with_name(f"{folder.name}{_UNFINISHED}")
     is_first = jax.process_index() == 0
-    with _together():
+    with processes.together():
         if is_first:
             (unfinished / _ARRAYS).mkdir(parents=True)
-    with _together():
-        store.handler.save(_arrays_of(unfinished), args=ocp.args.StandardSave(arrays))
-    with _together():
+    with processes.together():
+        store.handler.save(_arrays_of(unfinished), args=_orbax().args.StandardSave(arrays))
+    with processes.together():
         if is_first:
             store.handler.finalize(_arrays_of(unfinished))
             (unfinished / _DESCRIPTION).write_text(json.dumps(description))

@@ -33,14 +33,12 @@ def is_source(data: Any) -> bool:
     """It gives batches, rather than being arrays."""
     leaves = jax.tree.leaves(data, is_leaf=lambda x: isinstance(x, Iterator))
     arrays = leaves and all(hasattr(x, "shape") for x in leaves)
-    if isinstance(data, list) or (
-        not arrays and not callable(data) and not (isinstance(data, Iterable) and not isinstance(data, str))
-    ):
-        raise ValueError(f"fit: data must be {FORMS}, got {_checks.describe(data)}")
+    got = _checks.describe(data)
     if isinstance(data, tuple | dict) and not arrays:
-        odd = next((x for x in leaves if not hasattr(x, "shape")), data)
-        raise ValueError(f"fit: data must be {FORMS}, got a {type(data).__name__} with {_checks.describe(odd)}")
-    return not arrays
+        got = f"a {got} with {_checks.describe(next((x for x in leaves if not hasattr(x, 'shape')), data))}"
+    elif not isinstance(data, list | str) and (arrays or callable(data) or isinstance(data, Iterable)):
+        return not arrays
+    raise ValueError(f"fit: data must be {FORMS}, got {got}")
 
 
 class Function:

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,26 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.experimental import multihost_utils
 from jaxtyping import Bool, Key, PyTree, Real
 
-from .. import _checks
-from . import _arguments, _order, checkpoint, loop, objective, sharding, signals, terminal
+from .. import _checks, _placement
+from . import _arguments, _order, checkpoint, loop, objective, processes, sharding, signals, terminal
 from . import data as sources
-from .loop import Evaluation
-from .objective import Nll, Objective
-from .state import (
-    History,
-    Metrics,
-    State,
-    averaged_params,
-    fast,
-    flat_history,
-    init,
-    key_for_nll,
-    nested_history,
-    strong,
-)
+from .loop import Training
+from .objective import Nll
+from .state import NO_HISTORY, History, Metrics, State, averaged_params, fast, init, joined, key_for_nll, strong
 
 _SECONDS_OF_A_CHUNK = 0.3
 _MOST_ROWS = 1024  # of a chunk: the length of the buffers of its program
@@ -172,79 +160,53 @@ def fit(
     >>> print(f"{result.state.params:.3f}", result.history.loss.shape, result.reason)
     3.000 (20,) num_steps
     """
-    _arguments.functions("fit", nll=nll, optimizer=optimizer, validation_nll=validation_nll or nll,
-                         evaluation_params=evaluation_params, log=log or print)  # fmt: skip
-    _arguments.options("fit", num_steps=num_steps, batch_size=batch_size, log_every=log_every,
-                       validation=validation, validate_every=validate_every, patience=patience,
-                       micro_batches=micro_batches, ema_decay=ema_decay, max_skipped=max_skipped,
-                       max_to_keep=max_to_keep)  # fmt: skip
-    _arguments.of_validation("fit", validation, validation_weights, validation_nll, monitor, monitor_mode)
+    numbers = batch_size, micro_batches, ema_decay, log_every, validate_every, patience
+    training = Training("fit", nll, optimizer, *numbers, validation_nll, evaluation_params, monitor, monitor_mode)
+    counts = {"num_steps": num_steps, "max_skipped": max_skipped, "max_to_keep": max_to_keep}
+    _arguments.training(training, validation, validation_weights, **counts)
+    _arguments.functions("fit", log=log or print)
     config = sources.json_copy("config", config or {})
     if progress not in ("auto", "none"):
         raise ValueError(f'fit: progress must be "auto" or "none", got {progress!r}')
-    evaluation = Evaluation(Objective("fit", validation_nll or nll), evaluation_params, monitor, monitor_mode,
-                            batch_size // micro_batches) if validation is not None else None  # fmt: skip
-    plan = _Plan(Objective("fit", nll), optimizer, num_steps, batch_size, log_every, evaluation, validate_every,
-                 patience, micro_batches, ema_decay, max_skipped, save_every_seconds)  # fmt: skip
-    given = loop.begin(init(params, optimizer, key, model_state=model_state), ema_decay, evaluation)
-    given = jax.tree.map(strong, given)
+    given = jax.tree.map(strong, loop.begin(training, init(params, optimizer, key, model_state=model_state)))
     has_source, outer = sources.is_source(data), jax.sharding.get_abstract_mesh()
     if has_source and weights is not None:
         raise ValueError("fit: weights are for arrays; let nll return those of a batch in an mle.Output")
-    arrays = (None, None) if has_source else (data, loop.example_weights("fit", "data", data, weights))
-    held_out = None
-    if validation is not None:
-        held_out = validation, loop.example_weights("fit", "validation", validation, validation_weights)
-    mesh = sharding.explicit_mesh((given, arrays, held_out))
-    with sharding.automatic_axes(mesh), contextlib.ExitStack() as stack:
-        held_out = sharding.automatic(sources.on_device(held_out), mesh)
-        arrays = sharding.automatic(sources.on_device(arrays), mesh)
-        feed = _Batches(plan, data, outer) if has_source else _Arrays(plan, arrays)
-        state = sharding.in_one_place(sharding.automatic(given, mesh), arrays)
+    arrays = (None, None) if has_source else loop.examples("fit", "data", data, weights)
+    held_out = loop.held_out(training, validation, validation_weights)
+    mesh = _placement.explicit_mesh((given, arrays, held_out))
+    with _placement.automatic_axes(mesh), contextlib.ExitStack() as stack:
+        arrays, held_out = _placement.to_automatic(sources.on_device((arrays, held_out)), mesh)
+        of_validation = sharding.places(held_out and held_out[0])
+        training = training._replace(places=sharding.places(arrays[0]), validation_places=of_validation)
+        feed = _Batches(training, data, outer) if has_source else _Arrays(training, arrays)
+        state = sharding.in_one_place(_placement.to_automatic(given, mesh), arrays)
         caught = stack.enter_context(signals.caught())
-        store, saved = None, None
+        store, saved, plan = None, None, _Plan(training, num_steps, max_skipped, save_every_seconds)
         if checkpoint_dir is not None:
-            description, versions = _description(plan, state, arrays, held_out, config), _versions(optimizer, state)
+            description, versions = _description(training, state, arrays, held_out, config), _versions(optimizer, state)
             store = stack.enter_context(checkpoint.opened(checkpoint_dir, description, max_to_keep, versions))
             saved = _resumed(plan, feed, store, state)
-        start = [saved or checkpoint.Saved(0, state, _NO_HISTORY, feed.position())]
+        reached = _Reached(store, saved or checkpoint.Saved(0, state, NO_HISTORY, feed.position()))
         del given, state, saved
         show = stack.enter_context(terminal.progress(num_steps, progress))
         try:
-            result = _train(plan, feed, held_out, store, start, caught, log, show)
+            result = _train(plan, feed, held_out, reached, caught, log, show)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() > 1:
                 _tell_of_the_others(error, store)
             raise
-    state, history = sharding.explicit((result.state, result.history), mesh or feed.mesh)
+    state, history = _placement.to_explicit((result.state, result.history), mesh or feed.mesh)
     return result._replace(state=state, history=history)
 
 
 class _Plan(NamedTuple):
-    """The arguments of `fit` that its parts share."""
+    """A training, and where it ends and is saved."""
 
-    nll: Objective
-    optimizer: optax.GradientTransformation
+    training: Training
     num_steps: int
-    batch_size: int
-    log_every: int
-    evaluation: Evaluation | None
-    validate_every: int | None
-    patience: int | None
-    micro_batches: int
-    ema_decay: float | None
     max_skipped: int
     save_every_seconds: float
-
-    def update(self) -> tuple[Any, ...]:
-        """The arguments of a step, static."""
-        return self.nll, self.optimizer, self.micro_batches, self.ema_decay
-
-
-_NO_HISTORY: dict[str, Any] = {
-    name: np.zeros(0, np.int32 if name == "skipped" else np.float32)
-    for name in ("loss", "gradient_norm", "update_norm", "skipped", "validation")
-}
 
 
 class _Arrays:
@@ -252,21 +214,18 @@ class _Arrays:
 
     mesh = None
 
-    def __init__(self, plan: _Plan, data: Any) -> None:
-        self.plan, self.data = plan, data
+    def __init__(self, training: Training, data: Any) -> None:
+        self.training, self.data = training, data
         self.size = objective.num_examples("fit", "data", data)
-        self.places = sharding.places(data[0])
 
-    def advance(self, state: State, num_rows: int, stop: Callable[[], bool]) -> tuple[State, list[Metrics]]:
+    def advance(self, state: State, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
         """The state after some rows of steps, and what they measured; at most `_MOST_ROWS`."""
-        plan = self.plan
-        static = plan.update(), plan.log_every, plan.batch_size, self.places
-        state, buffers = _rows(*static, state, self.data, jnp.int32(num_rows))
-        return state, [jax.tree.map(lambda x: x[:num_rows], jax.device_get(buffers))]
+        state, buffers = _rows(self.training, state, self.data, jnp.int32(num_rows))
+        return state, jax.tree.map(lambda x: x[:num_rows], jax.device_get(buffers))
 
     def batch(self, state: State, step: int, last_good: Any = None) -> tuple[PyTree, Array | None] | None:
         """The batch of a step, and its weights."""
-        row = _order.batches(state.key, jnp.int32(step), self.size, 1, self.plan.batch_size)[0]
+        row = _order.batches(state.key, jnp.int32(step), self.size, 1, self.training.batch_size)[0]
         return loop.take(self.data, row, self.size)
 
     def position(self) -> Any:
@@ -276,11 +235,11 @@ class _Arrays:
         """Nothing: the state says it."""
 
 
-@partial(jax.jit, static_argnums=range(4))
-def _rows(update, log_every, batch_size, places, state, data, num_rows):
+@partial(jax.jit, static_argnums=0)
+def _rows(training, state, data, num_rows):
     """Some rows of steps, at most `_MOST_ROWS`, by a loop of that length: one program serves all."""
-    size = objective.num_examples("fit", "data", data)
-    row_of = loop.row(update, log_every, batch_size, places, data)
+    size, row_of = objective.num_examples("fit", "data", data), partial(loop.row, training, data)
+    log_every, batch_size = training.log_every, training.batch_size
     block = max(1, min(_MOST_ROWS, _NUMBERS // (log_every * batch_size)))
 
     def numbers(state):
@@ -309,13 +268,13 @@ def _rows(update, log_every, batch_size, places, state, data, num_rows):
 class _Batches:
     """Data that come as batches from the host: while the device takes a step, the host fetches the next batch."""
 
-    def __init__(self, plan: _Plan, data: Any, outer: Any) -> None:
+    def __init__(self, training: Training, data: Any, outer: Any) -> None:
         # The source is called for the mesh that the caller of `fit` set: it may compute on explicit axes.
         with jax.sharding.use_abstract_mesh(outer):
             self.source = sources.opened(data)
-        self.plan, self.outer, self.mesh = plan, outer, None
+        self.training, self.outer, self.mesh = training, outer, None
 
-    def advance(self, state: State, num_rows: int, stop: Callable[[], bool]) -> tuple[State, list[Metrics]]:
+    def advance(self, state: State, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
         """The state after some rows of steps, and what they measured; fewer if `stop` says so, or the source ends."""
         state = jax.tree.map(jnp.copy, state)  # each step is given its state
         rows, steps, before = [], [], None
@@ -327,15 +286,15 @@ class _Batches:
                     raise
                 break  # what was reached counts; the next call meets the end again
             size = objective.num_examples("fit", "a batch of data", batch)
-            _arguments.options("fit", batch_size=size, micro_batches=self.plan.micro_batches)
-            state, metrics = _given_step(*self.plan.update(), state, batch, None)
+            _arguments.options("fit", batch_size=size, micro_batches=self.training.micro_batches)
+            state, metrics = _given_step(self.training, state, batch, None)
             steps.append(metrics)
             jax.block_until_ready(before)  # the host is one batch ahead, and no more
             before = metrics.loss
-            if len(steps) == self.plan.log_every:
+            if len(steps) == self.training.log_every:
                 rows.append(steps[0] if len(steps) == 1 else _summed_up(steps))
                 steps = []
-        return state, [jax.tree.map(np.atleast_1d, row) for row in jax.device_get(rows)]
+        return state, jax.tree.map(lambda *x: np.stack(x), *jax.device_get(rows))
 
     def batch(self, state: State, step: int, last_good: Any = None) -> tuple[PyTree, Array | None] | None:
         """The batch of a step: of a function, or of a source that may go back to the last_good, since training ends."""
@@ -366,13 +325,12 @@ class _Batches:
     def _fetched(self):
         with jax.sharding.use_abstract_mesh(self.outer):
             batch = self.source.next()
-        self.mesh = sharding.explicit_mesh(batch)
-        return sharding.automatic(sources.on_device(batch), self.mesh)
+        self.mesh = _placement.explicit_mesh(batch)
+        return _placement.to_automatic(sources.on_device(batch), self.mesh)
 
 
-@partial(jax.jit, static_argnums=range(4), donate_argnums=4)
-def _given_step(nll, optimizer, micro_batches, ema_decay, state, batch, weights):
-    return loop.one_step(nll, optimizer, micro_batches, ema_decay, state, batch, weights)
+_step = jax.jit(loop.one_step, static_argnums=0)
+_given_step = jax.jit(loop.one_step, static_argnums=0, donate_argnums=1)
 
 
 @jax.jit
@@ -380,10 +338,10 @@ def _summed_up(steps):
     return loop.summary(jax.tree.map(lambda *x: jnp.stack(x), *steps))
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _validated(evaluation, state, held_out, places):
-    state, means = loop.validate(evaluation, state, held_out, places)
-    return state.best, state.validations_since_best, means
+@partial(jax.jit, static_argnums=0)
+def _validated(training, state, held_out):
+    state, means = loop.validate(training, state, held_out)
+    return state.best, state.validations_since_best, jax.tree.map(jnp.atleast_1d, means)
 
 
 class _Pace:
@@ -401,7 +359,7 @@ class _Pace:
         """A chunk is done. The time of the first one is not known: it was compiled."""
         now = time.monotonic()
         if self.since is not None:
-            seconds = _of_the_first(max(now - self.since, 1e-6))
+            seconds = processes.number_of_the_first(max(now - self.since, 1e-6))
             self.seconds_of_a_row = seconds / num_rows
             self.rows, self.seconds = self.rows + num_rows, self.seconds + seconds
         self.since = now
@@ -431,87 +389,102 @@ def _resumed(plan, feed, store, state):
     return saved
 
 
-def _train(plan, feed, held_out, store, start, caught, log, show):
-    """Trains from the start, which it takes out of its list, so that no state is kept alive but two."""
-    last_good = start.pop()  # the last state that training may be taken up from
-    like, pieces, of_last_good = sharding.layout(last_good.state), [last_good.history], 1
-    step, pace, failing, saved_at, told = last_good.step, _Pace(), 0, time.monotonic(), ""
-    interval, reason = plan.validate_every or plan.num_steps, _end(plan, last_good.step, last_good.state)
-    places, state = sharding.places(held_out and held_out[0]), last_good.state
+class _Reached:
+    """What training has come to: the last state that it may be taken up from, and the history so far."""
 
-    def reached(reason):
-        history = jax.tree.map(jnp.asarray, nested_history(_joined(pieces[:of_last_good])))
-        return Result(last_good.state, history, reason, _skipped_in_words(last_good, told))
+    def __init__(self, store: checkpoint.Store | None, saved: checkpoint.Saved) -> None:
+        self.store, self.saved, self.told = store, saved, ""
+        self.pieces = [saved.history]
+        self.num_good = 1  # pieces of the history up to that state
 
-    def ended(kind, message, reason):
+    def moves(self, step: int, state: State, position: Any) -> None:
+        """Training may be taken up from this state, too."""
+        self.saved, self.num_good = checkpoint.Saved(step, state, NO_HISTORY, position), len(self.pieces)
+
+    def save(self) -> str:
+        """Saves what is not saved yet; says in words where it is."""
+        if self.store is None:
+            return "not saved: there is no checkpoint_dir"
+        if self.saved.step not in self.store.sound:
+            checkpoint.save(self.store, self.saved._replace(history=joined(self.pieces[: self.num_good])))
+        return f"saved in {self.store.directory}"
+
+    def result(self, reason: str) -> Result:
+        """What `fit` returns, or an error has as its attribute."""
+        history, state = jax.tree.map(jnp.asarray, joined(self.pieces[: self.num_good])), self.saved.state
+        why = f": {self.told}" if self.told else ""
+        skipped = f"{state.skipped} of {self.saved.step} steps skipped{why}" if state.skipped else ""
+        return Result(state, history, reason, skipped)
+
+    def error(self, kind: type[BaseException], message: str, reason: str) -> BaseException:
         """An error that says what is saved, with the result as its attribute."""
-        error = kind(message + _save(store, last_good, pieces[:of_last_good]))
-        setattr(error, "result", reached(reason))  # noqa: B010, which no class of Python's has a field for
+        error = kind(message + self.save())
+        setattr(error, "result", self.result(reason))  # noqa: B010, which no class of Python's has a field for
         return error
 
+
+def _train(plan, feed, held_out, reached, caught, log, show):
+    """Trains from what was reached, of which no more states are kept alive than two."""
+    training, num_steps, log_every = plan.training, plan.num_steps, plan.training.log_every
+    step, state, pace, failing, saved_at = reached.saved.step, reached.saved.state, _Pace(), 0, time.monotonic()
+    interval, like, reason = training.validate_every or num_steps, sharding.layout(state), _end(plan, step, state)
     while not reason:
-        num_rows = pace.num_rows(min(interval - step % interval, plan.num_steps - step) // plan.log_every)
+        num_rows = pace.num_rows(min(interval - step % interval, num_steps - step) // log_every)
         try:
-            state, rows = feed.advance(state, num_rows, partial(_stops, caught, time.monotonic()))
+            state, metrics = feed.advance(state, num_rows, partial(_stops, caught, time.monotonic()))
         except sources.EndedError as error:
+            ended = f"{error}, at step {reached.saved.step} of {num_steps}"
             if error.__cause__ is not None:
-                message = f"fit: {error}, at step {last_good.step} of {plan.num_steps}; "
-                raise ended(RuntimeError, message, "data") from error.__cause__
-            terminal.tell(f"{error}, at step {last_good.step} of {plan.num_steps}")
+                raise reached.error(RuntimeError, f"fit: {ended}; ", "data") from error.__cause__
+            terminal.tell(ended)
             reason = "data"
             break
-        piece = _piece(rows)
-        num_rows = piece["loss"].size
-        pace.done(num_rows)
-        first, step = step, step + num_rows * plan.log_every
-        if plan.evaluation and step % interval == 0:
-            best, validations_since_best, means = _validated(plan.evaluation, state, held_out, places)
+        pace.done(metrics.loss.size)
+        first, step, means = step, step + metrics.loss.size * log_every, None
+        if held_out and step % interval == 0:
+            best, validations_since_best, means = _validated(training, state, held_out)
             state = state._replace(best=best, validations_since_best=validations_since_best)
-            piece |= _scores(plan, means, step)
+            _tell_of_scores(training, means, step)
             pace.paused()
         state = sharding.put_back(loop.spread_as(like, state), state)
-        pieces.append(piece)
-        if not told and piece["skipped"].any():
-            row = int(np.argmax(piece["skipped"] > 0))
-            at = first + row * plan.log_every
-            plain = f"loss {piece['loss'][row]}, gradient norm {piece['gradient_norm'][row]}"
-            told = _diagnosis(plan, feed, state, range(at, at + plan.log_every)) or plain
-            which = f"step {at}" if plan.log_every == 1 else f"a step in the row from {at} on"
-            terminal.tell(f"{which} is skipped: {told}")
+        piece = jax.device_get(loop.history_of(metrics, means))
+        reached.pieces.append(piece)
+        if not reached.told and piece.skipped.any():
+            reached.told = _first_skipped(training, feed, state, piece, first)
             pace.paused()
-        failed, failing = _failing_rows(piece["skipped"] == plan.log_every, failing, plan)
+        failed, failing = _failing_rows(piece.skipped == log_every, failing, -(-plan.max_skipped // log_every))
         if failed is not None:
-            at = first + failed * plan.log_every
-            why = _diagnosis(plan, feed, state, range(at, at + 1), last_good) or "the batches cannot be had again"
+            at = first + failed * log_every
+            why = _diagnosis(training, feed, state, [at], reached.saved) or "the batches cannot be had again"
             message = f"fit: {plan.max_skipped} steps in a row failed, from step {at} on: {why}"
-            raise ended(FloatingPointError, f"{message}; the state of step {last_good.step} is ", "skipped")
+            message = f"{message}; the state of step {reached.saved.step} is "
+            raise reached.error(FloatingPointError, message, "skipped")
         reason = _end(plan, step, state)
         if reason or not failing:
-            last_good, of_last_good = checkpoint.Saved(step, state, {}, feed.position()), len(pieces)
+            reached.moves(step, state, feed.position())
         speed = pace.rows_per_second
-        show(step, piece["loss"][-1], speed and speed * plan.log_every)
+        show(step, piece.loss[-1], speed and speed * log_every)
         try:
-            asked = _logged(log, step, piece, state)
-            reason = reason or ("log" if asked else "")
+            asked = log is not None and _asked(log, Report(step, piece, state))
         except BaseException:
-            _save(store, last_good, pieces[:of_last_good])
+            reached.save()
             raise
-        if reason or _caught_by_any(caught):
+        reason = reason or ("log" if asked else "")
+        if reason or _signal(caught):
             break
-        if _of_the_first(time.monotonic() - saved_at) >= plan.save_every_seconds:
-            _save(store, last_good, pieces[:of_last_good])
+        if processes.number_of_the_first(time.monotonic() - saved_at) >= plan.save_every_seconds:
+            reached.save()
             saved_at = time.monotonic()
             pace.paused()
-    where, result = _save(store, last_good, pieces[:of_last_good]), reached(reason)
+    where, result = reached.save(), reached.result(reason)
     if result.skipped:
         terminal.tell(result.skipped)
-    if number := _caught_by_any(caught):
-        advice = "; the same call goes on from there" if store else ""
+    if number := _signal(caught):
         name = signal.Signals(number).name
-        stopped = f"stopped by {name} at step {last_good.step} of {plan.num_steps}"
-        terminal.tell(f"{stopped}; {where}{advice}")
+        stopped = f"stopped by {name} at step {reached.saved.step} of {num_steps}"
+        terminal.tell(f"{stopped}; {where}" + ("; the same call goes on from there" if reached.store else ""))
         if number == signal.SIGINT:  # no subclass: Python ends a script with 130 for this class alone
-            raise ended(KeyboardInterrupt, f"{stopped}; ", name)
+            raise reached.error(KeyboardInterrupt, f"{stopped}; ", name)
         raise SystemExit(128 + number)
     return result
 
@@ -521,135 +494,99 @@ def _stops(caught, began):
     return jax.process_count() == 1 and (bool(caught) or time.monotonic() - began > 4 * _SECONDS_OF_A_CHUNK)
 
 
-def _logged(log, step, piece, state):
+def _asked(log, report):
     """Whether the log asks for the end, by a bool, on process 0."""
-    if log is None:
-        return False
-    asked = jax.process_index() == 0 and log(Report(step, nested_history(_NO_HISTORY | piece), state))
-    wanted = getattr(asked, "dtype", np.dtype(type(asked) if isinstance(asked, bool) else object)) == np.bool_
-    return bool(_of_the_first(float(wanted and bool(asked))))
+    with processes.together():
+        asked = jax.process_index() == 0 and log(report)
+    asks = isinstance(asked, bool) or getattr(asked, "dtype", None) == np.bool_
+    return bool(processes.number_of_the_first(float(asks and bool(asked))))
 
 
-def _caught_by_any(caught):
+def _signal(caught):
     """The number of a signal that any process caught, or 0: one that ended alone would leave the others waiting."""
-    number = caught[0] if caught else 0
-    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
-
-
-def _of_the_first(number):
-    """A number as the first process has it: all must ask for the same chunks, and save them together."""
-    if jax.process_count() == 1:
-        return number
-    return float(multihost_utils.broadcast_one_to_all(np.float32(number)))
+    return processes.largest(caught[0] if caught else 0)
 
 
 def _end(plan, step, state):
-    if plan.patience is not None and state.validations_since_best >= plan.patience:
+    patience = plan.training.patience
+    if patience is not None and state.validations_since_best >= patience:
         return "patience"
     return "num_steps" if step == plan.num_steps else ""
 
 
-def _save(store, last_good, pieces):
-    """Saves what is not saved yet; says in words where it is."""
-    if store is None:
-        return "not saved: there is no checkpoint_dir"
-    if last_good.step not in store.sound:
-        checkpoint.save(store, last_good._replace(history=_joined(pieces)))
-    return f"saved in {store.directory}"
-
-
-def _piece(rows):
-    """The columns of these rows, in numpy arrays."""
-    metrics = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-    columns = flat_history(loop.history_of(metrics, None))
-    return {name: x for name, x in columns.items() if x.size}
-
-
-def _scores(plan, means, step):
-    means = jax.device_get(means)
+def _tell_of_scores(training, means, step):
     for name, value in ({"loss": means.loss} | means.metrics).items():
-        if not np.isfinite(value) and name in ("loss", plan.evaluation.monitor):
-            terminal.tell(f"the validation {name} is {value} at step {step}")
-    columns = {"validation": means.loss} | {f"validation_metrics/{name}": x for name, x in means.metrics.items()}
-    return {name: np.atleast_1d(x) for name, x in columns.items()}
+        if name in ("loss", training.monitor) and not np.isfinite(value[0]):
+            terminal.tell(f"the validation {name} is {value[0]} at step {step}")
 
 
-def _joined(pieces):
-    names = list(dict.fromkeys(name for piece in pieces for name in piece))
-    columns = {name: [piece[name] for piece in pieces if name in piece and piece[name].size] for name in names}
-    return _NO_HISTORY | {name: np.concatenate(parts) for name, parts in columns.items() if parts}
-
-
-def _failing_rows(fails, before, plan):
-    """The first row of the first series of failing ones that is too long, or None; and how many fail at the end.
+def _failing_rows(fails, before, too_many):
+    """The first row of the first series of so many failing ones, or None; and how many fail at the end.
 
     The last `before` rows before these failed too, so that a series may begin at a negative number.
     """
     sound = np.concatenate([[-1 - before], np.flatnonzero(~fails), [fails.size]])
     lengths = np.diff(sound) - 1
-    too_long = np.flatnonzero(lengths * plan.log_every >= plan.max_skipped)
+    too_long = np.flatnonzero(lengths >= too_many)
     return (int(sound[too_long[0]]) + 1 if too_long.size else None), int(lengths[-1])
 
 
-def _diagnosis(plan, feed, state, steps, last_good=None):
+def _first_skipped(training, feed, state, piece, first):
+    """Why the first skipped step of these rows was skipped, which is told."""
+    row = int(np.argmax(piece.skipped > 0))
+    at = first + row * training.log_every
+    plain = f"loss {piece.loss[row]}, gradient norm {piece.gradient_norm[row]}"
+    why = _diagnosis(training, feed, state, range(at, at + training.log_every)) or plain
+    which = f"step {at}" if training.log_every == 1 else f"a step in the row from {at} on"
+    terminal.tell(f"{which} is skipped: {why}")
+    return why
+
+
+def _diagnosis(
+    training: Training, feed: Any, state: State, steps: Sequence[int], last_good: checkpoint.Saved | None = None
+) -> str:
     """What is not finite in the first of these steps where something is, by the params of the state, or nothing.
 
     A step that is skipped changes no params, so that these are those of the step. Its batch is asked for again.
     """
     try:
         for step in steps:
-            examples = feed.batch(state, step, last_good)
-            found = examples and _diagnose_non_finite(plan, state._replace(step=jnp.int32(step)), *examples)
-            if found:
+            batch = feed.batch(state, step, last_good)
+            if batch and (found := _not_finite(training, state._replace(step=jnp.int32(step)), *batch)):
                 return found
     except Exception:  # of any class: the source is the caller's, and its fault here must end nothing
         return ""
     return ""
 
 
-def _diagnose_non_finite(plan, state, batch, weights):
-    means, gradient, update_norm, message = _step_seen(plan, state, batch, weights)
-    leaves = jax.tree_util.tree_leaves_with_path(gradient)
-    names = [jax.tree_util.keystr(path) for path, leaf in leaves if not jnp.all(jnp.isfinite(leaf))]
-    if names:
-        what = f"the gradient is not finite in params{names[0]}"
-    elif not jnp.isfinite(means.loss):
-        what = "the gradient is finite"
-    elif not jnp.isfinite(update_norm):
-        what = "the gradient is finite, but not the update"
-    else:
-        return ""
-    return f"loss {means.loss}, {what}" + (f": {message}" if message else "")
-
-
-def _step_seen(plan, state, batch, weights):
-    """Loss, gradient and norm of the update of a step, and what the checks of jprob say of its batch."""
+def _not_finite(training, state, batch, weights):
+    """What is not finite in a step, and what the checks of jprob say of its batch; nothing if all is finite."""
+    _, metrics = _step(training, state, batch, weights)
     if weights is not None:
         batch = objective.without_weightless(batch, weights)
-    key = key_for_nll(state.key, state.step)
-    arguments = state.model_state, batch, key, weights
-    seen = jax.jit(objective.loss_and_gradient, static_argnums=(0, 6))
-    means, gradient, _ = seen(plan.nll, fast(state.params), *arguments, plan.micro_batches)
-    _, metrics = loop.step(plan.nll.nll, plan.optimizer, state, batch, weights=weights,
-                           micro_batches=plan.micro_batches, ema_decay=plan.ema_decay)  # fmt: skip
-    error, _ = _checks.checkify(plan.nll.mean)(fast(state.params), *arguments)
+    given = fast(state.params), state.model_state, batch, key_for_nll(state.key, state.step), weights
+    gradient_of = jax.jit(objective.loss_and_gradient, static_argnums=(0, 2))
+    gradient = gradient_of(training.objective, given, training.micro_batches)[1]
+    leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    names = [jax.tree_util.keystr(path) for path, leaf in leaves if not jnp.all(jnp.isfinite(leaf))]
+    what = f"the gradient is not finite in params{names[0]}" if names else "the gradient is finite"
+    if not names and jnp.isfinite(metrics.loss):
+        if jnp.isfinite(metrics.update_norm):
+            return ""
+        what += ", but not the update"
+    error, _ = _checks.checkify(training.objective.mean)(*given)
     message = (error.get() or "").split(" (`check` failed)")[0]
-    return means, gradient, metrics.update_norm, message
+    return f"loss {metrics.loss}, {what}" + (f": {message}" if message else "")
 
 
-def _skipped_in_words(last_good, told):
-    number = int(last_good.state.skipped)
-    return f"{number} of {last_good.step} steps skipped" + (f": {told}" if told else "") if number else ""
-
-
-def _description(plan, state, arrays, held_out, config):
+def _description(training, state, arrays, held_out, config):
     """What a checkpoint must have in common with the run that goes on from it."""
     marked = partial(checkpoint.describe, fingerprint=True)
     names = ("batch_size", "log_every", "validate_every", "micro_batches", "ema_decay")
     return {
         **_flat("config", config),
-        **{name: getattr(plan, name) for name in names},
-        **({"monitor": plan.evaluation.monitor, "monitor_mode": plan.evaluation.mode} if plan.evaluation else {}),
+        **{name: getattr(training, name) for name in names},
+        **({"monitor": training.monitor, "monitor_mode": training.monitor_mode} if held_out else {}),
         **({"data": "batches"} if arrays[0] is None else marked("data", arrays[0]) | marked("weights", arrays[1])),
         **(marked("validation", held_out[0]) | marked("validation_weights", held_out[1]) if held_out else {}),
         **checkpoint.describe("", state),

@@ -19,8 +19,8 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real
 
-from .. import _accurate, _checks, mvn
-from . import _arguments, sharding
+from .. import _accurate, _checks, _placement, mvn
+from . import _arguments
 from .objective import Nll, Objective, num_examples, without_weightless
 
 # Pairs of steps that L-BFGS remembers: with 50, ill-conditioned problems take about half the steps of the usual 10.
@@ -104,6 +104,8 @@ def fit_full_batch(
       ValueError: the params are not float32 or float64, the arrays of `data` differ in their leading axis or hold no
         example, `weights` are not one number per example, `nll` does not return one value per example, or an option is
         out of range.
+      TypePromotionError: under x64 with strict promotion, since optax's L-BFGS adds an int32 to an int64. Use
+        `jax.numpy_dtype_promotion("standard")` around the call.
 
     Source: Nocedal and Wright (2006), Numerical Optimization, algorithms 3.5, 3.6 and 7.5; Hager and Zhang (2006), ACM
     Trans. Math. Softw. 32(1).
@@ -117,7 +119,7 @@ def fit_full_batch(
     _arguments.options("fit_full_batch", max_steps=max_steps)
     key = _arguments.key("fit_full_batch", jax.random.key(0) if key is None else key)
     fitted = partial(_fitted, nll, max_steps)
-    return sharding.with_automatic_axes(fitted, params, data, weights, key, gradient_tolerance)
+    return _placement.automatic(fitted, params, data, weights, key, gradient_tolerance)
 
 
 @_checks.public(static=("nll", "kind"))
@@ -174,7 +176,7 @@ def covariance(
     if kind not in ("fisher", "sandwich"):
         raise ValueError(f"covariance: kind must be one of fisher, sandwich, got {kind!r}")
     key = _arguments.key("covariance", jax.random.key(0) if key is None else key)
-    return sharding.with_automatic_axes(partial(_covariance, nll, kind), params, data, weights, key)
+    return _placement.automatic(partial(_covariance, nll, kind), params, data, weights, key)
 
 
 class _Search(NamedTuple):

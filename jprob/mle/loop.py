@@ -5,6 +5,7 @@ not finite changes no number of the params, the model state, the optimizer or th
 holds only what is asked for: validation, averaging, micro-batches, weights, a short last batch.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,47 +15,58 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.extend.core import subjaxprs
 from jaxtyping import Bool, Int, PyTree, Real
 
-from .. import _checks
+from .. import _checks, _placement
 from . import _arguments, _order, objective, sharding
 from .objective import Nll, Objective
-from .state import (
-    Best,
-    History,
-    Metrics,
-    State,
-    averaged_params,
-    fast,
-    key_for_nll,
-    slow,
-    wide,
-    with_average,
-    with_best,
-)
+from .state import Best, History, Metrics, State, averaged_params, fast, key_for_nll, slow, wide, with_average
+
+_SMALL = 2**14  # numbers of a leaf
 
 
-class Evaluation(NamedTuple):
-    """How `run` and `fit` validate; static.
+class Training(NamedTuple):
+    """What `step`, `run` and `fit` are told besides their arrays; static, a part of the key of their programs.
 
     Attributes:
-      nll: what is validated, with the protocol of the training's `nll`.
-      params: from a state to the params that are scored.
+      function: which of them it is, for messages.
+      nll: the function of the caller.
+      optimizer: an optax gradient transformation.
+      batch_size: examples per step.
+      micro_batches: parts of a batch.
+      ema_decay: decay of the average of the params, or None.
+      log_every: steps that make a row of history.
+      validate_every: steps from one validation to the next; None without validation.
+      patience: validations in a row that may be no better than the best, or None.
+      validation_nll: what is validated; None for `nll`.
+      evaluation_params: from a state to the params that are scored.
       monitor: "loss" or the name of a metric: what the best params and patience follow.
-      mode: "min" if lower is better, "max" if higher is.
-      batch_size: examples at a time.
+      monitor_mode: "min" if lower is better, "max" if higher is.
+      places: how the data lie, as `sharding.places` has it.
+      validation_places: how the validation data lie.
     """
 
-    nll: Objective
-    params: Callable[[State], PyTree]
-    monitor: str
-    mode: str
+    function: str
+    nll: Nll
+    optimizer: optax.GradientTransformation
     batch_size: int
+    micro_batches: int = 1
+    ema_decay: float | None = None
+    log_every: int = 1
+    validate_every: int | None = None
+    patience: int | None = None
+    validation_nll: Nll | None = None
+    evaluation_params: Callable[[State], PyTree] = averaged_params
+    monitor: str = "loss"
+    monitor_mode: str = "min"
+    places: tuple[Any, ...] = ()
+    validation_places: tuple[Any, ...] = ()
 
     @property
-    def worst(self) -> float:
-        """The score before any other."""
-        return math.inf if self.mode == "min" else -math.inf
+    def objective(self) -> Objective:
+        """`nll`, whose results are checked."""
+        return Objective(self.function, self.nll)
 
 
 def step(
@@ -105,32 +117,28 @@ def step(
     1.0 2.5
     """
     size = objective.num_examples("step", "batch", batch)
-    _arguments.functions("step", nll=nll, optimizer=optimizer)
-    _arguments.options("step", batch_size=size, micro_batches=micro_batches, ema_decay=ema_decay)
+    training = Training("step", nll, optimizer, size, micro_batches, ema_decay)
+    _arguments.training(training)
     _arguments.state("step", state)
     if weights is not None:
         weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
     if ema_decay is not None:
         state = with_average(state)
-    mesh = sharding.explicit_mesh((state, batch, weights))
-    with sharding.automatic_axes(mesh):
-        arguments = sharding.automatic((state, batch, weights), mesh)
-        after, metrics = _step(Objective("step", nll), optimizer, micro_batches, ema_decay, *arguments)
-    return sharding.put_back(state, after, mesh), sharding.explicit(metrics, mesh)
+    mesh = _placement.explicit_mesh((state, batch, weights))
+    with _placement.automatic_axes(mesh):
+        after, metrics = _step(training, *_placement.to_automatic((state, batch, weights), mesh))
+    return sharding.put_back(state, after, mesh), _placement.to_explicit(metrics, mesh)
 
 
-def one_step(
-    nll: Objective, optimizer: Any, micro_batches: int, ema_decay: float | None, state: State, batch: PyTree,
-    weights: Array | None,
-) -> tuple[State, Metrics]:  # fmt: skip
+def one_step(training: Training, state: State, batch: PyTree, weights: Array | None) -> tuple[State, Metrics]:
     """A step, counted."""
-    _arguments.optimizer_state(nll.function, state, optimizer, ema_decay)
+    _arguments.optimizer_state(training, state)
     if weights is not None:
         batch = objective.without_weightless(batch, weights)
-    return _count(*_update(nll, optimizer, micro_batches, ema_decay, state, batch, weights))
+    return _count(*_update(training, state, batch, weights))
 
 
-_step = jax.jit(one_step, static_argnums=range(4))
+_step = jax.jit(one_step, static_argnums=0)
 
 
 def run(
@@ -222,63 +230,52 @@ def run(
     >>> print(state.step, state.best.step, history.validation)
     30 25 [2.833... 2.833... inf inf]
     """
-    _arguments.functions("run", nll=nll, optimizer=optimizer, validation_nll=validation_nll or nll,
-                         evaluation_params=evaluation_params)  # fmt: skip
+    numbers = batch_size, micro_batches, ema_decay, log_every, validate_every, patience
+    training = Training("run", nll, optimizer, *numbers, validation_nll, evaluation_params, monitor, monitor_mode)
     _arguments.state("run", state)
-    objective.num_examples("run", "data", data)
-    _arguments.options("run", num_steps=num_steps, batch_size=batch_size, log_every=log_every,
-                       validation=validation, validate_every=validate_every, patience=patience,
-                       micro_batches=micro_batches, ema_decay=ema_decay)  # fmt: skip
-    _arguments.of_validation("run", validation, validation_weights, validation_nll, monitor, monitor_mode)
-    evaluation = Evaluation(Objective("run", validation_nll or nll), evaluation_params, monitor, monitor_mode,
-                            batch_size // micro_batches)  # fmt: skip
-    given = (data, example_weights("run", "data", data, weights))
-    held_out = None if validation is None else (
-        validation, example_weights("run", "validation", validation, validation_weights))  # fmt: skip
-    arguments = state, given, held_out
-    places, mesh = (sharding.places(data), sharding.places(validation)), sharding.explicit_mesh(arguments)
-    with sharding.automatic_axes(mesh):
-        after, history = _run(Objective("run", nll), optimizer, *sharding.automatic(arguments, mesh), places, num_steps,
-                              batch_size, log_every, evaluation, validate_every, patience, micro_batches,
-                              ema_decay)  # fmt: skip
-    return sharding.put_back(spread_as(state, after), after, mesh), sharding.explicit(history, mesh)
+    _arguments.training(training, validation, validation_weights, num_steps=num_steps)
+    arguments = state, examples("run", "data", data, weights), held_out(training, validation, validation_weights)
+    training = training._replace(places=sharding.places(data), validation_places=sharding.places(validation))
+    mesh = _placement.explicit_mesh(arguments)
+    with _placement.automatic_axes(mesh):
+        after, history = _run(training, num_steps, *_placement.to_automatic(arguments, mesh))
+    return sharding.put_back(spread_as(state, after), after, mesh), _placement.to_explicit(history, mesh)
 
 
-@partial(jax.jit, static_argnums=(0, 1, *range(5, 14)))
-def _run(nll, optimizer, state, data, validation, places, num_steps, batch_size, log_every, evaluation,
-         validate_every, patience, micro_batches, ema_decay):  # fmt: skip
-    _arguments.optimizer_state("run", state, optimizer, ema_decay)
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(training: Training, num_steps: int, state: State, data: Any, validation: Any) -> tuple[State, History]:
+    _arguments.optimizer_state(training, state)
+    state = begin(training, state)
     size = objective.num_examples("run", "data", data)
-    state = begin(state, ema_decay, None if validation is None else evaluation)
-    rows = _order.batches(state.key, state.step, size, num_steps, batch_size)
-    update = nll, optimizer, micro_batches, ema_decay
+    numbers = _order.batches(state.key, state.step, size, num_steps, training.batch_size)
 
-    def train(state, rows):
-        if log_every == 1:
-            return _steps(update, places[0], data, state, rows)
-        one_row = row(update, log_every, batch_size, places[0], data)
-        return jax.lax.scan(one_row, state, rows.reshape(-1, log_every, batch_size))
+    def train(state, numbers):
+        if training.log_every == 1:
+            return _steps(training, data, state, numbers)
+        rows = numbers.reshape(-1, training.log_every, training.batch_size)
+        return jax.lax.scan(partial(row, training, data), state, rows)
 
-    def train_and_validate(state, rows):
-        state, metrics = train(state, rows)
-        state, score = validate(evaluation, state, validation, places[1])
-        return state, (metrics, score)
+    def train_and_validate(state, numbers):
+        state, metrics = train(state, numbers)
+        state, means = validate(training, state, validation)
+        return state, (metrics, means)
 
-    if validation is None:
-        state, metrics = train(state, rows)
-        return state, history_of(metrics, None)
-    block = train_and_validate if patience is None else _unless_stale(train_and_validate, patience)
-    state, (metrics, scores) = jax.lax.scan(block, state, rows.reshape(-1, validate_every, batch_size))
-    return state, history_of(jax.tree.map(jnp.ravel, metrics), scores)
+    if training.validate_every is None:
+        state, metrics = train(state, numbers)
+        return state, history_of(metrics)
+    block = train_and_validate if training.patience is None else _unless_stale(train_and_validate, training.patience)
+    blocks = numbers.reshape(-1, training.validate_every, training.batch_size)
+    state, (metrics, means) = jax.lax.scan(block, state, blocks)
+    return state, history_of(jax.tree.map(jnp.ravel, metrics), means)
 
 
-def _steps(update: Any, places: Any, data: Any, state: State, rows: Array) -> tuple[State, Metrics]:
+def _steps(training: Training, data: Any, state: State, numbers: Array) -> tuple[State, Metrics]:
     """A step for each row of numbers of examples."""
     size = objective.num_examples("run", "data", data)
 
     def taken(row, state, whole=False):
         batch, weights = take(data, row, size, not whole)
-        return _update(*update, state=state, batch=sharding.spread(batch, places), weights=weights)
+        return _update(training, state, sharding.spread(batch, training.places), weights)
 
     def one(state, row):
         short = size % row.size
@@ -287,20 +284,13 @@ def _steps(update: Any, places: Any, data: Any, state: State, rows: Array) -> tu
         # A model with a state, such as batch norm, must not see what fills up a short batch.
         return jax.lax.cond(row[-1] < size, *(partial(taken, part, whole=True) for part in (row, row[:short])), state)
 
-    return _count(*jax.lax.scan(one, state, rows))
+    return _count(*jax.lax.scan(one, state, numbers))
 
 
-def row(update: tuple[Any, ...], log_every: int, batch_size: int, places: Any, data: Any) -> Callable[..., Any]:
-    """A function of the state and the numbers of the examples, [log_every, batch_size], that takes these steps.
-
-    It gives the new state, and the metrics of the row.
-    """
-
-    def steps(state, numbers):
-        state, metrics = _steps(update, places, data, state, numbers)
-        return state, summary(metrics) if log_every > 1 else jax.tree.map(lambda x: x[0], metrics)
-
-    return steps
+def row(training: Training, data: Any, state: State, numbers: Array) -> tuple[State, Metrics]:
+    """The state and the metrics after a row of steps, by the numbers of their examples, [log_every, batch_size]."""
+    state, metrics = _steps(training, data, state, numbers)
+    return state, summary(metrics) if training.log_every > 1 else jax.tree.map(lambda x: x[0], metrics)
 
 
 def take(
@@ -318,11 +308,17 @@ def take(
     return batch if of_all is None else objective.without_weightless(batch, weights), weights
 
 
-def begin(state: State, ema_decay: float | None, evaluation: Evaluation | None) -> State:
+def begin(training: Training, state: State) -> State:
     """The state with an average and a best, if they are asked for and not there yet."""
-    if ema_decay is not None:
+    if training.ema_decay is not None:
         state = with_average(state)
-    return state if evaluation is None else with_best(state, evaluation.params(state), evaluation.worst)
+    if training.validate_every is None or state.best is not None:
+        return state
+    worst = jnp.array(math.inf if training.monitor_mode == "min" else -math.inf, jnp.float32)
+    scored, model_state, step = jax.tree.map(
+        jnp.copy, (training.evaluation_params(state), state.model_state, state.step)
+    )
+    return state._replace(best=Best(scored, model_state, worst, step))
 
 
 def spread_as(before: State, after: State) -> State:
@@ -333,11 +329,12 @@ def spread_as(before: State, after: State) -> State:
     return before._replace(average=after.average and optax.EmaState(before.step, before.params), best=best)
 
 
-def validate(evaluation: Evaluation, state: State, validation: Any, places: Any) -> tuple[State, objective.Sums]:
+def validate(training: Training, state: Any, validation: Any) -> tuple[State, objective.Sums]:
     """The state with its best after one more validation, and the means over all validation data."""
-    scored = evaluation.params(state)
+    nll = Objective(training.function, training.validation_nll or training.nll)
+    scored = training.evaluation_params(state)
     size = objective.num_examples("run", "validation", validation)
-    length = min(size, evaluation.batch_size)
+    length = min(size, training.batch_size // training.micro_batches)
     key = key_for_nll(state.key, 2**32 - 1)  # a number that no step has
 
     def one(total, number):
@@ -345,31 +342,26 @@ def validate(evaluation: Evaluation, state: State, validation: Any, places: Any)
         batch, weights = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), validation)
         # The last batch begins early enough to be full, with examples that have counted already.
         counted = start + jnp.arange(length) >= number * length
-        if weights is None:
-            weights = counted.astype(jnp.float32)
-        else:
+        if weights is not None:
             weights = jnp.where(counted, weights, 0)
             batch = objective.without_weightless(batch, weights)
-        batch = sharding.spread(batch, places)
-        sums, _ = evaluation.nll.sums(scored, state.model_state, batch, jax.random.fold_in(key, number), weights)
+        batch, weights = sharding.spread(batch, training.validation_places), counted if weights is None else weights
+        sums, _ = nll.sums(scored, state.model_state, batch, jax.random.fold_in(key, number), weights)
         return None, sums
 
     sums = jax.lax.scan(one, None, jnp.arange(-(-size // length)))[1]
     means = objective.means(jax.tree.map(partial(jnp.sum, axis=0), sums))
     means = means._replace(loss=jnp.where(means.weight == 0, jnp.nan, means.loss))  # no score, and not the best one
-    return _update_best(evaluation, state, scored, means), means
-
-
-def _update_best(evaluation, state, scored, means):
     named = {"loss": means.loss} | means.metrics
-    if evaluation.monitor not in named:
-        names = ", ".join(named)
-        raise ValueError(f"{evaluation.nll.function}: monitor must be one of {names}, got {evaluation.monitor!r}")
-    score = named[evaluation.monitor].astype(state.best.score.dtype)
-    better = score < state.best.score if evaluation.mode == "min" else score > state.best.score
+    if training.monitor not in named:
+        expected = f"one of {', '.join(named)}"
+        raise ValueError(f"{training.function}: monitor must be {expected}, got {training.monitor!r}")
+    score = named[training.monitor].astype(state.best.score.dtype)
+    better = score < state.best.score if training.monitor_mode == "min" else score > state.best.score
     new = Best(scored, state.model_state, score, state.step)
     best = jax.tree.map(partial(jnp.where, better), new, state.best)
-    return state._replace(best=best, validations_since_best=jnp.where(better, 0, state.validations_since_best + 1))
+    validations_since_best = jnp.where(better, 0, state.validations_since_best + 1)
+    return state._replace(best=best, validations_since_best=validations_since_best), means
 
 
 def _unless_stale(block, patience):
@@ -385,32 +377,56 @@ def _unless_stale(block, patience):
     return guarded
 
 
-def _update(
-    nll: Objective, optimizer: Any, micro_batches: int, ema_decay: float | None, state: State, batch: PyTree,
-    weights: Array | None,
-) -> tuple[State, Metrics]:  # fmt: skip
+def _update(training: Training, state: State, batch: PyTree, weights: Array | None) -> tuple[State, Metrics]:
     """A step, but for counting it if it is skipped: `_count` does, for all steps at once and outside of the loop."""
     key = key_for_nll(state.key, state.step)
 
     def at(params):
-        return objective.loss_and_gradient(nll, params, state.model_state, batch, key, weights, micro_batches)
+        given = params, state.model_state, batch, key, weights
+        return objective.loss_and_gradient(training.objective, given, training.micro_batches)
 
     means, gradient, model_state = at(fast(state.params))
-    updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
-        gradient, state.optimizer_state, state.params, value=means.loss, grad=gradient,
-        value_fn=lambda params: at(params)[0].loss)  # fmt: skip
-    # In one dtype, since strict promotion refuses the sum of two.
-    sums = optax.apply_updates(*jax.tree.map(wide, (state.params, updates)))
-    params = jax.tree.map(lambda p, new: new.astype(p.dtype), state.params, sums)
-    average = state.average if ema_decay is None else _averaged(state.average, params, ema_decay)
+    old = state.params, state.model_state, state.optimizer_state, state.average
+
+    def loss_at(params, grad_fn=None, obj_fn=None):  # a line search of optax refuses what its function does not take
+        return at(params)[0].loss
+
+    def updated(gradient):
+        extra = {"value": means.loss, "grad": gradient, "value_fn": loss_at, "obj_fn": loss_at}
+        extra |= {"grad_fn": lambda params, *_: at(params)[1]}
+        update = optax.with_extra_args_support(training.optimizer).update
+        parameters = inspect.signature(update).parameters.values()
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+            extra = {parameter.name: extra[parameter.name] for parameter in parameters if parameter.name in extra}
+        try:
+            updates, optimizer_state = update(gradient, state.optimizer_state, state.params, **extra)
+        except TypeError as error:
+            if "keyword" not in str(error):
+                raise
+            fault = f"optimizer asks for what a step does not have: {error}".splitlines()[0]
+            raise ValueError(f"{training.function}: {fault}") from None
+        # In one dtype, since strict promotion refuses the sum of two.
+        sums = optax.apply_updates(*jax.tree.map(wide, (state.params, updates)))
+        params = jax.tree.map(lambda p, new: new.astype(p.dtype), state.params, sums)
+        average = state.average if training.ema_decay is None else _averaged(state.average, params, training.ema_decay)
+        return (params, model_state, optimizer_state, average), updates
+
+    new, updates = updated(gradient)
+    objective.same_types(training.function, "an optimizer state", "the optimizer", old, new)
     measured = Metrics(means.loss, _norm(gradient), _norm(updates), state.skipped, means.weight, means.metrics)
-    new = (params, model_state, optimizer_state, average)
-    old = (state.params, state.model_state, state.optimizer_state, state.average)
-    objective.same_types(nll.function, "an optimizer state", "the optimizer", old, new)
-    new = jax.tree.map(partial(jnp.where, _finite(measured)), new, old)
+    # A branch that computes the new state writes it over the old one. A finished state next to the old one would take
+    # the memory of both, and on a CPU half as long again for a small model.
+    again = _is_cheap(jax.make_jaxpr(updated)(gradient).jaxpr)
+    new = jax.lax.cond(_finite(measured), lambda: updated(gradient)[0] if again else new, lambda: old)
     params, model_state, optimizer_state, average = new
     after = state._replace(params=params, model_state=model_state, optimizer_state=optimizer_state, average=average)
     return after._replace(step=state.step + 1), measured
+
+
+def _is_cheap(jaxpr):
+    """Whether a program has neither a loop nor a product of matrices, so that it may run twice."""
+    costly = any(equation.primitive.name in ("while", "scan", "dot_general") for equation in jaxpr.eqns)
+    return not costly and all(map(_is_cheap, subjaxprs(jaxpr)))
 
 
 def _finite(measured):
@@ -427,6 +443,9 @@ def _count(state, measured):
 def _norm(tree):
     """A product with itself is the cheapest sum of squares, all the more under `vmap`."""
     leaves = [wide(x) for x in jax.tree.leaves(tree)]
+    # Joined, since a kernel for each takes longer than the sum of a small leaf.
+    small = [x.ravel() for x in leaves if x.size <= _SMALL]
+    leaves = [x for x in leaves if x.size > _SMALL] + ([jnp.concatenate(small)] if small else [])
     square = sum(jnp.tensordot(x, x, x.ndim, precision="highest") for x in leaves)
     # XLA makes |x| of the root of one square, which is finite although the square, as in Adam's state, is not.
     return jnp.where(jnp.isfinite(square), jnp.sqrt(square), square)
@@ -455,16 +474,20 @@ def summary(metrics: Metrics) -> Metrics:
     return Metrics(by_weight(metrics.loss), *norms, skipped, weight, jax.tree.map(by_weight, metrics.metrics))
 
 
-def history_of(metrics: Metrics, scores: objective.Sums | None) -> History:
-    """The history of these rows and scores."""
-    validation = (jnp.zeros(0), {}) if scores is None else (scores.loss, scores.metrics)
-    return History(metrics.loss, metrics.gradient_norm, metrics.update_norm, metrics.skipped, metrics.metrics,
-                   *validation)  # fmt: skip
+def history_of(metrics: Metrics, means: objective.Sums | None = None) -> History:
+    """The history of these rows, and of the scores of these validations."""
+    rows = metrics.loss, metrics.gradient_norm, metrics.update_norm, metrics.skipped, metrics.metrics
+    return History(*rows, jnp.zeros(0), {}) if means is None else History(*rows, means.loss, means.metrics)
 
 
-def example_weights(function: str, name: str, data: PyTree, weights: Any) -> Array | None:
-    """The weights of the examples of these data, checked."""
-    if weights is None:
-        return None
+def examples(function: str, name: str, data: PyTree, weights: Any) -> tuple[PyTree, Array | None]:
+    """Data and the weights of their examples, checked."""
     size = objective.num_examples(function, name, data)
-    return _checks.weights(function, f"the examples of {name}", (size,), jnp.asarray(weights))
+    if weights is not None:
+        weights = _checks.weights(function, f"the examples of {name}", (size,), jnp.asarray(weights))
+    return data, weights
+
+
+def held_out(training: Training, validation: Any, weights: Any) -> tuple[PyTree, Array | None] | None:
+    """The validation data with their weights, if there are any."""
+    return None if validation is None else examples(training.function, "validation", validation, weights)

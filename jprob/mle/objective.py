@@ -114,7 +114,12 @@ class Objective(NamedTuple):
         if out.losses.shape[:1] != (size,):
             expected = f"losses with the leading axis of {size} examples"
             raise ValueError(f"{self.function}: nll must return {expected}, got {_checks.describe(out.losses)}")
-        for name, value in (out.metrics or {}).items():
+        metrics = out.metrics or {}
+        odd = [x for x in metrics.values() if not hasattr(x, "shape")] if isinstance(metrics, dict) else [metrics]
+        if odd:
+            expected = f"a dict from names to arrays, got {_checks.describe(odd[0])}"
+            raise ValueError(f"{self.function}: metrics of nll must be {expected}")
+        for name, value in metrics.items():
             _checks.same_shape(self.function, "losses", f"metrics[{name!r}]", out.losses.shape, jnp.asarray(value))
         if out.weights is not None:
             weights = _checks.weights(self.function, "losses", out.losses.shape, out.weights)
@@ -127,24 +132,20 @@ class Objective(NamedTuple):
         return out
 
 
-def loss_and_gradient(
-    objective: Objective,
-    params: PyTree,
-    model_state: PyTree,
-    batch: PyTree,
-    key: Key[Array, ""],
-    weights: Array | None,
-    micro_batches: int,
-) -> tuple[Sums, PyTree, PyTree]:
+def loss_and_gradient(objective: Objective, given: tuple[Any, ...], micro_batches: int) -> tuple[Sums, PyTree, PyTree]:
     """Means over the batch, the gradient of the mean loss, and the new model state.
 
     Micro-batches run one after the other, each with another key, and hand on the model state.
+
+    Args:
+      objective: what gives the losses.
+      given: its arguments: params, model state, batch, key, and a weight per example or none.
+      micro_batches: parts of the batch.
     """
     if micro_batches == 1:
-        (_, (sums, after)), gradient = jax.value_and_grad(objective.mean, has_aux=True)(
-            params, model_state, batch, key, weights
-        )
+        (_, (sums, after)), gradient = jax.value_and_grad(objective.mean, has_aux=True)(*given)
         return means(sums), gradient, after
+    params, model_state, batch, key, weights = given
     parts = in_parts((batch, weights), micro_batches)
     scale = 1 / num_examples(objective.function, "batch", batch)
 
@@ -202,7 +203,7 @@ def num_examples(function: str, name: str, data: PyTree) -> int:
         if not hasattr(leaf, "shape"):
             expected = "arrays with one leading axis of examples"
             raise ValueError(f"{function}: {name} must be {expected}, got {_checks.describe(leaf)}")
-    shapes = [jnp.shape(x) for x in leaves]
+    shapes = [tuple(x.shape) for x in leaves]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or sizes == {0}:
         raise ValueError(f"{function}: expected {name} with one leading axis of examples, got shapes {shapes}")

@@ -1,10 +1,12 @@
 """What a training run carries from step to step, and what it measures on the way."""
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Float, Int, Key, PyTree
@@ -175,14 +177,6 @@ def with_average(state: State) -> State:
     return state._replace(average=optax.EmaState(zero(), jax.tree.map(lambda p: jnp.copy(wide(p)), state.params)))
 
 
-def with_best(state: State, params: PyTree, worst: float) -> State:
-    """The state with a best, which are these params without a score."""
-    if state.best is not None:
-        return state
-    params, model_state = jax.tree.map(jnp.copy, (params, state.model_state))
-    return state._replace(best=Best(params, model_state, jnp.array(worst, jnp.float32), jnp.copy(state.step)))
-
-
 def averaged_params(state: State) -> PyTree:
     """The average of the params, in their dtypes; the params themselves if no average is kept."""
     if state.average is None:
@@ -219,20 +213,13 @@ def is_key(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def flat_history(history: History) -> dict[str, Any]:
-    """The columns of a history by name, those of metrics as metrics/name."""
-    columns = history._asdict()
-    nested = {name: columns.pop(name) for name in ("metrics", "validation_metrics")}
-    return columns | {f"{group}/{name}": x for group, named in nested.items() for name, x in named.items()}
+def joined(pieces: Sequence[History]) -> History:
+    """One history of several pieces, in numpy arrays. Some have no rows, and some no scores."""
+    rows = [piece[:5] for piece in pieces if piece.loss.size] or [pieces[0][:5]]
+    scores = [piece[5:] for piece in pieces if piece.validation.size] or [pieces[-1][5:]]
+    parts = [jax.tree.map(lambda *x: np.concatenate(x), *part) for part in (rows, scores)]
+    return History(*parts[0], *parts[1])
 
 
-def nested_history(columns: dict[str, Any]) -> History:
-    """The way back from `flat_history`."""
-    nested: dict[str, Any] = {"metrics": {}, "validation_metrics": {}}
-    for name, column in columns.items():
-        group, _, metric = name.partition("/")
-        if metric:
-            nested[group][metric] = column
-        else:
-            nested[name] = column
-    return History(**nested)
+_none: Any = np.zeros(0, np.float32)
+NO_HISTORY = History(_none, _none, _none, _none.astype(np.int32), {}, _none, {})
