@@ -416,58 +416,72 @@ def _kl_slope_q(pair, kl):
     return jnp.where((p > 0) & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def js_divergence(p_logits, q_logits, axis):
-    """sum_i m_i h(t_i), t = log q - log p, with h >= 0 even: h = ln 2 where only one of p and q is 0."""
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def js_divergence(p_logits, q_logits, weight, axis):
+    """sum_i m_i h(t_i), t = log q - log p and m = w p + (1 - w) q. A derivative takes the weight w for a constant."""
     pair, kl = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
 
     def term(k, p, q):
         t, (a, b) = pair.log_ratio(p, q, kl), pair.probs(p, q)
-        t = jnp.where((p == -jnp.inf) != (q == -jnp.inf), jnp.inf, t)
-        return jnp.maximum(p, q) > -jnp.inf, (a + b) / 2 * _js_term(t)
+        t = jnp.where((p == -jnp.inf) == (q == -jnp.inf), t, jnp.where(p == -jnp.inf, _LARGE_GAP, -_LARGE_GAP))
+        return jnp.maximum(p, q) > -jnp.inf, (weight * a + (1 - weight) * b) * _js_term(t, weight)
 
     undefined = _accurate.undefined(p_logits, axis) + _accurate.undefined(q_logits, axis)
-    return jnp.minimum(_accurate.sum_where(term, axis, pair.p, pair.q), math.log(2)) + undefined
+    most = -(jax.scipy.special.xlogy(weight, weight) + jax.scipy.special.xlog1py(1 - weight, -weight))
+    return jnp.minimum(_accurate.sum_where(term, axis, pair.p, pair.q), most) + undefined
 
 
-# A log-ratio at which the smaller probability is nothing beside the larger, in every dtype.
-_LARGE_GAP = 800.0
+# A log-ratio at which the smaller probability is nothing next to the larger, in every dtype.
+_LARGE_GAP = 80.0
 
 
-def _js_term(t):
-    """h(t) = (log(1 / (1 - u^2)) / -2 + u artanh u) with u = tanh(t / 2): the divergence of a class per unit of m_i.
+def _log_mixture(x, total):
+    """log1p(x), total = 1 + x, as -log1p(-x / total) for x < 0: XLA's log1p errs by 240 u in float64 near -0.4."""
+    size = jnp.log1p(jnp.where(x < 0, -x / total, x))
+    return jnp.where(x < 0, -size, size)
 
-    Near 0 it is u^2 / 2 + u^4 / 12 + u^6 / 30 + ...; far from it, ln 2 - log1p(e^-|t|) - |t| / (e^|t| + 1).
+
+def _js_term(t, weight):
+    """h(t) = w r(L) + (1 - w) r(L - t) with L = log(m / p): the divergence of a class per unit of m, both terms >= 0.
+
+    r(x) = 1 - (1 + x) e^-x = e^-x (e^x - 1 - x).
     """
-    near, size = jnp.abs(t) < 1, jnp.minimum(jnp.abs(t), 80)  # an infinite one would make inf / inf; e^-80 is nothing
-    u = jnp.tanh(jnp.where(near, t, 0) / 2)
-    series = jnp.zeros_like(u)
-    for k in range(24 if t.dtype == jnp.float64 else 12, 0, -1):
-        series = 1 / (2 * k * (2 * k - 1)) + u * u * series
-    far = math.log(2) - jnp.log1p(jnp.exp(-size)) - size / (jnp.exp(size) + 1)
-    return jnp.where(near, u * u * series, far)
+    t = jnp.clip(t, -_LARGE_GAP, _LARGE_GAP)
+    e, less, other = jnp.exp(t), jnp.expm1(t), 1 - weight
+    of_p, of_q = weight + other * e, weight / e + other  # m / p and m / q
+    low, high = _log_mixture(other * less, of_p), _log_mixture(-weight * less / e, of_q)
+    return weight * _excess(low, 1 / of_p) + other * _excess(high, 1 / of_q)
+
+
+def _excess(x, inverse):
+    """1 - (1 + x) e^-x, given e^-x, with relative accuracy also where x is small."""
+    near = jnp.clip(x, -1, 2)
+    return jnp.where(near == x, inverse * _accurate.near_exp_remainder(near), 1 - (1 + x) * inverse)
 
 
 @partial(js_divergence.defjvp, symbolic_zeros=True)
 def _js_divergence_jvp(axis, primals, tangents):
-    """dJS = sum_i p_i (log(p_i / m_i) - KL(p || m)) / 2 dz^p_i, and the same for q."""
-    slopes = (partial(_js_slope, *logits, axis) for logits in (primals, primals[::-1]))
+    """dJS = sum_i w p_i (log(p_i / m_i) - KL(p || m)) dz^p_i, and the same for q with 1 - w."""
+    p_logits, q_logits, weight = primals
+    sides = (p_logits, q_logits, weight), (q_logits, p_logits, 1 - weight)
     out = js_divergence(*primals, axis)
-    return out, _along(out, slopes, tangents, axis)
+    return out, _along(out, [partial(_js_slope, *side, axis) for side in sides], tangents[:2], axis)
 
 
-def _js_slope(p_logits, q_logits, axis):
-    """p_i (l_i - <p, l>) / 2 with l_i = log(p_i / m_i) = ln 2 - log(1 + exp(t_i)), up to a constant that cancels.
+def _js_slope(p_logits, q_logits, weight, axis):
+    """w p_i (l_i - <p, l>) with l_i = log(p_i / m_i) = -log(w + (1 - w) exp(t_i)), up to a constant that cancels.
 
-    l itself is 0 for t = 0, where p and q agree; l - ln 2 is 0 where q is far below p. The one that is small where p
+    l itself is 0 for t = 0, where p and q agree; l + log w is 0 where q is far below p. The one that is small where p
     lies keeps the digits of the differences.
     """
     pair = _pair(p_logits, q_logits, axis)
     p, _ = pair.probs(pair.p, pair.q)
     t = pair.log_ratio(pair.p, pair.q, _finite_kl(p_logits, q_logits, axis))
-    t = jnp.where((q_logits == -jnp.inf) & (p_logits > -jnp.inf), -_LARGE_GAP, t)
-    # log1p(tanh(|t| / 2)), not -log1p(expm1(-|t|) / 2), whose argument lies where XLA's float64 log1p errs by 240 u.
-    near = jnp.log1p(jnp.tanh(jnp.abs(t) / 2)) - jnp.maximum(t, 0)
-    below = -jnp.maximum(t, 0) - jnp.log1p(jnp.exp(-jnp.abs(t)))
+    t = jnp.where((q_logits == -jnp.inf) & (p_logits > -jnp.inf), -800.0, t)
+    capped = jnp.clip(t, -_LARGE_GAP, _LARGE_GAP)
+    mixture = _log_mixture((1 - weight) * jnp.expm1(capped), weight + (1 - weight) * jnp.exp(capped))
+    near = -(mixture + jnp.maximum(t - _LARGE_GAP, 0))
+    s = t + jnp.log((1 - weight) / jnp.maximum(weight, jnp.finfo(t.dtype).tiny))
+    below = -jnp.maximum(s, 0) - jnp.log1p(jnp.exp(-jnp.abs(s)))
     far = _accurate.total(p * t, axis) < -1
-    return p * _accurate.centred(p, jnp.where(far, below, near), axis) / 2
+    return weight * p * _accurate.centred(p, jnp.where(far, below, near), axis)

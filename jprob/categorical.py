@@ -36,7 +36,7 @@ Under `jprob.checkify` each function says which of its expectations the data bre
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Integer, Key
+from jaxtyping import Bool, Float, Int, Integer, Key, Real
 
 from . import _accurate, _categorical, _checks, _placement
 
@@ -279,35 +279,40 @@ def kl_divergence(
     return _per_example(_categorical.kl_divergence(p, q, axis), axis, where) * unit
 
 
-@_checks.public(static=("axis", "base"))
+@_checks.public(static=("axis", "base"), weight=_checks.UNIT_INTERVAL)
 def js_divergence(
     p_logits: Float[Array, "*shape"],
     q_logits: Float[Array, "*shape"],
     *,
+    weight: float | Real[Array, ""] = 0.5,
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
     base: float | None = None,
 ) -> Float[Array, "*rest"]:
-    """Jensen-Shannon divergence JS(p, q) = (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
+    """Jensen-Shannon divergence w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q and the weight w = 1/2.
 
-    Symmetric, and finite where KL is not. Its square root is a metric.
+    JS is finite where KL is not. With w = 1/2 it is symmetric, and its square root is a metric. JS / w tends to
+    KL(p || q) as w falls to 0, and JS / (1 - w) to KL(q || p) as w rises to 1.
 
     Args:
       p_logits: logits of p; -inf marks an impossible class.
       q_logits: logits of q, in the same shape.
+      weight: w in [0, 1], one number, traced. A derivative takes it for a constant.
       axis: the class axis; it is summed away.
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0 under both.
       base: unit of the result, static: None for nats, 2 for bits.
 
     Returns:
-      One value per pair, at least float32: 0 where p = q, ln 2 nats (1 bit) where they share no class, never outside.
-      It keeps its digits where p and q nearly agree. Relative error at most (16 + R) u, R over both; of a gradient
-      entry, relative to the largest of the terms p_i log(p_i / m_i) it is made of.
+      One value per pair, at least float32, in [0, -w log w - (1 - w) log(1 - w)]. The value is 0 where p = q, and the
+      upper end (ln 2 nats for w = 1/2) where p and q share no class. A traced weight outside [0, 1] gives NaN. The
+      relative error is at most (16 + R) u, R over both, also where p and q nearly agree. That of a gradient entry is
+      relative to the largest of the terms w p_i log(p_i / m_i).
 
     Raises:
-      ValueError: as for `kl_divergence`.
+      ValueError: as for `kl_divergence`, or `weight` is not as above.
 
-    Source: Lin (1991), IEEE Transactions on Information Theory 37(1).
+    Source: Lin (1991), IEEE Transactions on Information Theory 37(1). The weight is the beta of Agarwal et al. (2024),
+    On-Policy Distillation of Language Models.
 
     >>> p, q = jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([0.5, 0.5]))
     >>> print(f"{js_divergence(p, q, base=2):.4f} bits")
@@ -315,7 +320,8 @@ def js_divergence(
     """
     unit = _checks.nats_to("js_divergence", base)
     p, q, axis, where = _canonical_pair("js_divergence", axis, where, p_logits=p_logits, q_logits=q_logits)
-    return _per_example(_categorical.js_divergence(p, q, axis), axis, where) * unit
+    weight = _checks.number("js_divergence", "weight", weight, _checks.UNIT_INTERVAL, p.dtype)
+    return _per_example(_categorical.js_divergence(p, q, jax.lax.stop_gradient(weight), axis), axis, where) * unit
 
 
 @_checks.public(static=("axis",), temperature=_checks.FINITE_POSITIVE)

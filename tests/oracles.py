@@ -49,10 +49,11 @@ def kl_divergence(zp: Row, zq: Row) -> mpf:
     return mpmath.fsum(p * mpmath.log(p / q) if q else mpmath.inf for p, q in pairs if p)
 
 
-def js_divergence(zp: Row, zq: Row) -> mpf:
+def js_divergence(zp: Row, zq: Row, weight: float | mpf = 0.5) -> mpf:
     p, q = softmax(zp), softmax(zq)
-    m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
-    return mpmath.fsum(a * mpmath.log(a / b) / 2 for r in (p, q) for a, b in zip(r, m, strict=True) if a)
+    m = [weight * a + (1 - weight) * b for a, b in zip(p, q, strict=True)]
+    sides = (weight, p), (1 - weight, q)
+    return mpmath.fsum(w * a * mpmath.log(a / b) for w, r in sides for a, b in zip(r, m, strict=True) if a)
 
 
 def bernoulli_cross_entropy(z: mpf, y: mpf) -> mpf:

@@ -245,27 +245,30 @@ def test_kl_has_the_digits_its_inputs_determine(dtype):
         assert oracles.error(dp, slope, tiny(dtype), max(map(abs, slope))) <= bound, case
 
 
-def test_js_has_the_digits_its_inputs_determine(dtype):
-    batch = each_pair(dtype)
-    program = value_and_slopes(categorical.js_divergence, (0, 1))
+@pytest.mark.parametrize("weight", [0.5, 0.875, 2.0**-20])
+def test_js_has_the_digits_its_inputs_determine(dtype, weight):
+    batch, w = each_pair(dtype), oracles.mpf(weight)
+    program = value_and_slopes(functools.partial(categorical.js_divergence, weight=jnp.array(weight)), (0, 1))
     values, slopes = program(*batch)
-    reverse, _ = program(*batch[::-1])
+    reverse = categorical.js_divergence(*batch[::-1], weight=1 - weight)
     assert slopes[0].dtype == slopes[1].dtype == dtype
+    most = float(-w * oracles.mpmath.log(w) - (1 - w) * oracles.mpmath.log(1 - w))
     for case, p, q, value, back, *both in zip(
         pairs(), *map(np.asarray, (*batch, values, reverse, *slopes)), strict=True
     ):
         zp, zq = oracles.exactly(p), oracles.exactly(q)
         bound = tolerance(dtype, computed_in(dtype), p, q)
-        assert 0 <= value <= math.log(2)
-        assert oracles.error(value, oracles.js_divergence(zp, zq), tiny(computed_in(dtype))) <= bound, case
-        assert float(back) == pytest.approx(float(value), rel=bound)
+        assert 0 <= value <= np.asarray(most, value.dtype) * (1 + 2 * np.finfo(value.dtype).eps)
+        assert oracles.error(value, oracles.js_divergence(zp, zq, w), tiny(computed_in(dtype))) <= bound, case
+        assert float(back) == pytest.approx(float(value), rel=bound, abs=tiny(computed_in(dtype)))
         wants = (
-            oracles.gradient(lambda z, zq=zq: oracles.js_divergence(z, zq), zp),
-            oracles.gradient(lambda z, zp=zp: oracles.js_divergence(zp, z), zq),
+            oracles.gradient(lambda z, zq=zq: oracles.js_divergence(z, zq, w), zp),
+            oracles.gradient(lambda z, zp=zp: oracles.js_divergence(zp, z, w), zq),
         )
         probs = oracles.softmax(zp), oracles.softmax(zq)
-        for got, want, own in zip(both, wants, probs, strict=True):
-            terms = [a * abs(oracles.mpmath.log(2 * a / (b + c))) for a, b, c in zip(own, *probs, strict=True) if a]
+        mixture = [w * a + (1 - w) * b for a, b in zip(*probs, strict=True)]
+        for got, want, share, own in zip(both, wants, (w, 1 - w), probs, strict=True):
+            terms = [share * a * abs(oracles.mpmath.log(a / m)) for a, m in zip(own, mixture, strict=True) if a]
             # 1e-60: what central differences leave where the true slope is 0.
             scale = max(*terms, *map(abs, want), oracles.mpf(10) ** -60)
             assert oracles.error(got, want, tiny(dtype), scale) <= tolerance(dtype, dtype, p, q), case
