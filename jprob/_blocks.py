@@ -49,6 +49,7 @@ class Numbers(NamedTuple):
     temperature: Array | None = None
     label_smoothing: Array | None = None
     z_loss: Array | None = None
+    weight: Array | None = None
 
 
 def plan(form, hidden, kernel, dtype, per_token=1) -> Plan:
@@ -127,8 +128,8 @@ def _scan_in_place(body, carry, arrays):
 
     # A result is one number per token, or one vector like that of the token: laid out as such an array is. Of the first
     # block only nothing is taken, so that the compiler leaves it out.
-    like, (_, first) = {x.ndim: x for x in jax.tree.leaves(arrays)}, body(carry, column(0))
-    out = jax.tree.map(lambda x: varying(jnp.zeros_like(like[x.ndim + 1], x.dtype), x), first)
+    like, (_, first) = {x.shape[2:]: x for x in jax.tree.leaves(arrays)}, body(carry, column(0))
+    out = jax.tree.map(lambda x: varying(jnp.zeros_like(like[x.shape[1:]], x.dtype), x), first)
     return jax.lax.scan(step, (carry, out), jnp.arange(blocks))[0]
 
 

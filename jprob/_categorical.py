@@ -93,14 +93,14 @@ def _uniform_loss_jvp(axis, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def target_loss(z, targets, axis):
     """-sum_i t_i log p_i = sum t log1p(sum_exp_below_max) + sum_i t_i (m - z_i): no term is negative."""
-    return _target_terms(z, targets, axis)[0]
+    return target_terms(z, targets, axis)[0]
 
 
 @partial(target_loss.defjvp, symbolic_zeros=True)
 def _target_loss_jvp(axis, primals, tangents):
     """sum_i (p_i sum(t) - t_i) dz_i - sum_i log p_i dt_i, the latter over possible classes."""
     (z, targets), (dz, dt) = primals, tangents
-    out, residual = _target_terms(z, targets, axis)
+    out, residual = target_terms(z, targets, axis)
     slope = jnp.zeros_like(out)
     if type(dz) is not SymbolicZero:
         slope += _accurate.total(residual * dz, axis)
@@ -111,7 +111,7 @@ def _target_loss_jvp(axis, primals, tangents):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _target_terms(z, targets, axis):
+def target_terms(z, targets, axis):
     """The loss, and p_i sum(t) - t_i; for the one class with p > 1/2 what the others have of t, less sum(t) (1 - p_i).
 
     The gradient of a row of targets with a NaN or an infinite one is 0.
@@ -127,11 +127,11 @@ def _target_terms(z, targets, axis):
     return loss, jnp.where(jnp.isfinite(mass), residual, 0)
 
 
-@_target_terms.defjvp
-def _target_terms_jvp(axis, primals, tangents):
+@target_terms.defjvp
+def target_terms_jvp(axis, primals, tangents):
     """d(p_i sum(t) - t_i) = sum(t) p_i (dz_i - <p, dz>) + p_i sum(dt) - dt_i."""
     (z, targets), (dz, dt) = primals, tangents
-    (loss, residual), finite = _target_terms(z, targets, axis), _finite_rows(targets, axis)
+    (loss, residual), finite = target_terms(z, targets, axis), _finite_rows(targets, axis)
     p, log_p = _accurate.probs(z, axis), _accurate.log_softmax(z, axis)
     terms = residual * dz - jnp.where(jnp.isfinite(log_p), log_p, 0) * dt
     slope = _accurate.total(finite, axis) * (p * _accurate.centred(p, dz, axis)) + (p * _accurate.total(dt, axis) - dt)

@@ -92,8 +92,15 @@ def _loss_rows(form: _blocks.Form, numbers: _blocks.Numbers, z, labels):
     And the gradient of the loss, (1 - e) (p - y) + e (p - 1 / V) + 2 z_loss logsumexp p: written out, since the
     transpose of a psum is another psum in a `shard_map` that does not check what varies.
     """
-    axis, e, z_loss, labels = form.axis, numbers.label_smoothing, numbers.z_loss, labels[:, None]
-    nll, residual, log_total, p = _vocabulary.nll_terms(z, labels, axis)
+    axis, e, z_loss = form.axis, numbers.label_smoothing, numbers.z_loss
+    if labels.ndim == 1:
+        labels = labels[:, None]
+        nll, residual, log_total, p = _vocabulary.nll_terms(z, labels, axis)
+    else:
+        z = _accurate.kept(z)  # the class at the maximum is found by comparison
+        nll, residual = _categorical.target_terms(z, labels.astype(z.dtype), axis)
+        log_total, p = _vocabulary.normaliser(z, axis)[1], _accurate.probs(z, axis)
+        labels = _vocabulary.mode(labels, axis)
     loss, slope, outputs = nll, residual, ()
     if e is not None or z_loss is not None or form.has_aux:
         top = _vocabulary.finite_top(z, axis)

@@ -69,6 +69,29 @@ def log_prob(
     return -_cross_entropy("log_prob", logits, labels)
 
 
+@_checks.public()
+def prob(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Probability p = 1 / (1 + exp(-z)) of "yes", the sigmoid, with its digits in both tails.
+
+    Use `prob(-logits)` for 1 - p, which rounding would lose.
+
+    Args:
+      logits: z, log-odds of "yes" in any floating dtype; -inf and inf are certain.
+
+    Returns:
+      One value per logit in [0, 1], in the logits' dtype. Relative error at most 16 u and one rounding to that dtype,
+      of the gradient p (1 - p) too.
+
+    Raises:
+      ValueError: the logits are not floating-point.
+
+    >>> print(prob(jnp.array([-20.0, 0.0])), jax.grad(prob)(20.0))
+    [2.0611537e-09 5.0000000e-01] 2.0611537e-09
+    """
+    _checks.floating("prob", logits=logits)
+    return _sigmoid(logits.astype(_accurate.compute_dtype(logits))).astype(logits.dtype)
+
+
 @_checks.public(static=("base",))
 def entropy(logits: Float[Array, "*shape"], *, base: float | None = None) -> Float[Array, "*shape"]:
     """Entropy -p log p - (1 - p) log(1 - p) of p = sigmoid(logits).

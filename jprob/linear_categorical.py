@@ -49,15 +49,17 @@ _REDUCTIONS = ("mean", "sum", "none")
 _FORM = ("transposed_kernel", "block_bytes", "axis_name")
 _CAP = {"softcap": _checks.FINITE_POSITIVE, "temperature": _checks.FINITE_POSITIVE}
 _LOSS = {"label_smoothing": _checks.UNIT_INTERVAL, "z_loss": _checks.FINITE_NOT_NEGATIVE}
+_MIXTURE = {"weight": _checks.UNIT_INTERVAL}
 
 
 class Aux(NamedTuple):
     """What `cross_entropy` returns next to the loss, per token, for metrics; all but `correct` is differentiable.
 
     Attributes:
-      nll: -log p of the label, without smoothing, z-loss or weight; 0 for a token of weight 0.
+      nll: the cross-entropy without smoothing, z-loss or weight; 0 for a token of weight 0.
       logsumexp: the logarithm of the normaliser, log sum_j exp(z_j); 0 for a token of weight 0.
-      correct: whether the label is the mode (of classes that tie, the first); False for a token of weight 0.
+      correct: whether the label, or the mode of the target distribution, is the mode (of classes that tie, the first);
+        False for a token of weight 0.
       weight: one number, the sum of the weights.
     """
 
@@ -71,7 +73,7 @@ class Aux(NamedTuple):
 def cross_entropy(
     hidden: Float[Array, "*tokens H"],
     kernel: Float[Array, "_ _"],
-    labels: Integer[Array, "*tokens"],
+    labels: Integer[Array, "*tokens"] | Float[Array, "*tokens _"],
     *,
     bias: Float[Array, "_"] | None = None,
     weights: Real[Array, "*tokens"] | Bool[Array, "*tokens"] | None = None,
@@ -85,7 +87,9 @@ def cross_entropy(
     block_bytes: int | None = None,
     axis_name: str | None = None,
 ) -> Float[Array, "..."] | tuple[Float[Array, "..."], Aux]:
-    """Cross-entropy -log p_y of integer labels y and p = softmax(z), reduced over tokens.
+    """Cross-entropy -log p_y of labels y, or -sum_i y_i log p_i of target distributions y, reduced over tokens.
+
+    p = softmax(z) are the probabilities of the classes.
 
     Value and gradients of a reduced loss take 3 products of the size of hidden @ kernel, the value alone 1. Reduced
     to "none", and for the gradients of what `has_aux` adds, the logits are made anew in the backward pass.
@@ -93,7 +97,8 @@ def cross_entropy(
     Args:
       hidden: [..., H], one vector a token, in any floating dtype.
       kernel: [H, V], whose columns are the classes.
-      labels: y, integer classes in [0, V), in the shape [...] of the tokens.
+      labels: y, integer classes in [0, V), in the shape [...] of the tokens. Or floating-point target distributions
+        [..., V], which a derivative takes for constants.
       bias: [V], added to the logits; -inf marks an impossible class, with any softcap.
       weights: [...], one weight per token, not negative; a mask is one. A token of weight 0 is as if not there: it adds
         nothing to any value or gradient (that in its weight is 0 too), also if its hidden is NaN or its label is -1.
@@ -106,9 +111,9 @@ def cross_entropy(
       reduction: static: "mean" (divided by the sum of the weights), "sum", or "none" (each loss times its weight).
       has_aux: static; whether to return `Aux` too.
       block_bytes: static, bytes of a block of logits: 64 MiB by default, or 512 tokens if that is more.
-      axis_name: static; the mesh axis of an enclosing `shard_map` over which the classes of kernel and bias are
-        sharded, in equal parts (a bias of -inf fills up the last). Labels count through all of them, and hidden, labels
-        and weights are the same on the whole axis, as the result is.
+      axis_name: static; the mesh axis of an enclosing `shard_map` over which the classes of kernel, bias and targets
+        are sharded, in equal parts (a bias of -inf fills up the last). Labels count through all of them, and hidden,
+        labels and weights are the same on the whole axis, as the result is.
 
     Returns:
       The loss in nats, at least float32: one number, or one per token for "none". With `has_aux`, the pair (loss, Aux).
@@ -136,9 +141,12 @@ def cross_entropy(
     _check_operands(name, form, hidden, kernel, bias)
     if weights is not None:
         weights = _checks.weights(name, "hidden without its last axis", hidden.shape[:-1], weights)
-    labels, inside = _labels(name, form, hidden, kernel, labels, weights)
+    if _checks.holds(labels, jnp.floating):
+        labels, inside = _targets(name, form, hidden, kernel, labels)
+    else:
+        labels, inside = _labels(name, form, hidden, kernel, labels, weights)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "temperature": temperature}
-    numbers = _numbers(name, _blocks.dtype_of(hidden, kernel, bias, weights), **options)
+    numbers = _numbers(name, _blocks.dtype_of(hidden, kernel, bias, weights, labels), **options)
     return _placed(partial(_cross_entropy, form, reduction), [hidden, kernel, bias], numbers, labels, inside, weights)
 
 
@@ -185,6 +193,56 @@ def log_prob(
 
     def rows(z, labels, inside):
         return _accurate.nan_unless(inside, -_vocabulary.nll_terms(z, labels[:, None], form.axis)[0][:, 0])
+
+    return _placed(partial(_blocks.per_token, rows, form), [(hidden, kernel, bias)], numbers, labels, inside)
+
+
+@_checks.public(static=_FORM, **_CAP)
+def log_prob_and_entropy(
+    labels: Integer[Array, "*tokens"],
+    hidden: Float[Array, "*tokens H"],
+    kernel: Float[Array, "_ _"],
+    *,
+    bias: Float[Array, "_"] | None = None,
+    softcap: float | Real[Array, ""] | None = None,
+    temperature: float | Real[Array, ""] = 1.0,
+    transposed_kernel: bool = False,
+    block_bytes: int | None = None,
+    axis_name: str | None = None,
+) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]]:
+    """`log_prob` and `entropy` of the same logits, which are made once: a policy gradient with an entropy bonus.
+
+    Args:
+      labels: y, integer classes in [0, V), in the shape [...] of the tokens.
+      hidden: [..., H], one vector a token, in any floating dtype.
+      kernel: [H, V], whose columns are the classes.
+      bias: [V], added to the logits; -inf marks an impossible class.
+      softcap: as in `cross_entropy`.
+      temperature: T, with 0 < T < inf.
+      transposed_kernel: static; whether the kernel is [V, H].
+      block_bytes: static, as in `cross_entropy`.
+      axis_name: static, as in `cross_entropy`.
+
+    Returns:
+      The pair (log_prob, entropy): of each one value per token in nats, at least float32, with the range and the
+      accuracy of the two functions, relative error at most (16 + R) u.
+
+    Raises:
+      ValueError: a dtype, a shape or an option is not as above.
+
+    >>> log_p, entropy = log_prob_and_entropy(jnp.array([1]), jnp.ones((1, 1)), jnp.log(jnp.array([[0.5, 0.5]])))
+    >>> print(log_p, entropy)
+    [-0.6931472] [0.6931472]
+    """
+    name = "log_prob_and_entropy"
+    form = _form(name, transposed_kernel, block_bytes, axis_name)
+    _check_operands(name, form, hidden, kernel, bias)
+    labels, inside = _labels(name, form, hidden, kernel, labels)
+    numbers = _numbers(name, _blocks.dtype_of(hidden, kernel, bias), softcap=softcap, temperature=temperature)
+
+    def rows(z, labels, inside):
+        log_prob = -_vocabulary.nll_terms(z, labels[:, None], form.axis)[0][:, 0]
+        return _accurate.nan_unless(inside, log_prob), _categorical.entropy(z, form.axis)[:, 0]
 
     return _placed(partial(_blocks.per_token, rows, form), [(hidden, kernel, bias)], numbers, labels, inside)
 
@@ -289,6 +347,70 @@ def kl_divergence(
     return (
         _placed(partial(_blocks.per_token, partial(_linear_categorical.divergence, form), form), sides, numbers) * unit
     )
+
+
+@_checks.public(static=(*_FORM, "base"), **_CAP, **_MIXTURE)
+def js_divergence(
+    p_hidden: Float[Array, "*tokens P"],
+    p_kernel: Float[Array, "_ _"],
+    q_hidden: Float[Array, "*tokens Q"],
+    q_kernel: Float[Array, "_ _"],
+    *,
+    weight: float | Real[Array, ""] = 0.5,
+    p_bias: Float[Array, "_"] | None = None,
+    q_bias: Float[Array, "_"] | None = None,
+    base: float | None = None,
+    softcap: float | Real[Array, ""] | None = None,
+    temperature: float | Real[Array, ""] = 1.0,
+    transposed_kernel: bool = False,
+    block_bytes: int | None = None,
+    axis_name: str | None = None,
+) -> Float[Array, "*tokens"]:
+    """Jensen-Shannon divergence w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q, of each token's distributions.
+
+    Use this function to distil on the student's own samples: the weight leads from forward to reverse KL, as in
+    `categorical.js_divergence`.
+
+    Args:
+      p_hidden: [..., P], one vector a token, of the first distribution.
+      p_kernel: [P, V], whose columns are the classes.
+      q_hidden: [..., Q], the same tokens, of the second distribution.
+      q_kernel: [Q, V], the same classes.
+      weight: w in [0, 1].
+      p_bias: [V], added to the logits of p; -inf marks an impossible class.
+      q_bias: [V], added to the logits of q.
+      base: unit of the result, static: None for nats, 2 for bits.
+      softcap: as in `cross_entropy`, for both.
+      temperature: T, with 0 < T < inf, for both.
+      transposed_kernel: static; whether both kernels are [V, H].
+      block_bytes: static, as in `cross_entropy`, for the logits of both together.
+      axis_name: static, as in `cross_entropy`: both kernels are sharded alike.
+
+    Returns:
+      One value per token, at least float32, in [0, -w log w - (1 - w) log(1 - w)]: 0 where p = q, and finite also where
+      one excludes a class. Relative error at most (16 + R) u of the logits as computed.
+
+    Raises:
+      ValueError: a dtype, a shape or an option is not as above.
+
+    Source: Agarwal et al. (2024), On-Policy Distillation of Language Models.
+
+    >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+    >>> print(f"{js_divergence(jnp.ones((1, 1)), p, jnp.ones((1, 1)), q)[0]:.4f}")
+    0.1017
+    """
+    name = "js_divergence"
+    unit = _checks.nats_to(name, base)
+    form = _form(name, transposed_kernel, block_bytes, axis_name)
+    sides = _two_sides(name, form, "pq", (p_hidden, p_kernel, p_bias), (q_hidden, q_kernel, q_bias))
+    options = {"softcap": softcap, "temperature": temperature, "weight": jnp.asarray(weight)}
+    numbers = _numbers(name, _blocks.dtype_of(*sides[0], *sides[1]), **options)
+
+    def divergence(sides, numbers):
+        rows = lambda p, q: _categorical.js_divergence(p, q, numbers.weight, form.axis)[:, 0]  # noqa: E731
+        return _blocks.per_token(rows, form, sides, numbers)
+
+    return _placed(divergence, sides, numbers) * unit
 
 
 @_checks.public(static=_FORM, **_CAP)
@@ -523,9 +645,10 @@ def _form(function, transposed, block_bytes, axis_name=None, has_aux=False) -> _
 
 def _numbers(function, dtype, **options) -> _blocks.Numbers:
     """Constants to a derivative. A default, which `public` never traces, becomes None."""
-    defaults = {"softcap": None, "temperature": 1, "label_smoothing": 0, "z_loss": 0}
+    defaults = {"softcap": None, "temperature": 1, "label_smoothing": 0, "z_loss": 0, "weight": None}
     kept = {name: x for name, x in options.items() if hasattr(x, "dtype") or x != defaults[name]}
-    numbers = {name: _checks.number(function, name, x, (_CAP | _LOSS)[name], dtype) for name, x in kept.items()}
+    ranges = _CAP | _LOSS | _MIXTURE
+    numbers = {name: _checks.number(function, name, x, ranges[name], dtype) for name, x in kept.items()}
     return jax.lax.stop_gradient(_blocks.Numbers(**numbers))
 
 
@@ -569,6 +692,17 @@ def _labels(function, form, hidden, kernel, labels, weights=None):
     return jnp.where(inside, labels, 0), inside
 
 
+def _targets(function, form, hidden, kernel, targets):
+    """Target distributions as constants, all of which are in range."""
+    shape = (*hidden.shape[:-1], _blocks.num_classes(form, kernel))
+    if targets.shape != shape:
+        expected = f"the shape {list(shape)} of the logits"
+        raise ValueError(f"{function}: floating-point labels must have {expected}, got {_checks.describe(targets)}")
+    if isinstance(form.axis, int):  # no shard knows the sum
+        _checks.targets_are_probs(function, targets, -1)
+    return jax.lax.stop_gradient(targets), jnp.ones(shape[:-1], bool)
+
+
 def _check_top(form, hidden, kernel, log_probs, indices):
     name = "distillation_loss"
     _checks.floating(name, top_log_probs=log_probs)
@@ -603,7 +737,7 @@ def _placed(function, sides, numbers, *operands) -> Any:
 def _cross_entropy(form: _blocks.Form, reduction, operands, numbers, labels, inside, weights):
     hidden, kernel, bias = operands
     tokens = hidden.shape[:-1]
-    dtype = _blocks.dtype_of(hidden, kernel, bias, weights)
+    dtype = _blocks.dtype_of(hidden, kernel, bias, weights, labels)
     w = jnp.ones(tokens, dtype) if weights is None else weights.astype(dtype)
     if weights is not None:
         w = _linear_categorical.counted(w, w)  # of no slope where it is 0
@@ -615,7 +749,8 @@ def _cross_entropy(form: _blocks.Form, reduction, operands, numbers, labels, ins
     else:
         # Shares of the weight, not a quotient of two sums: so the gradients leave the loop as they are returned.
         share = jnp.where(inside, _weights.ratio(w, total) if reduction == "mean" else w, 0)
-        flat = (hidden.reshape(-1, hidden.shape[-1]), kernel, bias, labels.reshape(-1), share.reshape(-1))
+        rows = [x.reshape(-1, *x.shape[len(tokens) :]) for x in (hidden, labels, share)]
+        flat = (rows[0], kernel, bias, *rows[1:])
         loss, aux = _linear_categorical.weighted_sum(form, numbers, *flat)
         loss += _accurate.nan_unless(jnp.all(known), jnp.zeros_like(loss))
         aux = [x.reshape(tokens) for x in aux]

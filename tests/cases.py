@@ -55,6 +55,7 @@ KERNEL, KERNEL2 = (jnp.asarray(_rng.normal(0, 1, (BATCH, 4, CLASSES)), jnp.float
 BIAS = jnp.asarray(_rng.normal(0, 1, (BATCH, CLASSES)), jnp.float32)
 TOKEN_WEIGHT = jnp.asarray(_rng.uniform(0.1, 0.9, (BATCH, TOKENS)), jnp.float32)
 TOKEN_CLASS = jnp.asarray(_rng.integers(0, CLASSES, (BATCH, TOKENS)))
+TOKEN_TARGET = jnp.asarray(_rng.dirichlet(np.ones(CLASSES), (BATCH, TOKENS)), jnp.float32)
 TWO_TOKENS = 2 * CLASSES * 4  # bytes of their logits in float32
 TOP = jnp.asarray(np.argsort(_rng.uniform(size=(BATCH, TOKENS, CLASSES)))[..., :2])
 
@@ -114,6 +115,10 @@ def linear_loss(hidden, kernel, bias, labels, weights):
     return jnp.concatenate([loss[None], aux.nll, aux.logsumexp])
 
 
+def log_prob_and_entropy(labels, hidden, kernel):
+    return jnp.stack(linear_categorical.log_prob_and_entropy(labels, hidden, kernel), axis=-1)
+
+
 def top_distillation(hidden, kernel, log_probs, indices):
     top = {"top_log_probs": log_probs, "top_indices": indices}
     return linear_categorical.distillation_loss(hidden, kernel, **top, temperature=2.0)
@@ -133,12 +138,15 @@ CASES = {
     "categorical.entropy": Case(categorical.entropy, (Z,), (0,)),
     "categorical.kl_divergence": Case(categorical.kl_divergence, (Z, Z2), (0, 1)),
     "categorical.js_divergence": Case(categorical.js_divergence, (Z, Z2), (0, 1)),
+    "categorical.js_divergence, weighted": Case(
+        lambda p, q: categorical.js_divergence(p, q, weight=0.9), (Z, Z2), (0, 1)),
     "categorical.distillation_loss": Case(
         lambda s, t: categorical.distillation_loss(s, t, temperature=2.0), (Z, Z2), (0, 1)),
     "categorical.log_prob": Case(categorical.log_prob, (CLASS, Z), (1,)),
     "categorical.mode": Case(categorical.mode, (Z,), is_integer=True),
     "categorical.sample": Case(categorical.sample, (KEY, Z), is_integer=True, per_example=False),
     "bernoulli.log_prob": Case(bernoulli.log_prob, (YES, X), (0, 1)),
+    "bernoulli.prob": Case(bernoulli.prob, (X,), (0,), is_map=True),
     "bernoulli.entropy": Case(bernoulli.entropy, (X,), (0,)),
     "bernoulli.kl_divergence": Case(bernoulli.kl_divergence, (X, LOC), (0, 1)),
     "bernoulli.brier_score": Case(bernoulli.brier_score, (X, YES), (0, 1)),
@@ -181,11 +189,18 @@ CASES = {
     "linear_categorical.cross_entropy": Case(
         jnp.vectorize(linear_loss, signature="(n,h),(h,v),(v),(n),(n)->(f)"),
         (HIDDEN, KERNEL, BIAS, TOKEN_CLASS, TOKEN_WEIGHT), (0, 1, 2, 4)),
+    "linear_categorical.cross_entropy, soft": Case(
+        linear("cross_entropy", "(n,h),(h,v),(n,v)->(n)", reduction="none"), (HIDDEN, KERNEL, TOKEN_TARGET), (0, 1)),
+    "linear_categorical.log_prob_and_entropy": Case(
+        jnp.vectorize(log_prob_and_entropy, signature="(n),(n,h),(h,v)->(n,f)"), (TOKEN_CLASS, HIDDEN, KERNEL), (1, 2)),
     "linear_categorical.log_prob": Case(
         linear("log_prob", "(n),(n,h),(h,v)->(n)", block_bytes=TWO_TOKENS), (TOKEN_CLASS, HIDDEN, KERNEL), (1, 2)),
     "linear_categorical.entropy": Case(linear("entropy", "(n,h),(h,v)->(n)", softcap=9.0), (HIDDEN, KERNEL), (0, 1)),
     "linear_categorical.kl_divergence": Case(
         linear("kl_divergence", "(n,h),(h,v),(n,h),(h,v)->(n)"), (HIDDEN, KERNEL, HIDDEN2, KERNEL2), (0, 1, 2, 3)),
+    "linear_categorical.js_divergence": Case(
+        linear("js_divergence", "(n,h),(h,v),(n,h),(h,v)->(n)", weight=0.9), (HIDDEN, KERNEL, HIDDEN2, KERNEL2),
+        (0, 1, 2, 3)),
     "linear_categorical.distillation_loss": Case(
         jnp.vectorize(top_distillation, signature="(n,h),(h,v),(n,k),(n,k)->(n)"),
         (HIDDEN, KERNEL, -SET_WEIGHT[:, : 2 * TOKENS].reshape(BATCH, TOKENS, 2), TOP), (0, 1, 2)),

@@ -92,6 +92,43 @@ def test_the_loss_is_that_of_the_logits(options):
         close(got, want)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_target_distribution_is_one_of_the_logits(options):
+    """Values and gradients, in blocks, sharded or not; a label and its one-hot are the same."""
+    targets, one_hot = jax.nn.softmax(normal(16, 8)), jax.nn.one_hot(SHARDED_Y.ravel(), 8)
+    x, w, b, weights = SHARDED[0].reshape(16, H), *SHARDED[1:3], SHARDED[3].ravel()
+    form = {name: options[name] for name in ("softcap", "temperature") if name in options}
+
+    def dense(x, w, b, t):
+        z = logits(x, w, b, **form)
+        loss = categorical.cross_entropy(z, t, label_smoothing=options.get("label_smoothing", 0.0))
+        loss = weights * (loss + options.get("z_loss", 0) * jax.nn.logsumexp(z, axis=-1) ** 2)
+        return jnp.sum(loss) / (jnp.sum(weights) if options.get("reduction", "mean") == "mean" else 1)
+
+    def fused(x, w, b, t, **how):
+        return jnp.sum(linear.cross_entropy(x, w, t, bias=b, weights=weights, **options, **how))
+
+    specs = P(), P(None, "model"), P("model"), P(None, "model")
+    sharded = over_devices(functools.partial(fused, axis_name="model"), specs, P(), data=1)
+    ways = [functools.partial(fused, block_bytes=6 * 8 * 4), sharded]
+    both = lambda f: jax.value_and_grad(f, (0, 1, 2))  # noqa: E731
+    want, *got = quick(lambda *a: [both(way)(*a) for way in (dense, *ways)])(x, w, b, targets)
+    for each in got:
+        close(each, want, 128 * U)
+    labels = [SHARDED_Y.ravel(), one_hot]
+    of_label, of_one_hot = quick(lambda *a: [both(lambda *a, y=y: fused(*a, y))(*a) for y in labels])(x, w, b)
+    close(of_one_hot, of_label, 128 * U)
+
+
+def test_a_target_distribution_keeps_the_digits_of_a_confident_token():
+    hidden, kernel, targets = jnp.array([[20.0, 0.0]]), jnp.eye(2), jnp.array([[1.0, 0.0]])
+    value, slope = jax.value_and_grad(lambda x: linear.cross_entropy(x, kernel, targets))(hidden)
+    want, want_slope = jax.value_and_grad(lambda z: categorical.cross_entropy(z, targets)[0])(hidden)
+    assert value > 0
+    assert (slope[0] != 0).all()
+    close((value, slope), (want, want_slope))
+
+
 def test_each_operand_of_the_loss_may_move_alone():
     """Without aux the rule is a shorter one."""
 
@@ -125,7 +162,15 @@ def test_the_others_are_those_of_the_logits():
     pairs = [
         (lambda *a: linear.log_prob(y, *a[:2], **few), lambda *a: categorical.log_prob(y, p(*a))),
         (lambda *a: linear.entropy(*a[:2], base=2, **few), lambda *a: categorical.entropy(p(*a), base=2)),
+        (
+            lambda *a: sum(linear.log_prob_and_entropy(y, *a[:2], **few)),
+            lambda *a: categorical.log_prob(y, p(*a)) + categorical.entropy(p(*a)),
+        ),
         (lambda *a: linear.kl_divergence(*a, **few), lambda *a: categorical.kl_divergence(p(*a), q(*a))),
+        (
+            lambda *a: linear.js_divergence(*a, weight=0.25, **few),
+            lambda *a: categorical.js_divergence(p(*a), q(*a), weight=0.25),
+        ),
         (distilled, dense_distilled),
     ]
 
@@ -682,7 +727,9 @@ def verbs(x, w, b, x2, w2, b2, log_probs, y, top, **how):
         "cross_entropy": linear.cross_entropy(x, w, y, bias=b, **loss, **how),
         "log_prob": linear.log_prob(y, x, w, bias=b, **how),
         "entropy": linear.entropy(x, w, bias=b, base=2, **how),
+        "log_prob_and_entropy": sum(linear.log_prob_and_entropy(y, x, w, bias=b, **how)),
         "kl_divergence": linear.kl_divergence(x, w, x2, w2, p_bias=b, q_bias=b2, base=2, **how),
+        "js_divergence": linear.js_divergence(x, w, x2, w2, p_bias=b, q_bias=b2, weight=0.9, base=2, **how),
         "distillation_loss": distilled(x2, w2, teacher_bias=b2),
         "distillation_loss, top": distilled(top_log_probs=log_probs, top_indices=top),
     }
