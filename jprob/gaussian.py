@@ -55,7 +55,7 @@ def log_prob(
     Returns:
       The log-density (in nats, per unit of x) in the shape all arguments broadcast to, at least float32; -inf at
       x = +-inf; NaN for a scale that is not positive and finite. Error at most 8 u of the sum of the
-      magnitudes of the terms, since a log-density may pass through 0. Each gradient entry has 8 u of itself. So has
+      terms' magnitudes: a log-density may pass through 0. Each gradient entry has 8 u of itself. So has
       r^2 - 1 near one standard deviation, where the digits that x - loc rounds off come back. `log_scale` makes both
       (8 + |log_scale|) u, and that of r^2 - 1 relative to r^2 + 1. At x = +-inf the gradient is that of -log scale
       alone.
@@ -249,9 +249,10 @@ def log_interval_prob(
       gradient 0 if low = high; NaN if low > high, or for an invalid scale. Relative error at most 24 u. It is
       (24 + 3 r^2) u if the interval contains the mean, r the distance of its nearer end.
 
-      A gradient entry has (24 + 3 k) u. The density at that end is a factor e^k below that at the mean; in a tail, below
-      that at the nearer end. An entry in scale has that relative to the sum of the magnitudes of the terms. So has one
-      in loc, if the interval contains the mean. An entry is 0 once it is below the smallest normal number over scale.
+      A gradient entry has (24 + 3 k) u. The density at that end is a factor e^k below that at the mean; in a tail,
+      below that at the nearer end. An entry in scale has that relative to the sum of the magnitudes of the terms. So
+      has one in loc, if the interval contains the mean. An entry is 0 once it is below the smallest normal number over
+      scale.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -312,8 +313,8 @@ def kl_divergence(
       One value per pair, in the shape all arguments broadcast to, at least float32, never negative: 0 where p = q; NaN
       for an invalid scale. Relative error at most 16 u, also where p and q nearly agree: both terms are positive, and
       neither is a difference of close numbers. So for the gradient in loc and p_scale. That in q_scale is a sum of
-      two terms, with that error relative to the sum of their magnitudes. A log_scale adds 4 |log_scale| u; d is then the
-      difference of the logarithms. Overflow gives inf, with gradient 0 in the scales.
+      two terms, with that error relative to the sum of their magnitudes. A log_scale adds 4 |log_scale| u; d is then
+      the difference of the logarithms. Overflow gives inf, with gradient 0 in the scales.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, or a scale is given twice.
@@ -448,8 +449,8 @@ def fit(
       Parameters(loc, scale), one Gaussian per row, at least float32. The scale is 0 exactly, with gradient 0, where all
       observations are equal. Without any weight nothing is determined: NaN, with gradient 0. So for a negative or
       infinite weight, or an infinite observation. The error for n observations is at most (16 + log2 n) u. That of
-      loc is relative to |loc| + scale, that of scale to itself. The bound of scale holds also where |loc| is far larger:
-      each deviation is then an exact difference.
+      loc is relative to |loc| + scale, that of scale to itself. The bound of scale holds also where |loc| is far
+      larger: each deviation is then an exact difference.
 
     Raises:
       ValueError: x is not floating-point, `axis` is out of range or empty, or the weights do not broadcast.

@@ -312,8 +312,8 @@ def distillation_loss(
     """Distillation loss T^2 KL(teacher_T || student_T) of each token, both distributions tempered by T.
 
     The teacher is given as hidden and kernel, or as its k most probable classes and their log-probabilities. The
-    teacher in the second form is normalised over these k classes. The loss is then the divergence within them, plus -log
-    of the student's total probability of them: two terms that are not negative.
+    teacher in the second form is normalised over these k classes. The loss is then the divergence within them, plus
+    -log of the student's total probability of them: two terms that are not negative.
 
     Args:
       student_hidden: [..., S], one vector a token, of the model that learns.
