@@ -200,7 +200,7 @@ def fit(
 
       The error of loc from n observations is at most (16 + log2 n) u of |loc| + scale. That of the factor is
       `(8 + log2 n + 4 D) k u` of the largest entry of its row, if the D dimensions have one scale. Its terms: 8 for a
-      deviation and the root of its share, log2 n for the sums, 4 for each reflection of the QR decomposition; k for the
+      deviation and the root of its share, log2 n for the sums; 4 for each reflection of the QR decomposition; k for the
       substitution.
 
     Raises:
