@@ -239,7 +239,7 @@ def _confusion_matrix(num_classes, labels, predictions, weights):
     row, column = (jnp.where(valid, c, 0).astype(jnp.int32) for c in (labels, predictions))
     if weights is None or weights.dtype == jnp.bool_:
         w = counted.astype(jnp.int64 if 8 in (labels.dtype.itemsize, predictions.dtype.itemsize) else jnp.int32)
-        # For n = odd * 2**k such matrices, entry k of the sum has its sign bit set, for any counts.
+        # The sum of odd * 2**k such matrices has the sign bit of entry k set, for any counts.
         info = jnp.iinfo(w.dtype)
         invalid = jnp.asarray(info.min, w.dtype) >> (jnp.arange(num_classes**2, dtype=w.dtype) % (info.bits - 1))
     else:
