@@ -17,7 +17,7 @@ prediction stays as it is.
 Classes are on the last axis of the logits, and -inf marks an impossible class. The prediction is the first of the most
 probable classes (`categorical.mode`). Computed in float32 at least (float64 where an input has it). u is half the
 spacing at 1 of that dtype (2**-24 for float32). R is the largest gap between finite logits of a row. A confidence has a
-relative error of at most (16 + R) u, and a sum over n examples one of at most 2 sqrt(n) u more.
+relative error of at most (16 + R) u. A sum over n examples has 2 sqrt(n) u more.
 """
 
 import math
@@ -173,8 +173,10 @@ def brier_decomposition(table: Reliability) -> BrierDecomposition:
     """Brier score of the confidence, in parts: score = reliability - resolution + uncertainty + within_bin.
 
     The event that is forecast with probability c is "the prediction is right". Bin k has the weight share v_k, the mean
-    confidence c_k and the accuracy a_k, and a is the overall accuracy. Then
-    reliability = sum_k v_k (c_k - a_k)^2, resolution = sum_k v_k (a_k - a)^2, uncertainty = a (1 - a).
+    confidence c_k and the accuracy a_k; a is the overall accuracy:
+
+        reliability = sum_k v_k (c_k - a_k)^2,  resolution = sum_k v_k (a_k - a)^2,  uncertainty = a (1 - a)
+
     The three make up the score where all confidences of a bin are equal (Murphy). Elsewhere `within_bin` is the rest:
     the sum over bins of `v_k (variance of c in bin k - 2 covariance of c and correctness in it)`. It tends to 0 with
     the width of the bins (Stephenson). For two classes the score is half of `categorical.brier_score`.
@@ -244,12 +246,12 @@ def fit_temperature(
         the wrong way round.
       - T = inf if an impossible class has occurred.
       - T = 1 if it changes nothing: no weight, one class, or logits that are equal in each row.
-      - T = NaN if a weight is negative, a row is NaN or without a possible class, or a label is outside [0, K). The
-        last two do not count with a weight of 0.
+      - T = NaN if a weight is negative. T = NaN if a row is NaN or without a possible class, or a label is outside
+        [0, K); these do not count with a weight of 0.
 
-      The relative error is at most (16 + R / T) u times P / (b |dP/db - dN/db|), plus that of the sums over examples.
-      The factor is the loss's own sensitivity to rounding. The gradients in logits and weights are those of the
-      minimum, and 0 if T is a limit or NaN.
+      The relative error is at most `(16 + R / T) u` times `P / (b |dP/db - dN/db|)`, plus that of the sums over
+      examples. The factor is the loss's own sensitivity to rounding. The gradients in logits and weights are those of
+      the minimum, and 0 if T is a limit or NaN.
 
     Raises:
       ValueError: as for `reliability`.
@@ -270,7 +272,7 @@ def _fit_temperature(logits, labels, weights):
 
 @jax.custom_jvp
 def _temperature(z, w, y):
-    """The T > 0 at which the gradient of the loss in b = 1 / T is 0, or the limit."""
+    """The T > 0 at which the gradient of the loss in 1 / T is 0, or the limit."""
     counted = (w != 0)[:, None]
     gap = jnp.where(counted, _accurate.shifted(z, 1), 0)
     valid = (y >= 0) & (y < z.shape[1])
@@ -308,7 +310,7 @@ def _temperature(z, w, y):
 
     above, below, *_ = slopes(jnp.zeros((), z.dtype))
     wrong = jnp.sum(share * -label_gap[:, 0])
-    # The bracket. No variance of gaps up to 1 is above 1/4, so that P - N rises at most that fast. N is at most
+    # The bracket. No variance of gaps up to 1 is above 1/4, so that P - N rises at most that fast. N <=
     # (K - 1) / (e b), since x e^(-b x) is at most 1 / (e b). P is at least wrong / K.
     tiny, classes = jnp.finfo(z.dtype).tiny, z.shape[1]
     low = jnp.maximum(4 * (below - above) * (1 - 2**-10), tiny)
