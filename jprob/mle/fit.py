@@ -93,7 +93,7 @@ def fit(
 ) -> Result:
     """Trains like `run`, with progress, checkpoints and clean interruption.
 
-    With `checkpoint_dir` the same call resumes from the newest checkpoint there, however the last call ended. The
+    The same call with `checkpoint_dir` resumes from the newest checkpoint there, however the last call ended. The
     result is that of a run that was never stopped, bit for bit. `num_steps` and `patience` may have changed. Ctrl-C
     ends training after the current chunk, saves, and raises KeyboardInterrupt with the `Result` as its attribute
     `result`. A second Ctrl-C interrupts at once. SIGTERM ends training likewise, saves, and exits with code 143.
@@ -562,7 +562,7 @@ def _diagnosis(
 
 
 def _not_finite(training, state, batch, weights):
-    """The names of what is not finite in a step, and the faults that jprob's checks find in its batch, or nothing."""
+    """The names of what is not finite in a step, and the faults that jprob's checks find; else nothing."""
     _, metrics = _step(training, state, batch, weights)
     if weights is not None:
         batch = objective.without_weightless(batch, weights)

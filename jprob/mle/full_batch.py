@@ -74,11 +74,11 @@ def fit_full_batch(
     """Minimises the mean negative log-likelihood of all data by L-BFGS with a line search.
 
     Each step searches along the quasi-Newton direction for a point that satisfies the strong Wolfe conditions. Near the
-    optimum a loss can no longer show that it fell. Hager and Zhang's condition on its derivative does there. A search
-    that finds none moves nothing and clears the memory. The fit ends when the norm of the gradient is at most the
-    tolerance; after `max_steps`; or after 20 steps in a row that reach neither a lower loss nor a smaller gradient.
-    Rounding allows no more then. `converged` tells the first end from the others. `jax.vmap` fits many at once, over
-    data, weights or initial params. A fit that has ended changes no more.
+    optimum a loss can no longer show that it fell. Hager and Zhang's condition on its derivative stands in there. A
+    search that finds no point moves nothing and clears the memory. The fit ends when the norm of the gradient is at
+    most the tolerance; after `max_steps`; or after 20 steps in a row that reach neither a lower loss nor a smaller
+    gradient. Rounding allows no more then. `converged` tells the first end from the others. `jax.vmap` fits many at
+    once, over data, weights or initial params. A fit that has ended changes no more.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats, with a
@@ -102,7 +102,7 @@ def fit_full_batch(
       then met by params that only `max_steps` and the tolerance bound.
 
     Raises:
-      ValueError: the params are not float32 or float64, or the arrays of `data` differ in their leading axis or hold no
+      ValueError: the params are not float32 or float64; the arrays of `data` differ in their leading axis or hold no
         example; `weights` are not one number per example; `nll` does not return one value per example; or an option is
         out of range.
       TypePromotionError: under x64 with strict promotion, since optax's L-BFGS adds an int32 to an int64. Use
@@ -139,7 +139,7 @@ def covariance(
 
         fisher    H^-1, the inverse of the observed Fisher information: right where the model is
         sandwich  H^-1 (sum_i g_i g_i^T) H^-1: right also where the model is not, for the params of the distribution
-                  nearest to the truth, as long as the examples are independent
+                  nearest to the truth; it needs independent examples
 
     Both are for large n, where the estimates are normal about the params they estimate. They differ where the model is
     wrong. If `nll` has a prior, `fisher` is the covariance of Laplace's approximation to the posterior.

@@ -166,9 +166,9 @@ def run(
 
     Every example comes once an epoch, in an order that follows from the key and the number of the epoch. An epoch ends
     with a short batch if `batch_size` does not divide the data; that batch counts its own examples alone. The position
-    in the epoch follows from `state.step`. So runs of a and of b steps one after the other are the run of a + b steps,
-    bit for bit. `jax.vmap` trains many members at once, over keys, params, injected hyperparameters or data; each has
-    its own order and its own early stop.
+    in the epoch follows from `state.step`. So a run of a steps and then of b steps is that of a + b, bit for bit.
+    `jax.vmap` trains many members at once, over keys, params, injected hyperparameters or data; each has its own order
+    and its own early stop.
 
     It is one program, which runs where its arguments lie. Data may be spread over a mesh by their leading axis. Batches
     are then spread alike, if `batch_size` is a multiple of the devices there. Params may be spread, too, and keys under
