@@ -142,8 +142,9 @@ def cross_entropy(
 
     Returns:
       One value per example in nats, at least float32, never negative. It is inf where a target has an impossible class;
-      the gradient stays p - y. It is NaN with a gradient of 0 for an integer label outside [0, K) or a NaN target. A target of 0 does not count: an impossible class costs nothing there. Relative error at most (16 + R) u; of
-      a gradient entry too, as far as p and the target differ.
+      the gradient stays p - y. It is NaN with a gradient of 0 for an integer label outside [0, K) or a NaN target. A
+      target of 0 does not count: an impossible class costs nothing there. Relative error at most (16 + R) u; of a
+      gradient entry too, as far as p and the target differ.
 
     Raises:
       ValueError: a dtype, a shape, `axis`, `where` or `label_smoothing` is not as above.
@@ -230,6 +231,7 @@ def entropy(
       One value per example, at least float32, never negative: 0 where one class has all the probability, log K where
       all K are equal. Relative error at most (16 + R) u. The gradient is p_i (H + log p_i) up to sign; that error is
       relative to the sum of its terms.
+
     Raises:
       ValueError: the logits are not floating-point, `axis` is out of range, `where` does not broadcast, or `base` is
         not above 1.
