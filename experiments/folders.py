@@ -1,5 +1,7 @@
 """A run's folder: made once, opened again by the same command, and never mixed with another run's.
 
+The files of a folder:
+
     manifest.json    how the numbers came about, see `experiments.manifest`
     results.sqlite   the numbers, see `experiments.results`
     report.html      made from the two, see `experiments.report`, and its figures one by one in figures/

@@ -1,8 +1,8 @@
 """A run spread over jobs, each of which measures one piece of it.
 
 A piece is a study, or a part of one that offers `parts(config)`. That function cuts its config into several; their
-records one after the other are those of the whole. A piece is a separate run with its own folder and database, since an
-SQLite file cannot be shared between machines:
+records one after the other are those of the whole. A piece is a separate run with its own folder and database: machines
+cannot share an SQLite file.
 
     RUN/parts/<piece>/   the measurements of a piece; a study whose pieces are all there is copied into RUN as a whole
     RUN/jobs/<time>/     the logs of the jobs, and the files that submitit keeps of them
