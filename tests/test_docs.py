@@ -22,7 +22,7 @@ CODE = {page: BLOCK.findall(text) for page, text in PAGES.items() if BLOCK.searc
 
 @pytest.fixture(autouse=True)
 def _as_a_user(tmp_path, monkeypatch):
-    """A program of a person who sets nothing, in a folder of its own."""
+    """The program of a person who sets nothing, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
