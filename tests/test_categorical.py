@@ -343,7 +343,7 @@ def test_draws_at_temperature_0_are_modes_and_at_infinity_uniform():
 
 
 def test_rare_classes_are_drawn_as_often_as_they_should_be():
-    """2^-28 is below the resolution of 23 random bits, by which 4e7 draws would hold 5 of them instead of .15."""
+    """2^-28 is below the resolution of 23 random bits. 4e7 draws of 23 bits would hold 5 of them instead of .15."""
     z = jnp.array([0.0, -28 * math.log(2)])
     draw = jax.jit(lambda key: jnp.sum(categorical.sample(key, z, shape=(4_000_000,))))
     assert sum(int(draw(key)) for key in jax.random.split(jax.random.key(0), 10)) <= 1
