@@ -7,11 +7,11 @@ and it holds the digits that the sum with 1 rounds away. A row without a possibl
 its value is NaN, and its derivatives are finite.
 
 A sum that leaves a class out is a `fold`. XLA on CPU hands every sum of 4096 elements or more to a library that knows
-no select. It writes all K terms to memory before such a sum. `fold` adds up slices of the class axis lane by lane. It
-leaves only the sum of the lanes to the library.
+no select. XLA writes all K terms to memory before such a sum. `fold` adds up slices of the class axis lane by lane.
+Only the sum of the lanes is left to the library.
 
-The plain derivative of each piece is right too. A scan needs that: jax takes the second derivative of the body of a
-rule there, and not by the rules of that.
+The plain derivative of each piece is right too. A scan needs that: jax takes the second derivative of the functions in
+a rule there, and not by their rules.
 """
 
 import math
@@ -324,7 +324,7 @@ def difference(a: Array, b: Array | float) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def divide(a: Array, b: Array) -> Array:
-    """a / b with the derivative `(da - (a / b) db) / b`. It never squares b, as jnp does: 1e-30 has no square."""
+    """a / b with the derivative `(da - (a / b) db) / b`. b is never squared, as it is by jnp: 1e-30 has no square."""
     return a / b
 
 

@@ -36,7 +36,7 @@ class Beta(NamedTuple):
 def log_posterior(
     log_prior: Float[Array, "*#shape"], log_likelihood: Float[Array, "*#shape"], *, axis: int = -1
 ) -> Float[Array, "*shape"]:
-    """Log-probabilities of the hypotheses after an observation: log_softmax(log_prior + log_likelihood).
+    """Log-posterior of the hypotheses after an observation: log_softmax(log_prior + log_likelihood).
 
     Args:
       log_prior: logits of the hypotheses before the observation; -inf marks an impossible one.
@@ -66,7 +66,7 @@ def log_posterior(
 def log_evidence(
     log_prior: Float[Array, "*#shape"], log_likelihood: Float[Array, "*#shape"], *, axis: int = -1
 ) -> Float[Array, "*rest"]:
-    """Log-probability of the observation under the prior: log sum_k prior_k likelihood_k.
+    """Log-evidence log sum_k prior_k likelihood_k: the log-probability of the observation under the prior.
 
     The prior is normalised first: its logits may have any common offset, and those of the likelihood count as they are.
     Gradients: the posterior in the log-likelihood, posterior - prior in the log-prior.
@@ -80,9 +80,9 @@ def log_evidence(
     Returns:
       One value per row in nats, at least float32: -inf where every possible hypothesis excludes the observation, NaN
       where no hypothesis is possible or a logit is +inf. Both have gradient 0. Log-likelihoods of discrete observations
-      are at most 0. For these the relative error is at most (16 + 2 R) u. It holds where the evidence is near
-      1 and its logarithm near 0 too. Else it is that of |log-likelihood| + |result|, for the hypothesis that explains
-      the observation best.
+      are at most 0. For these the relative error is at most (16 + 2 R) u. The bound also holds for an evidence near 1,
+      whose logarithm is near 0. Else it is that of |log-likelihood| + |result|, for the hypothesis that explains the
+      observation best.
 
     Raises:
       ValueError: an argument is not floating-point, `axis` is out of range, or the shapes do not broadcast.
@@ -106,7 +106,7 @@ def log_evidence(
 def update(
     log_prior: Float[Array, "*#shape"], log_likelihoods: Float[Array, "steps *#shape"]
 ) -> Float[Array, "steps *shape"]:
-    """Log-probabilities of the hypotheses after each of a sequence of observations, independent given the hypothesis.
+    """Log-posterior after each of a sequence of observations, which are independent given the hypothesis.
 
     The posterior after one observation is the prior of the next. So the last is the posterior given all of them, in any
     order.
@@ -172,9 +172,9 @@ def gaussian_posterior(
 
     Returns:
       gaussian.Parameters(loc, scale), at least float32: the prior where there is no weight. They are NaN, with gradient
-      0, for a scale that is not positive or a negative or infinite weight; so for an infinite observation or prior_loc.
-      Error for n observations at most (24 + log2 n) u, for any scales the dtype holds. That of loc is relative to |loc|
-      and the distance of prior and observations, that of scale to itself.
+      0, for a scale that is not positive or a negative or infinite weight; likewise for an infinite observation or
+      prior_loc. Error for n observations at most (24 + log2 n) u, for any scales the dtype holds. That of loc is
+      relative to |loc| and the distance of prior and observations, that of scale to itself.
 
     Raises:
       ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.
@@ -225,8 +225,8 @@ def beta_posterior(
 
     Returns:
       Beta(alpha, beta), at least float32: the prior where there is no weight. They are NaN, with gradient 0, for a
-      prior that is not positive or a negative or infinite weight; so for a label outside [0, 1]. Relative error for n
-      observations at most (4 + log2 n) u.
+      prior that is not positive or a negative or infinite weight; likewise for a label outside [0, 1]. Relative error
+      for n observations at most (4 + log2 n) u.
 
     Raises:
       ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.

@@ -1,8 +1,8 @@
 """The Bernoulli distribution: yes or no, given by one logit.
 
-The logit z is the log-odds log(p / (1 - p)) of "yes": p = sigmoid(z) and 1 - p = sigmoid(-z). It is the categorical
-distribution with logits (0, z). Both probabilities come from exponentials of -|z|, never as 1 minus the other. So the
-small one keeps its digits.
+The logit z is the log-odds log(p / (1 - p)) of "yes": p = sigmoid(z) and 1 - p = sigmoid(-z). The distribution is the
+categorical one with logits (0, z). Both probabilities come from exponentials of -|z|, never as 1 minus the other. So
+the small one keeps its digits.
 
 Values and gradients are computed in float32 at least (float64 where an input has it). Their relative error is at most
 16 u, u half the spacing at 1 of that dtype: one logit is given exactly, and no difference of logits is rounded. A
@@ -23,8 +23,8 @@ def cross_entropy(
 ) -> Float[Array, "*shape"]:
     """Cross-entropy -y log p - (1 - y) log(1 - p) of a label y and p = sigmoid(logits).
 
-    The gradient in the logits is p - y. It is never rounded to 0 where the prediction is confident and right. The
-    gradient in the label is -z.
+    The gradient in the logits is p - y, never rounded to 0 where the prediction is confident and right. The gradient in
+    the label is -z.
 
     Args:
       logits: z, log-odds of "yes" in any floating dtype; -inf and inf are certain.
@@ -99,7 +99,7 @@ def kl_divergence(
 ) -> Float[Array, "*shape"]:
     """Kullback-Leibler divergence KL(p || q), p and q the sigmoid of their logits.
 
-    It is p log(p / q) + (1 - p) log((1 - p) / (1 - q)).
+    The value is p log(p / q) + (1 - p) log((1 - p) / (1 - q)).
 
     Args:
       p_logits: log-odds of "yes" under p, the reference.
@@ -107,9 +107,10 @@ def kl_divergence(
       base: unit of the result, static: None for nats, 2 for bits.
 
     Returns:
-      One value per pair, at least float32, never negative: 0 where p = q, inf where q is certain and p is not. It keeps
-      its digits where p and q nearly agree. Relative error at most (16 + R) u, R the larger of |z_p| and |z_q|: it is
-      the divergence of two classes with logits (0, z). An infinite divergence has the gradient 0 in p's logits.
+      One value per pair, at least float32, never negative: 0 where p = q, inf where q is certain and p is not. The
+      divergence keeps its digits where p and q nearly agree. Relative error at most (16 + R) u, R the larger of |z_p|
+      and |z_q|: it is the divergence of two classes with logits (0, z). An infinite divergence has the gradient 0 in
+      p's logits.
 
     Raises:
       ValueError: a dtype or `base` is not as above, or the shapes differ.

@@ -1,7 +1,7 @@
 """Calibration: does a share c of the predictions with probability c come true?
 
-A classifier gives its predicted class the probability c, its confidence. It is calibrated if a share c of these
-predictions is right. `reliability` sorts examples by confidence into bins and sums what each bin needs. Tables of
+A classifier gives its predicted class the probability c, its confidence. A calibrated classifier is right in a share c
+of these predictions. `reliability` sorts examples by confidence into bins and sums what each bin needs. Tables of
 batches add up, field by field, to that of the whole: `jax.tree.map(jnp.add, a, b)`. Tables of devices do too:
 `jax.lax.psum(table, axis_name)`. These metrics follow from the sums:
 
@@ -9,7 +9,7 @@ batches add up, field by field, to that of the whole: `jax.tree.map(jnp.add, a, 
 - `maximum_calibration_error`, the largest gap.
 - `brier_decomposition`, the parts of the squared error of the confidence.
 
-A bin without weight counts nothing; without any weight every one of them is 0.
+A bin without weight counts nothing; without any weight every metric is 0.
 
 `fit_temperature` calibrates: it divides the logits by the one number T that makes held-out labels most likely. Every
 prediction stays as it is.
@@ -130,7 +130,7 @@ def expected_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     Raises:
       ValueError: the table is not a `Reliability`, a field is not floating-point, or their shapes differ.
 
-    Source: Naeini, Cooper and Hauskrecht (2015), AAAI; Guo et al. (2017). It depends on the bins, and it is biased
+    Source: Naeini, Cooper and Hauskrecht (2015), AAAI; Guo et al. (2017). The error depends on the bins, and is biased
     upwards when they hold few examples.
 
     >>> logits = jnp.log(jnp.array([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6]]))
@@ -178,8 +178,8 @@ def brier_decomposition(table: Reliability) -> BrierDecomposition:
         reliability = sum_k v_k (c_k - a_k)^2,  resolution = sum_k v_k (a_k - a)^2,  uncertainty = a (1 - a)
 
     The three make up the score where all confidences of a bin are equal (Murphy). Elsewhere `within_bin` is the rest:
-    the sum over bins of `v_k (variance of c in bin k - 2 covariance of c and correctness in it)`. It tends to 0 with
-    the width of the bins (Stephenson). For two classes the score is half of `categorical.brier_score`.
+    the sum over bins of `v_k (variance of c in bin k - 2 covariance of c and correctness in it)`. This rest tends to 0
+    with the width of the bins (Stephenson). For two classes the score is half of `categorical.brier_score`.
 
     Args:
       table: sums per bin, from `reliability`, or any batch of them (bins on the last axis).

@@ -7,15 +7,15 @@ probabilities, and `log_softmax` of `log_softmax` changes nothing.
 The functions, by what they compute:
 
 - `softmax` and `log_softmax`: the probabilities and their logarithms.
-- `cross_entropy`: the negative log-probability -log p_y of an observed class y. It is the loss of maximum likelihood,
-  with the gradient p - y.
+- `cross_entropy`: the negative log-probability -log p_y of an observed class y, which is the loss of maximum
+  likelihood. Its gradient is p - y.
 - `brier_score`: the squared error of the probabilities, a loss that saturates.
 - `entropy`: the mean negative log-probability under p itself.
 - `kl_divergence`: the excess of q, an approximation, over that of p, the reference. Cross-entropy of p and q = entropy
   of p + KL(p || q).
 
-Every function takes one example or any batch of them. It reduces the class axis alone and returns one value per
-example. It computes in float32 at least (float64 where an input has it).
+Every function takes one example or any batch of them, and returns one value per example. Only the class axis is
+reduced. Computed in float32 at least (float64 where an input has it).
 
 Accuracy: u is half the spacing at 1 of that dtype (2**-24 for float32). R is the largest gap between finite logits of a
 row. Values and gradient entries have a relative error of at most (16 + R) u for up to 1000 classes. The bound holds at
@@ -25,8 +25,8 @@ or of what they lack to 1. Probabilities and their products below the smallest n
 a value that they alone make up.
 
 One exception: XLA on CPU (jax 0.10 to 0.12) adds up a batch of exactly one row, [1, K], less accurately. The error
-grows with K, measured up to 500 u at K = 100 000. It affects entropies, divergences, Brier scores and soft targets. The
-same row as [K], or two of them, keep the bound.
+grows with K, measured up to 500 u at K = 100 000. Affected are entropies, divergences, Brier scores and soft targets.
+The same row as [K], or two of them, keep the bound.
 
 Corner cases, the same in all functions:
 
@@ -141,10 +141,10 @@ def cross_entropy(
       label_smoothing: e in [0, 1], one number. The target becomes (1 - e) y + e / K over the K possible classes.
 
     Returns:
-      One value per example in nats, at least float32, never negative. It is inf where a target has an impossible class;
-      the gradient stays p - y. It is NaN with a gradient of 0 for an integer label outside [0, K) or a NaN target. A
-      target of 0 does not count: an impossible class costs nothing there. Relative error at most (16 + R) u; of a
-      gradient entry too, as far as p and the target differ.
+      One value per example in nats, at least float32, never negative: inf where a target has an impossible class (the
+      gradient stays p - y); NaN with a gradient of 0 for an integer label outside [0, K) or a NaN target. A target of 0
+      does not count: an impossible class costs nothing there. Relative error at most (16 + R) u; of a gradient entry
+      too, as far as p and the target differ.
 
     Raises:
       ValueError: a dtype, a shape, `axis`, `where` or `label_smoothing` is not as above.
@@ -180,8 +180,9 @@ def brier_score(
     """Brier score sum_i (p_i - y_i)^2 of p = softmax(logits): the squared error of the probabilities.
 
     The sum over classes as Brier wrote it, in [0, 2]: twice the "half squared error", and K times a mean over classes.
-    The gradient in the logits is 2 p_i (e_i - sum_j p_j e_j) with e = p - y. It decays as exp(-margin) where the
-    prediction is confidently wrong. It is accurate there, where plain differentiation gives rounding and then 0.
+    The gradient in the logits is 2 p_i (e_i - sum_j p_j e_j) with e = p - y. The gradient decays as exp(-margin) where
+    the prediction is confidently wrong. Plain differentiation gives rounding there, and then 0; this gradient is
+    accurate.
 
     Args:
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
@@ -229,7 +230,7 @@ def entropy(
 
     Returns:
       One value per example, at least float32, never negative: 0 where one class has all the probability, log K where
-      all K are equal. Relative error at most (16 + R) u. The gradient is p_i (H + log p_i) up to sign; that error is
+      all K are equal. Relative error at most (16 + R) u. The gradient is p_i (H + log p_i) up to sign; its error is
       relative to the sum of its terms.
 
     Raises:
@@ -264,11 +265,12 @@ def kl_divergence(
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0 under both.
       base: unit of the result, static: None for nats, 2 for bits.
 
-      One value per pair, at least float32, never negative. It is 0 where p = q, also where their logits differ by a
-      constant; inf where q has probability 0 for a class that p has not. It keeps its digits where p and q nearly
-      agree: a difference of 1e-6 in the logits is a divergence near 1e-13 of full relative accuracy. Relative error at
-      most (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each adding up to
-      0. An infinite divergence has the gradient 0 in p's logits.
+    Returns:
+      One value per pair, at least float32, never negative: 0 where p = q, also where their logits differ by a
+      constant; inf where q has probability 0 for a class that p has not. The divergence keeps its digits where p and q
+      nearly agree: a difference of 1e-6 in the logits is a divergence near 1e-13 of full relative accuracy. Relative
+      error at most (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each
+      adding up to 0. An infinite divergence has the gradient 0 in p's logits.
 
     Raises:
       ValueError: a dtype, `axis`, `where` or `base` is not as above, or the shapes differ.
@@ -296,7 +298,7 @@ def js_divergence(
 ) -> Float[Array, "*rest"]:
     """Jensen-Shannon divergence (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
 
-    It is symmetric, and finite where KL is not. Its square root is a metric.
+    The divergence is symmetric, and finite where KL is not. Its square root is a metric.
 
     Args:
       p_logits: logits of p; -inf marks an impossible class.
@@ -307,8 +309,8 @@ def js_divergence(
 
     Returns:
       One value per pair, at least float32: 0 where p = q, ln 2 nats (1 bit) where they share no class, never outside.
-      It keeps its digits where p and q nearly agree. Relative error at most (16 + R) u, R over both. The error of a
-      gradient entry is relative to the largest of its terms p_i log(p_i / m_i).
+      The divergence keeps its digits where p and q nearly agree. Relative error at most (16 + R) u, R over both. The
+      error of a gradient entry is relative to the largest of its terms p_i log(p_i / m_i).
 
     Raises:
       ValueError: as for `kl_divergence`.
@@ -346,8 +348,8 @@ def distillation_loss(
 
     Returns:
       One value per example in nats, at least float32, never negative; inf where the student excludes a class that the
-      teacher does not. Relative error at most (16 + R / T) u, if the logits divided by T are exact: T = 2
-      keeps them so. Otherwise their rounding counts once they differ by less than R.
+      teacher does not. Relative error at most (16 + R / T) u, if the logits divided by T are exact. A T that is a power
+      of 2 keeps them exact. Otherwise their rounding counts once they differ by less than R.
 
     Raises:
       ValueError: `temperature` is not one number, is a Python number outside (0, inf), or as for `kl_divergence`.
@@ -408,7 +410,7 @@ def log_prob(
 def mode(
     logits: Float[Array, "*shape"], *, axis: int = -1, where: Bool[Array, "*#shape"] | None = None
 ) -> Int[Array, "*rest"]:
-    """The most probable class; of several, the first.
+    """Mode: the most probable class; of several, the first.
 
     Args:
       logits: unnormalised log-probabilities in any floating dtype.

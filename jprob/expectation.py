@@ -75,10 +75,10 @@ def variance(
       axis: the axis of the outcomes; it is summed away.
 
     Returns:
-      One value per row, in the square of the values' unit, at least float32, never negative. It is 0 where all possible
+      One value per row, in the square of the values' unit, at least float32, never negative: 0 where all possible
       outcomes have one value; NaN, with gradient 0, where a possible outcome is infinite, or none is possible. Relative
-      error at most (32 + 2 R) u, also with a large common offset or one nearly certain outcome. The error of
-      a gradient entry is relative to the sum of the magnitudes of its terms.
+      error at most (32 + 2 R) u, also with a large common offset or one nearly certain outcome. The error of a gradient
+      entry is relative to the sum of the magnitudes of its terms.
 
     Raises:
       ValueError: the logits are not floating-point, `axis` is out of range, or the values are not real or do not
@@ -114,7 +114,7 @@ def monte_carlo(
     Returns:
       Estimate(mean, standard_error), each in the shape of fn's result, at least float32: the mean, and the root of
       sum (f - mean)^2 / (n (n - 1)). The arithmetic adds (16 + log2 n) u of |mean| + standard deviation to the error of
-      chance; the standard error keeps its digits where |mean| is far larger. It is 0 where fn is constant.
+      chance; the standard error keeps its digits where |mean| is far larger, and is 0 where fn is constant.
 
     Raises:
       ValueError: num_samples is less than 2, fn or sample is no function, or fn's result is no array of real numbers.

@@ -54,9 +54,9 @@ def log_prob(
 
     Returns:
       The log-density (in nats, per unit of x) in the shape all arguments broadcast to, at least float32; -inf at
-      x = +-inf; NaN for a scale that is not positive and finite. Error at most 8 u of the sum of the
-      terms' magnitudes: a log-density may pass through 0. Each gradient entry has 8 u of itself. So has
-      r^2 - 1 near one standard deviation, where the digits that x - loc rounds off come back. `log_scale` makes both
+      x = +-inf; NaN for a scale that is not positive and finite. Error at most 8 u of the sum of the terms'
+      magnitudes: a log-density may pass through 0. Each gradient entry has 8 u of itself. So has r^2 - 1 near one
+        standard deviation, where the digits that x - loc rounds off come back. `log_scale` makes both
       (8 + |log_scale|) u, and that of r^2 - 1 relative to r^2 + 1. At x = +-inf the gradient is that of -log scale
       alone.
 
@@ -78,7 +78,7 @@ def log_prob(
 def prob(
     x: _Points, loc: _Numbers = 0.0, scale: _Numbers | None = None, *, log_scale: _Numbers | None = None
 ) -> Float[Array, "*shape"]:
-    """Density exp(-r^2 / 2) / (scale sqrt(2 pi)) with r = (x - loc) / scale.
+    """Probability density exp(-r^2 / 2) / (scale sqrt(2 pi)) with r = (x - loc) / scale.
 
     Args:
       x: where to evaluate, floating-point.
@@ -109,7 +109,7 @@ def prob(
 def cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
     """Cumulative distribution function Phi(r) = erfc(-r / sqrt 2) / 2 with r = (x - loc) / scale.
 
-    It is the probability of a value at most x.
+    This is the probability of a value at most x.
 
     The probability of a value above x is `cdf(loc - x, 0, scale)`, with all its digits.
 
@@ -120,8 +120,9 @@ def cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, 
 
     Returns:
       A probability in the shape all arguments broadcast to, at least float32: 0 at -inf, 1 at inf, NaN for an invalid
-      scale. Relative error at most (16 + 3 r^2) u on the lower side, 16 u on the upper. So for the gradient, which is
-      the density, on both sides. Below 1e-38 (r = -12.9) float32 has no normal number: use `log_cdf`.
+      scale. Relative error at most (16 + 3 r^2) u on the lower side, 16 u on the upper. The same holds for the
+      gradient, which is the density, on both sides. Below 1e-38 (r = -12.9) float32 has no normal number: use
+      `log_cdf`.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -235,8 +236,8 @@ def log_interval_prob(
 ) -> Float[Array, "*shape"]:
     """Log-probability of a value between low and high: exact in both tails, however far, narrow or wide.
 
-    It is the likelihood of an observation that is known up to an interval: censored, rounded or binned. The gradient in
-    an end is the density there divided by the probability. It is near the distance from the mean in a tail.
+    This is the likelihood of an observation that is known up to an interval: censored, rounded or binned. The gradient
+    in an end is the density there divided by the probability. A gradient in a tail is near the distance from the mean.
 
     Args:
       low: lower end, floating-point; -inf for none.
@@ -246,13 +247,13 @@ def log_interval_prob(
 
     Returns:
       A log-probability in nats, never positive, in the shape of the broadcast arguments, at least float32: -inf with
-      gradient 0 if low = high; NaN if low > high, or for an invalid scale. Relative error at most 24 u. It is
-      (24 + 3 r^2) u if the interval contains the mean, r the distance of its nearer end.
+      gradient 0 if low = high; NaN if low > high, or for an invalid scale. Relative error at most 24 u; (24 + 3 r^2) u
+      if the interval contains the mean, r the distance of its nearer end.
 
-      A gradient entry has (24 + 3 k) u. The density at that end is a factor e^k below that at the mean; in a tail,
-      below that at the nearer end. An entry in scale has that relative to the sum of the magnitudes of the terms. So
-      has one in loc, if the interval contains the mean. An entry is 0 once it is below the smallest normal number over
-      scale.
+      A gradient entry has an error of (24 + 3 k) u. The density at its end is a factor e^k below that at the mean; in a
+      tail, below that at the nearer end. An entry in scale has that relative to the sum of the magnitudes of the terms.
+      So has one in loc, if the interval contains the mean. An entry is 0 once it is below the smallest normal number
+      over scale.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -299,7 +300,7 @@ def kl_divergence(
 ) -> Float[Array, "*shape"]:
     """Kullback-Leibler divergence KL(p || q), in nats.
 
-    It is `(e^(2 d) - 1 - 2 d) / 2 + ((p_loc - q_loc) / q_scale)^2 / 2` with d = log(p_scale / q_scale).
+    The value is `(e^(2 d) - 1 - 2 d) / 2 + ((p_loc - q_loc) / q_scale)^2 / 2` with d = log(p_scale / q_scale).
 
     Args:
       p_loc: mean of p, the reference.
@@ -312,9 +313,9 @@ def kl_divergence(
     Returns:
       One value per pair, in the shape all arguments broadcast to, at least float32, never negative: 0 where p = q; NaN
       for an invalid scale. Relative error at most 16 u, also where p and q nearly agree: both terms are positive, and
-      neither is a difference of close numbers. So for the gradient in loc and p_scale. That in q_scale is a sum of
-      two terms, with that error relative to the sum of their magnitudes. A log_scale adds 4 |log_scale| u; d is then
-      the difference of the logarithms. Overflow gives inf, with gradient 0 in the scales.
+      neither is a difference of close numbers. The same holds for the gradient in loc and p_scale. That in q_scale is a
+      sum of two terms, with that error relative to the sum of their magnitudes. A log_scale adds 4 |log_scale| u; d is
+      then the difference of the logarithms. Overflow gives inf, with gradient 0 in the scales.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, or a scale is given twice.
@@ -349,7 +350,7 @@ def kl_divergence(
 def cross_entropy(p_loc: _Numbers, p_scale: _Numbers, q_loc: _Numbers, q_scale: _Numbers) -> Float[Array, "*shape"]:
     """Cross-entropy: the mean of -log q(x) under p, which is the entropy of p + KL(p || q), in nats.
 
-    It is `log q_scale + log(2 pi) / 2 + ((p_scale / q_scale)^2 + ((p_loc - q_loc) / q_scale)^2) / 2`.
+    The value is `log q_scale + log(2 pi) / 2 + ((p_scale / q_scale)^2 + ((p_loc - q_loc) / q_scale)^2) / 2`.
 
     Args:
       p_loc: mean of p, the reference.
@@ -358,9 +359,9 @@ def cross_entropy(p_loc: _Numbers, p_scale: _Numbers, q_loc: _Numbers, q_scale: 
       q_scale: its standard deviation, positive and finite.
 
     Returns:
-      One value per pair, in the shape all arguments broadcast to, at least float32, of either sign. It is NaN for a
-      p_scale that is negative or infinite, or a q_scale that is not positive and finite. Error at most 8 u of the sum
-      of the magnitudes of its terms. The gradient has 16 u likewise, and in q it is 0 exactly where q = p.
+      One value per pair, in the shape all arguments broadcast to, at least float32, of either sign; NaN for a p_scale
+      that is negative or infinite, or a q_scale that is not positive and finite. Error at most 8 u of the sum of the
+      magnitudes of its terms. The gradient has 16 u likewise, and in q it is 0 exactly where q = p.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -404,11 +405,11 @@ def nll(
       beta: exponent of the weight, in [0, 1]: a number, traced, so that it may be annealed.
 
     Returns:
-      One value per observation in nats (times unit^(2 beta)), at least float32, of either sign; inf at x = +-inf. It is
-      NaN for a scale that is not positive and finite, or a traced beta outside [0, 1]. Error at most 8 u of the sum of
-      the magnitudes of the terms of `log_prob` (times the weight). Each gradient entry has 8 u of itself. `log_scale`
-      makes both (8 + |log_scale|) u, that of log_scale relative to r^2 + 1 times the weight. A beta above 0
-      adds 8 + 2 |log scale|, for weights that are normal numbers.
+      One value per observation in nats (times unit^(2 beta)), at least float32, of either sign; inf at x = +-inf; NaN
+      for a scale that is not positive and finite, or a traced beta outside [0, 1]. Error at most 8 u of the sum of the
+      magnitudes of the terms of `log_prob` (times the weight). Each gradient entry has 8 u of itself. `log_scale` makes
+      both (8 + |log_scale|) u. The error of the gradient in log_scale is relative to r^2 + 1 times the weight. A beta
+      above 0 adds 8 + 2 |log scale|, for weights that are normal numbers.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, or both scale and log_scale are given; or beta is
@@ -447,10 +448,10 @@ def fit(
 
     Returns:
       Parameters(loc, scale), one Gaussian per row, at least float32. The scale is 0 exactly, with gradient 0, where all
-      observations are equal. Without any weight nothing is determined: NaN, with gradient 0. So for a negative or
-      infinite weight, or an infinite observation. The error for n observations is at most (16 + log2 n) u. That of
-      loc is relative to |loc| + scale, that of scale to itself. The bound of scale holds also where |loc| is far
-      larger: each deviation is then an exact difference.
+      observations are equal. Without any weight nothing is determined: NaN, with gradient 0. The same holds for a
+      negative or infinite weight, or an infinite observation. The error for n observations is at most (16 + log2 n) u.
+      That of loc is relative to |loc| + scale, that of scale to itself. The bound of scale holds also where |loc| is
+      far larger: each deviation is then an exact difference.
 
     Raises:
       ValueError: x is not floating-point, `axis` is out of range or empty, or the weights do not broadcast.

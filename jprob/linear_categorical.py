@@ -2,8 +2,8 @@
 
 The last layer of a language model makes V logits of each token's H numbers. The N x V logits are the largest array of a
 training step. These functions give what `categorical` gives for `hidden @ kernel + bias`, with the same bounds. They
-work on a block of tokens at a time: each makes the block's logits, reduces them, and forgets them. A block is the unit
-of memory, set by `block_bytes` (see `plan`). There is no loop if all the logits fit into one block. Blocks change no
+work on a block of tokens at a time: the logits of the block are made, reduced and forgotten. A block is the unit of
+memory, set by `block_bytes` (see `plan`). There is no loop if all the logits fit into one block. Blocks change no
 result beyond the order of the sum over tokens in the kernel's gradient.
 
 The logits are z = cap(hidden @ kernel + bias) / T. A `softcap` c makes cap(x) = c tanh(x / c); otherwise cap(x) = x.
@@ -14,8 +14,8 @@ matrices. A gradient keeps its digits through a softcap too, however saturated a
 its R.
 
 A number among the options (`softcap`, `temperature`, `label_smoothing`, `z_loss`) is traced. A new value compiles
-nothing. An array of one number may be annealed in a `scan` or swept by `vmap`. It is cast to the dtype computed in, and
-a derivative takes it for a constant. A Python number outside its range is a ValueError; a traced one gives NaN.
+nothing. An array of one number may be annealed in a `scan` or swept by `vmap`. Each number is cast to the dtype
+computed in, and a constant to a derivative. A Python number outside its range is a ValueError; a traced one gives NaN.
 
 A token that a mask takes out of the result has no gradient, for any label and a finite hidden. Use `weights` if a
 masked hidden may be NaN or inf. A label out of range gives NaN, and an impossible class may give inf; the gradient of
@@ -29,9 +29,9 @@ inside of it, or wrap the call in `jax.checkpoint`. Do not `vmap` the loss over 
 Operands that are sharded under the compiler need nothing. A block takes its tokens from all over the batch, so every
 device has its share of each. Inside `shard_map`, `axis_name` is the mesh axis over which the vocabulary is sharded.
 Each device then makes the logits of its classes, and sends out a few numbers per token. Classes that only fill up
-the last devices get a bias of -inf. They are as if not there. Take gradients outside `shard_map`, or inside of one that
-checks what varies (`check_vma=True`, the default). Without that check jax transposes a psum to another psum, and
-gradients taken inside are wrong.
+the last devices get a bias of -inf, and are ignored. Take gradients outside `shard_map`, or inside of one that checks
+what varies (`check_vma=True`, the default). Without that check jax transposes a psum to another psum, and gradients
+taken inside are wrong.
 """
 
 import math
@@ -103,20 +103,20 @@ def cross_entropy(
       z_loss: a finite number of at least 0. Adds z_loss * logsumexp(z)^2 per token, which keeps the normaliser near 1.
       softcap: c, with 0 < c < inf: logits are limited to [-c, c] by c tanh(x / c). None for no limit.
       temperature: T, with 0 < T < inf.
-      transposed_kernel: static; whether the kernel is [V, H], as a table of embeddings is. It is not copied.
+      transposed_kernel: static; whether the kernel is [V, H], as a table of embeddings is. The kernel is not copied.
       reduction: static: "mean" (divided by the sum of the weights), "sum", or "none" (each loss times its weight).
       has_aux: static; whether to return `Aux` too.
       block_bytes: static, bytes of a block of logits: 64 MiB by default, or 512 tokens if that is more.
-      axis_name: static; the mesh axis of an enclosing `shard_map`, over which the classes are sharded. It has equal
-        parts of kernel and bias; a bias of -inf fills up the last. Labels count through all classes. Hidden, labels,
+      axis_name: static; the mesh axis of an enclosing `shard_map`, over which the classes are sharded. The parts of
+        kernel and bias are equal; a bias of -inf fills up the last. Labels count through all classes. Hidden, labels,
         weights and the result are the same on the whole axis.
 
     Returns:
       The loss in nats, at least float32: one number, or one per token for "none"; the pair (loss, Aux) with `has_aux`.
-      It is 0 with a gradient of 0 where no token has a weight; NaN for a label outside [0, V), with the gradient of the
-      other tokens; inf for an impossible class, with a gradient of p - y. Each token's loss is a sum of terms that are
-      not negative. Relative error at most (16 + R) u of each term; V classes add log2(V) u for their sum. The same
-      holds for a gradient entry in z, as far as p and the target differ.
+      The loss is 0 with a gradient of 0 where no token has a weight; NaN for a label outside [0, V), with the gradient
+      of the other tokens; inf for an impossible class, with a gradient of p - y. Each token's loss is a sum of terms
+      that are not negative. Relative error at most (16 + R) u of each term; V classes add log2(V) u for their sum. The
+      same holds for a gradient entry in z, as far as p and the target differ.
 
     Raises:
       ValueError: a dtype, a shape or an option is not as above.
@@ -384,7 +384,7 @@ def mode(
     block_bytes: int | None = None,
     axis_name: str | None = None,
 ) -> Int[Array, "*tokens"]:
-    """The most probable class of each token; of several, the first.
+    """Mode: the most probable class of each token; of several, the first.
 
     Args:
       hidden: [..., H], one vector a token, in any floating dtype.
@@ -428,10 +428,10 @@ def sample(
     """Draws one class per token with the probabilities softmax(z), as the arg-max of logits plus Gumbel noise.
 
     Args:
-      key: a random key. A token's key is made of this one and the token's number. Each 128 classes have a key made of
-        that and their number. So neither blocks nor a sharded vocabulary change the draw. This needs threefry keys, the
-        usual ones; rbg draws otherwise in each block. If `shard_map` shards the tokens, each device counts its own from
-        0: give each device another key.
+      key: a random key. A token's key is made of this one and the token's number. Every 128 classes have a key made of
+        the token's key and their number. So neither blocks nor a sharded vocabulary change the draw. This needs
+        threefry keys, the usual ones; rbg draws otherwise in each block. If `shard_map` shards the tokens, each device
+        counts its own from 0: give each device another key.
       hidden: [..., H], one vector a token, in any floating dtype.
       kernel: [H, V], whose columns are the classes.
       bias: [V], added to the logits; -inf marks an impossible class.
@@ -481,7 +481,7 @@ def plan(
 ) -> Plan:
     """The blocks in which `cross_entropy` would go through these tokens: nothing is computed.
 
-    A block has the largest number of tokens whose logits keep to `block_bytes`. It has somewhat fewer where these
+    A block has the largest number of tokens whose logits keep to `block_bytes`. Somewhat fewer are taken if these
     divide all tokens evenly. The default is 64 MiB, or 512 tokens if that is more. Each block adds to the kernel's
     gradient, and smaller ones would spend their time reading and writing it.
 

@@ -1,8 +1,8 @@
 """Metrics of a classifier: the confusion matrix, what follows from it, and perplexity.
 
 The confusion matrix C counts: C[i, j] is how often class i was predicted as j (rows are labels, as in scikit-learn).
-It is a sum over examples: the matrices of batches add, and those of devices too (`jax.lax.psum`). Every metric below is
-a ratio of its sums, taken last: the mean of the precisions of batches is not the precision.
+The matrix is a sum over examples: those of batches add, and those of devices too (`jax.lax.psum`). Every metric below
+is a ratio of its sums, taken last: the mean of the precisions of batches is not the precision.
 
 A class has a true-positive count C[k, k]. Its support is the sum of its row, and its number of predictions that of its
 column. Recall divides the first by the second, precision by the third, F1 by the mean of both. A ratio with a
@@ -204,18 +204,18 @@ def perplexity(
 ) -> Float[Array, ""]:
     """Perplexity exp(sum_i w_i nll_i / sum_i w_i): the exponential of the mean negative log-likelihood.
 
-    It is the number of equally likely classes that have that mean.
-    The mean comes before the exponential. To join batches, add their sums of w_i nll_i and of w_i.
+    The perplexity is the number of equally likely classes that have that mean. The mean comes before the exponential.
+    To join batches, add their sums of w_i nll_i and of w_i.
 
     Args:
       nll: negative log-likelihoods in nats, one per example or token in any shape, as from `categorical.cross_entropy`.
       weights: one weight per value, not negative, in the same shape; a mask is one. None weighs all the same.
 
     Returns:
-      One number, at least float32, at least 1 where no nll is negative. It is 1 where the weights are all 0 or nothing
-      came in. It is inf beyond the largest number of the dtype (a mean above 88.7 in float32); NaN if a weight is
-      negative. A value of weight 0 does not count, also if it is infinite. Relative error at most (16 + m) u for a mean
-      of m of up to 1000 values. The sum of n values adds log2(n) m u. The gradient of an infinite or NaN result is 0.
+      One number, at least float32, at least 1 where no nll is negative: 1 where the weights are all 0 or nothing came
+      in; inf beyond the largest number of the dtype (a mean above 88.7 in float32); NaN if a weight is negative. A
+      value of weight 0 does not count, also if it is infinite. Relative error at most (16 + m) u for a mean of m of up
+      to 1000 values. The sum of n values adds log2(n) m u. The gradient of an infinite or NaN result is 0.
 
     Raises:
       ValueError: the nll is not floating-point, or the weights are no real numbers of its shape.

@@ -2,14 +2,14 @@
 
 A draw is loc + L z, with L = scale_tril lower triangular and z independent standard normal numbers. So L L^T is the
 covariance. L is to D dimensions what a standard deviation is to one: its diagonal is positive, and its entries have the
-unit of x. It is never squared, since the covariance of a standard deviation of 1e-30 does not exist in float32.
-`scale_tril` makes it from a covariance, a precision (the inverse of one), or the standard deviations alone.
+unit of x. L is never squared: the covariance of a standard deviation of 1e-30 does not exist in float32. `scale_tril`
+makes it from a covariance, a precision (the inverse of one), or the standard deviations alone.
 
 The last axis of loc holds the dimensions, the last two of scale_tril. A loc of one number serves all dimensions. Axes
 before these broadcast as in `gaussian`, and a factor that a batch shares is never copied. Entries of scale_tril above
 the diagonal are not read. A factor with a diagonal that is not positive gives NaN, with gradient 0. Computed in float32
 at least (float64 where an input has it); u is half the spacing at 1 of that dtype. k is the condition number of L for
-the substitution, max_i (|L^-1| |L| 1)_i. It is 1 for a diagonal L, however different its scales.
+the substitution, max_i (|L^-1| |L| 1)_i: 1 for a diagonal L, however different its scales.
 """
 
 from functools import partial
@@ -100,9 +100,9 @@ def kl_divergence(
 ) -> Float[Array, "*batch"]:
     """Kullback-Leibler divergence KL(p || q), in nats.
 
-    It is `sum_i (M_ii^2 - 1 - 2 log M_ii) / 2 + sum_{i > j} M_ij^2 / 2 + |r|^2 / 2`. M = Lq^-1 Lp is lower triangular,
-    and r = Lq^-1 (p_loc - q_loc). No term is negative. Those of the diagonal are the univariate ones of the diagonals
-    of Lp and Lq. Below it M is Lq^-1 (Lp - Lq), an exact difference where p and q are close.
+    The value is `sum_i (M_ii^2 - 1 - 2 log M_ii) / 2 + sum_{i > j} M_ij^2 / 2 + |r|^2 / 2`. M = Lq^-1 Lp is lower
+    triangular, and r = Lq^-1 (p_loc - q_loc). No term is negative. Those of the diagonal are the univariate ones of the
+    diagonals of Lp and Lq. Below it M is Lq^-1 (Lp - Lq), an exact difference where p and q are close.
 
     Args:
       p_loc: mean of p, the reference.
@@ -112,8 +112,8 @@ def kl_divergence(
 
     Returns:
       One value per pair, at least float32, never negative: 0 where p = q; NaN for a diagonal that is not positive.
-      Relative error at most (32 + 8 D k) u for q's k and diagonal matrices. It holds also where p and q nearly agree.
-      Full matrices have that of `|Lq^-1| (|Lp - Lq| 1 + |p_loc - q_loc|)`, which the substitution may cancel.
+      Relative error at most `(32 + 8 D k) u` for q's k and diagonal matrices, also where p and q nearly agree. Full
+      matrices have that of `|Lq^-1| (|Lp - Lq| 1 + |p_loc - q_loc|)`, which the substitution may cancel.
 
     Raises:
       ValueError: an argument is not floating-point, the dimensions differ, or the batches do not broadcast.
@@ -285,8 +285,8 @@ def scale_tril(
 
     Returns:
       One matrix per matrix (or row), at least float32, with zeros above the diagonal; NaN where the argument is not
-      positive definite. A diagonal is exact. L L^T of a covariance has a small error: 4 D u of the product of the two
-      standard deviations, for each entry. For a precision the same holds of the precision.
+      positive definite. A diagonal is exact. Each entry of L L^T errs by 4 D u of the product of the two standard
+      deviations. For a precision the same holds of the precision.
 
     Raises:
       ValueError: not exactly one argument is given, it is not floating-point, or a matrix is not square.

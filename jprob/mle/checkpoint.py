@@ -1,8 +1,9 @@
 """Checkpoints of `fit` on disk; the only file that knows orbax.
 
-A checkpoint is a folder named after its step. It is written under another name and renamed at the end. So it is there
-as a whole or not at all. It holds the arrays of state and history, by orbax, and a description of their run. Its seal
-holds the sums of all files. A checkpoint that was damaged later is known by its seal before it is read.
+A checkpoint is a folder named after its step. The folder is written under another name and renamed at the end. So a
+checkpoint is there as a whole or not at all. The folder holds the arrays of state and history, by orbax, and a
+description of their run. Its seal holds the sums of all files. A checkpoint that was damaged later is known by its seal
+before it is read.
 
 Each of several processes writes its share of the arrays, and the first all else. They go from one part of that to the
 next together: one that fails alone would leave the others waiting for it. So the managers and checkpointers of orbax,
@@ -327,8 +328,8 @@ def _locked(directory):
 def _quiet():
     """Silences orbax: its failures are raised here, in one line.
 
-    orbax logs them too. It also closes its event loop when one array has failed. The other arrays are still being
-    written or read, and complain by way of the hook.
+    orbax logs them too, and closes its event loop when one array has failed. The other arrays are still being written
+    or read, and complain by way of the hook.
     """
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     levels = [logger.level for logger in loggers]

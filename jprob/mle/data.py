@@ -1,7 +1,7 @@
 """Sources of batches: a function of the step, or anything that is iterated. Arrays need no source.
 
-A source that can tell its position is resumed exactly. It has `state_dict` and `load_state_dict`, as in torchdata, or
-its iterator has `get_state` and `set_state`, as in Grain.
+A source that can tell its position is resumed exactly. Such a source has `state_dict` and `load_state_dict`, as in
+torchdata, or its iterator has `get_state` and `set_state`, as in Grain.
 """
 
 import base64

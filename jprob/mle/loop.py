@@ -1,8 +1,9 @@
 """The training loop as pure functions: no input or output, no callbacks, nothing but arrays in and arrays out.
 
 `step` takes one step and `run` takes many; all that they carry is a `State`. A step is skipped if its loss, gradient or
-update is not finite. It is counted, and changes no number of the params, the model state, the optimizer or the average.
-The program holds only what is asked for: validation, averaging, micro-batches, weights, a short last batch.
+update is not finite. A skipped step is counted, and changes no number of the params, the model state, the optimizer or
+the average. The program holds only what is asked for: validation, averaging, micro-batches, weights, a short last
+batch.
 """
 
 import inspect
@@ -170,12 +171,12 @@ def run(
     `jax.vmap` trains many members at once, over keys, params, injected hyperparameters or data; each has its own order
     and its own early stop.
 
-    It is one program, which runs where its arguments lie. Data may be spread over a mesh by their leading axis. Batches
-    are then spread alike, if `batch_size` is a multiple of the devices there. Params may be spread, too, and keys under
-    `vmap`. Nothing else changes but roundings. If the axes of the mesh are explicit, `nll` sees them as automatic, as
-    in `step`. Use `jax.sharding.explicit_axes` to let it see them as they are. Results have them explicit. An array
-    that `nll` closes over must not lie on explicit axes: leave it unplaced, place it on automatic ones, or make it a
-    part of the params or the data.
+    A run is one program, which runs where its arguments lie. Data may be spread over a mesh by their leading axis.
+    Batches are then spread alike, if `batch_size` is a multiple of the devices there. Params may be spread, too, and
+    keys under `vmap`. Nothing else changes but roundings. If the axes of the mesh are explicit, `nll` sees them as
+    automatic, as in `step`. Use `jax.sharding.explicit_axes` to let it see them as they are. Results have them
+    explicit. An array that `nll` closes over must not lie on explicit axes: leave it unplaced, place it on automatic
+    ones, or make it a part of the params or the data.
 
     Args:
       nll: `nll(params, batch, key) -> losses`, as for `step`. It is static like the optimizer: the same function again
@@ -447,7 +448,7 @@ def _norm(tree):
     small = [x.ravel() for x in leaves if x.size <= _SMALL]
     leaves = [x for x in leaves if x.size > _SMALL] + ([jnp.concatenate(small)] if small else [])
     square = sum(jnp.tensordot(x, x, x.ndim, precision="highest") for x in leaves)
-    # XLA makes |x| of the root of one square. It is finite although the square, as in Adam's state, is not.
+    # XLA makes |x| of the root of one square: finite although the square, as in Adam's state, is not.
     return jnp.where(jnp.isfinite(square), jnp.sqrt(square), square)
 
 

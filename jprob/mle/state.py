@@ -39,13 +39,13 @@ class State(NamedTuple):
       model_state: state that the model updates itself, such as the running statistics of batch norm. `nll` receives it
         as a fourth argument and returns the new one. None for a model without state.
       optimizer_state: the state of the optimizer.
-      step: batches consumed so far, skipped ones included, int32, so at most 2^31 - 1. It says where in its epoch the
-        run is, and which random numbers come next.
+      step: batches consumed so far, skipped ones included, int32, so at most 2^31 - 1. The step says where in its epoch
+        the run is, and which random numbers come next.
       key: the run's random key. It never changes: what is drawn depends on the key and on the step alone.
       skipped: how many of the steps were skipped because something was not finite, int32.
       average: None unless an average of the params is kept. Then `average.ema` is their exponential average over the
-        `average.count` steps since that were not skipped, in float32 at least. It is free of the bias of its start:
-        sum d^(n - i) p_i / sum d^(n - i), with decay d, over the params p_1 ... p_n after these steps.
+        `average.count` steps since that were not skipped, in float32 at least. The average is free of the bias of its
+        start: sum d^(n - i) p_i / sum d^(n - i), with decay d, over the params p_1 ... p_n after these steps.
       best: None until validation data are first given; then the best params since.
       validations_since_best: int32. Training with `patience` ends when it reaches that number.
     """
@@ -129,8 +129,8 @@ def init(
         `step(ema_decay=...)` may be the body of a scan. Otherwise the first step with a decay adds it.
 
     Returns:
-      A `State` with the params as given, step 0, and no best. It holds the arrays of the params and the key themselves:
-      copy what you still need before you donate the state.
+      A `State` with the params as given, step 0, and no best. The state holds the arrays of the params and the key
+      themselves: copy what you still need before you donate the state.
 
     Raises:
       ValueError: a leaf of `params` is not a floating-point array, or one of `model_state` is not an array.
