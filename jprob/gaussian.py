@@ -56,7 +56,7 @@ def log_prob(
       The log-density (in nats, per unit of x) in the shape all arguments broadcast to, at least float32; -inf at
       x = +-inf; NaN for a scale that is not positive and finite. Error at most 8 u of the sum of the terms'
       magnitudes: a log-density may pass through 0. Each gradient entry has 8 u of itself. So has r^2 - 1 near one
-        standard deviation, where the digits that x - loc rounds off come back. `log_scale` makes both
+      standard deviation, where the digits that x - loc rounds off come back. `log_scale` makes both
       (8 + |log_scale|) u, and that of r^2 - 1 relative to r^2 + 1. At x = +-inf the gradient is that of -log scale
       alone.
 
