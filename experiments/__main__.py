@@ -1,8 +1,8 @@
 """The command line: python -m experiments run | report | results | list.
 
 Status 0: done, under any verdicts. 1: an error in a study, or a job that failed. 2: a mistake in the command, the
-config or a folder, or a disk that does not take what was measured, told in one line. 130 and 143: ended by Ctrl-C or
-SIGTERM; what was finished is kept, and the same command does the rest.
+config or a folder, or a disk that takes no more; one line tells it. 130 and 143: ended by Ctrl-C or SIGTERM. The
+finished part is kept then, and the same command does the rest.
 """
 
 try:  # Nothing else is imported up here: these few take 5 ms, the others .4 s, and jax a second more.

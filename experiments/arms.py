@@ -1,10 +1,12 @@
 """The arms that several studies compare: an output with a loss, and the colour that each has in every figure.
 
-softmax + cross-entropy     gradient in the logits p - y
-softmax + squared error     half the Brier score, ||p - y||^2 / 2: gradient p_i (e_i - <p, e>), e = p - y
-linear + squared error      ||z - y||^2 / 2: gradient z - y
-sigmoid + cross-entropy     one sigmoid a class, the cross-entropies added: gradient s - y
-sigmoid + squared error     one sigmoid a class, ||s - y||^2 / 2: gradient (s - y) s (1 - s)
+Each gradient is that in the logits:
+
+    softmax + cross-entropy     gradient p - y
+    softmax + squared error     half the Brier score, ||p - y||^2 / 2: gradient p_i (e_i - <p, e>), e = p - y
+    linear + squared error      ||z - y||^2 / 2: gradient z - y
+    sigmoid + cross-entropy     one sigmoid a class, the cross-entropies added: gradient s - y
+    sigmoid + squared error     one sigmoid a class, ||s - y||^2 / 2: gradient (s - y) s (1 - s)
 """
 
 from experiments import plots

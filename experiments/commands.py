@@ -1,4 +1,4 @@
-"""What the command line asks for: its options, and what each command does."""
+"""The options of the command line, and the actions of its commands."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from experiments import config, folders, jobs, launch, studies
 from experiments.errors import InputError, UnfinishedError
 from experiments.interrupt import OnInterrupt
 
-# What loads jax or matplotlib is imported where it is needed: a mistyped config should be answered at once.
+# Modules that load jax or matplotlib are imported on use: a mistyped config should be answered at once.
 
 
 def execute(arguments: Sequence[str] | None, on_interrupt: OnInterrupt) -> int:

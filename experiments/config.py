@@ -1,11 +1,11 @@
 """From a TOML file to a frozen, typed object, or to one line that says what is wrong with it.
 
 A config has the key `backend` and one table per study, named after its module in `experiments/studies`. The study's
-`Config` states names, types and ranges; it has no defaults, so that the file is the whole record of a run. `--set
-study.key=value` replaces a value before anything is checked, so that the command line obeys the same ranges.
+`Config` states names, types and ranges. It has no defaults: the file is the whole record of a run. The option `--set
+study.key=value` replaces a value before anything is checked, so the command line obeys the same ranges.
 
-TOML is data: reading it executes nothing. Of the studies only those that the file names are imported, and only once
-the file itself is known to be sound, so that a misspelt path does not wait for jax to load.
+TOML is data: reading it executes nothing. Only the studies that the file names are imported, and only once the file
+itself is known to be sound. So a misspelt path does not wait for jax to load.
 """
 
 import itertools
@@ -91,7 +91,7 @@ def split(settings: Settings, *names: str) -> list[Settings]:
 
 
 class _Origin(NamedTuple):
-    """Where values come from, so that a message can open with the place to correct."""
+    """The origin of values, so that a message can open with the place to correct."""
 
     file: str
     overridden: frozenset[Key]  # what `--set` wrote, and the tables it made on the way
@@ -249,7 +249,7 @@ def _check_table(value: Any, kind: type[msgspec.Struct], key: Key, origin: _Orig
 
 
 def _expected(kind: Any, value: object = None) -> str:
-    """What `kind` asks for, in words: of several constraints the one that `value` breaks."""
+    """The value that `kind` asks for, in words: if it has several constraints, the one that `value` breaks."""
     plain = _plain(kind)
     if get_origin(plain) is Literal:
         return f"one of {', '.join(str(choice) for choice in get_args(plain))}"

@@ -1,7 +1,7 @@
 """Data sets by name, split the same way on every machine. None needs a network: scikit-learn or Python ships them.
 
-Splits are drawn on the host with NumPy's PCG64, so that a CPU, a GPU and a TPU train on the same examples. What was
-loaded is hashed, and the hash stands in the run's manifest.
+Splits are drawn on the host with NumPy's PCG64. So a CPU, a GPU and a TPU train on the same examples. The loaded data
+are hashed, and the hash stands in the run's manifest.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def load(name: str) -> Dataset:
 
 
 def resampled(name: str, seed: int) -> Dataset:
-    """The examples of a data set in another split of the same sizes, drawn by a seed of at least 1.
+    """The examples of a data set in another split of the same sizes, drawn with a seed >= 1.
 
     Raises:
       InputError: there is no such data set.
@@ -77,8 +77,9 @@ def _digits() -> Dataset:
 def _python_source() -> Dataset:
     """600 000 words of the source files that this Python ships: 8 in a row, and which comes next.
 
-    The files are in the order of their names; a word is a run of letters, digits and underscores, or any other sign. In
-    the order of the text 8 tenths train, one validates, one tests. The classes are the words, in the order they come.
+    The files are in the order of their names; a word is a run of letters, digits and underscores, or any other sign.
+    The first 8 tenths of the text train, the next validates, the last tests. The classes are the words, in the order
+    they come.
     """
     folder = Path(sysconfig.get_path("stdlib"))
     texts = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py")))

@@ -1,4 +1,4 @@
-"""What went wrong at the keyboard, in one line: what was expected, what came, and the nearest known name.
+"""Mistakes of the caller, each told in one line: what was expected, what came, and the nearest known name.
 
 An `InputError` is a mistake in a config, an option or a folder: `python -m experiments` prints its message and ends
 with status 2. An `UnfinishedError`, also one line, tells of jobs that failed: status 1. Any other exception is a
@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 
 class InputError(Exception):
-    """What was asked for cannot be done; the message is one line for the person who asked."""
+    """The command cannot be done; the message is one line for the person who asked."""
 
 
 class UnfinishedError(Exception):

@@ -1,4 +1,4 @@
-"""What a study hands to the report: claims with verdicts, figures, tables.
+"""Findings that a study hands to the report: claims with verdicts, figures, tables.
 
 Formulas in all texts but the tables' stand between dollar signs, see `experiments.mathml`.
 """
@@ -25,7 +25,7 @@ class Hypothesis(NamedTuple):
 
 
 def decided(holds: bool | np.bool_) -> str:
-    """Of a claim that has been decided."""
+    """The verdict of a claim that has been decided."""
     return "holds" if holds else "falsified"
 
 
@@ -46,7 +46,7 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """What a study has to say."""
+    """The findings of a study."""
 
     title: str
     abstract: list[str]  # what was found, in sentences with figures; all studies of a config have five at most

@@ -1,9 +1,11 @@
 """A run's folder: made once, opened again by the same command, and never mixed with another run's.
 
-manifest.json    how the numbers came about, see `experiments.manifest`
-results.sqlite   the numbers, see `experiments.results`
-report.html      made from the two, see `experiments.report`, and its figures one by one in figures/
-parts/, jobs/    of a run that was spread over jobs, see `experiments.launch`
+The files of a folder:
+
+    manifest.json    how the numbers came about, see `experiments.manifest`
+    results.sqlite   the numbers, see `experiments.results`
+    report.html      made from the two, see `experiments.report`, and its figures one by one in figures/
+    parts/, jobs/    of a run that was spread over jobs, see `experiments.launch`
 """
 
 import contextlib
@@ -127,7 +129,7 @@ def _tables(database: sqlite3.Connection) -> dict[str, str]:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Where writing a file fails for a reason outside the program, says so in one line."""
+    """Says in one line why writing a file fails, if the reason is outside the program."""
     try:
         yield
     except OSError as error:
@@ -147,7 +149,7 @@ class _Device(msgspec.Struct):
 
 
 class _Manifest(msgspec.Struct):
-    """What others rely on, see `experiments.manifest`."""
+    """The part of a manifest that other modules rely on, see `experiments.manifest`."""
 
     identity: str
     started: str
@@ -190,7 +192,7 @@ def flat(entries: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """What makes two runs different ones: the first few keys that differ."""
+    """The differences that make two runs different ones: the first few keys that differ."""
     names = ("source", "versions", "device", "numerics")
     old, new = (
         dict(flat(manifest["config"]["studies"] | {name: manifest[name] for name in names}))

@@ -1,7 +1,7 @@
 """Jobs by submitit: processes of this machine, or jobs of Slurm. Begun, watched, and ended with the command.
 
-What Slurm is asked for (partition, time, devices, memory) stands in the environment variables that sbatch reads, or is
-the cluster's default; see `man sbatch`, "INPUT ENVIRONMENT VARIABLES".
+The requests to Slurm (partition, time, devices, memory) stand in the environment variables that sbatch reads. Without
+them they are the cluster's default; see `man sbatch`, "INPUT ENVIRONMENT VARIABLES".
 """
 
 import contextlib
@@ -28,7 +28,7 @@ Job = Any  # submitit.Job: submitit is imported only where something is launched
 
 
 class Target(NamedTuple):
-    """Where jobs run, and how many at a time; None is all."""
+    """The place where jobs run, and how many at a time; None is all."""
 
     cluster: str  # a key of _CLUSTERS
     jobs: int | None
@@ -100,7 +100,7 @@ def _submit(executor: Any, call: Callable[[], None]) -> Job:
 
 
 def _work(call: Callable[[], None]) -> None:
-    """In the job."""
+    """Runs the call in the job."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and the job would not end when told to
     threading.Thread(target=_follow, args=[os.getppid()], daemon=True).start()
     call()

@@ -1,13 +1,13 @@
 """A run spread over jobs, each of which measures one piece of it.
 
-A piece is a study, or a part of one that offers `parts(config)`: its config cut into several, whose records one after
-the other are those of the whole. It is a separate run with its own folder and database, since an SQLite file
-cannot be shared between machines:
+A piece is a study, or a part of one that offers `parts(config)`. That function cuts its config into several; their
+records one after the other are those of the whole. A piece is a separate run with its own folder and database: machines
+cannot share an SQLite file.
 
-RUN/parts/<piece>/   what a piece measured; a study whose pieces are all there is copied into RUN as a whole
-RUN/jobs/<time>/     the logs of the jobs, and what submitit keeps of them
+    RUN/parts/<piece>/   the measurements of a piece; a study whose pieces are all there is copied into RUN as a whole
+    RUN/jobs/<time>/     the logs of the jobs, and the files that submitit keeps of them
 
-Each job finds its own device, so that a machine without one can launch; all have to find the same.
+Each job finds its own device, so a machine without one can launch. All jobs have to find the same.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from experiments.errors import InputError, UnfinishedError
 from experiments.folders import Run
 from experiments.interrupt import OnInterrupt
 
-# What loads jax (manifest, runner) is imported where it is needed: a mistyped config should be answered at once.
+# Modules that load jax (manifest, runner) are imported on use: a mistyped config should be answered at once.
 
 PARTS, JOBS = "parts", "jobs"
 _REST = "the same command does the rest"
 
 
 class Piece(NamedTuple):
-    """What one job measures."""
+    """The piece of a run that one job measures."""
 
     name: str  # of its folder, and for people
     study: str
@@ -43,10 +43,10 @@ class Piece(NamedTuple):
 
 
 def run(config: Config, out: Path | None, where: jobs.Target, on_interrupt: OnInterrupt) -> Path:
-    """Measures in jobs what is not measured yet; returns the folder, as `runner.run` does.
+    """Measures in jobs the pieces that are not measured yet; returns the folder, as `runner.run` does.
 
     Raises:
-      UnfinishedError: a job failed. What the others measured is kept.
+      UnfinishedError: a job failed. The records of the others are kept.
     """
     from experiments import manifest
 
@@ -73,7 +73,7 @@ def run(config: Config, out: Path | None, where: jobs.Target, on_interrupt: OnIn
 
 
 def _pieces(config: Config) -> Iterator[Piece]:
-    """In the order of their records."""
+    """The pieces in the order of their records."""
     from experiments import manifest
 
     for study, settings in config.studies.items():
@@ -136,7 +136,7 @@ def _measure(run: Run, pieces: Sequence[Piece], where: jobs.Target, on_interrupt
 
 
 def _work(config: Config, folder: Path) -> None:
-    """In the job."""
+    """Measures one piece, in the job."""
     from experiments import runner
 
     runner.run(config, folder, OnInterrupt())

@@ -59,7 +59,7 @@ def describe(config: Config, device: Device | None) -> dict[str, Any]:
 
 
 def determinants(config: Config, device: Device | None) -> dict[str, Any]:
-    """What the numbers are a function of, next to the settings."""
+    """The conditions that determine the numbers, next to the settings."""
     return {
         "source": source_digest(_sources(config.studies)),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},

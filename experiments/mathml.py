@@ -1,7 +1,7 @@
 """Formulas in a text: `$e^-m$` is MathML on the page, and e^-m on a terminal.
 
-The notation is that of the docstrings: ^ and _ for what stands above and below, sqrt(...), names of several letters
-upright, `m0` for m with the index 0. It takes no TeX, so that it reads well where nothing typesets it.
+The notation is that of the docstrings: ^ and _ for superscripts and subscripts, sqrt(...), names of several letters
+upright, `m0` for m with the index 0. It takes no TeX, so it reads well in plain text too.
 """
 
 import re
@@ -55,7 +55,7 @@ def _row(tokens: list[str], end: str = "") -> str:
 
 
 def _script(tokens: list[str]) -> str:
-    """What stands above or below: one thing, with its sign; brackets around it are dropped."""
+    """A superscript or subscript: one thing, with its sign; brackets around it are dropped."""
     if not tokens:
         return "<mrow></mrow>"
     if tokens[0] == "-":

@@ -1,7 +1,7 @@
 """Figures in one quiet style, as SVG that stands inside a page.
 
-A figure is made by `figure`, never by pyplot, which would keep a list of all figures and need a display. Matplotlib
-reads its settings when an artist is made, so a study's `report` is called within `style()`, and what it draws obeys.
+A figure is made by `figure`. pyplot would keep a list of all figures and need a display. Matplotlib
+reads its settings when an artist is made. So a study's `report` is called within `style()`, and its figures obey.
 """
 
 import contextlib

@@ -47,7 +47,7 @@ class _TimeLeft(rich.progress.ProgressColumn):
 
 @contextlib.contextmanager
 def _bars(console: Console, studies: Sequence[str]) -> Iterator[Update]:
-    # What is told is kept whole; the bar and the note share what room is left, and the note ends in an ellipsis.
+    # The message is kept whole. The bar and the note share the remaining room, and the note ends in an ellipsis.
     kept, bar, note = Column(no_wrap=True), Column(ratio=1), Column(ratio=2, no_wrap=True, overflow="ellipsis")
     columns = (
         rich.progress.TextColumn("{task.description}", table_column=kept.copy()),

@@ -127,7 +127,7 @@ def _counts(sections: Sequence[Section]) -> dict[str, int]:
 
 
 def _abstract(sections: Sequence[Section]) -> Iterator[str]:
-    """What the studies found, and how many of their claims stand."""
+    """The findings of the studies, and how many of their claims stand."""
     for section in sections:
         yield from section.abstract
     counts = _counts(sections)

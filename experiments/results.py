@@ -1,8 +1,8 @@
-"""What was measured: records in an SQLite database, one transaction each.
+"""Measured results: records in an SQLite database, one transaction each.
 
-However the process ends, what was finished is there. The database is meant to be queried, with `python -m experiments
-results DIR --query ...` or any SQLite client. Its journal is a plain file (`journal_mode=DELETE`), which is sound on
-network file systems, where a write-ahead log in shared memory is not.
+However the process ends, its finished records are there. The database is meant to be queried, with `python -m
+experiments results DIR --query ...` or any SQLite client. Its journal is a plain file (`journal_mode=DELETE`). It is
+sound on network file systems; a write-ahead log in shared memory is not.
 """
 
 import hashlib

@@ -35,7 +35,7 @@ def bca_interval(
 ) -> Interval:
     """Bootstrap interval of a statistic, bias-corrected and accelerated (BCa).
 
-    Where the correction is undefined (a median whose jackknife has no spread, say), the percentile interval.
+    The result is the percentile interval if the correction is undefined, as for a median whose jackknife has no spread.
 
     Args:
       values: [n], independent, n >= 2.
@@ -141,8 +141,8 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 def resampled_interval(differences: ArrayLike, overlap: float, *, confidence: float = 0.95) -> Interval:
     """Interval of a mean difference over resampled splits of one data set.
 
-    The splits share examples, so that the variance of the mean is (1 / n + n_test / n_train) times the sample variance,
-    not 1 / n of it. An interval over seeds that share one split would say nothing about other test examples.
+    The splits share examples. So the variance of the mean is `1 / n + n_test / n_train` times the sample variance, not
+    `1 / n` of it. An interval over seeds that share one split would say nothing about other test examples.
 
     Args:
       differences: [n], paired, one a split, n >= 2.

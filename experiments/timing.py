@@ -1,7 +1,7 @@
-"""Times that can be compared: everyone in turn, round by round, and ratios within a round.
+"""Times that can be compared: every contestant in turn, round by round, and ratios within a round.
 
 Times of one run drift with the machine; the ratio of two programs that run one after the other does not. So a benchmark
-keeps the time of every contestant in every round, and what it reports is the median over rounds of a ratio.
+keeps the time of every contestant in every round. It reports the median over rounds of a ratio.
 """
 
 import time

@@ -1,17 +1,17 @@
 """The accurate pieces that the public functions share.
 
-`z` is an array of logits in the dtype computed in, `axis` its class axis, counted from the front, or `Sharded` where
+`z` is an array of logits in the dtype computed in. `axis` is its class axis, counted from the front, or `Sharded` if
 several devices share the classes. A sum over classes keeps that axis with length 1. `shifted` is z - max z, never
 positive. `sum_exp_below_max` is the sum of exp(shifted) over all classes but one maximum: 1 + that is the normaliser,
 and it holds the digits that the sum with 1 rounds away. A row without a possible class (all -inf) is no distribution:
 its value is NaN, and its derivatives are finite.
 
 A sum that leaves a class out is a `fold`. XLA on CPU hands every sum of 4096 elements or more to a library that knows
-no select, and writes all K terms to memory before such a sum. `fold` adds up slices of the class axis lane by lane and
-leaves only the sum of the lanes to the library.
+no select. XLA writes all K terms to memory before such a sum. `fold` adds up slices of the class axis lane by lane.
+Only the sum of the lanes is left to the library.
 
-The plain derivative of each piece is right too. A scan needs that: jax takes the second derivative of what a rule calls
-there, and not by the rules of that.
+The plain derivative of each piece is right too. A scan needs that: jax takes the second derivative of the functions in
+a rule there, and not by their rules.
 """
 
 import math
@@ -73,9 +73,9 @@ def _lanes(z: Array, axis: int | Sharded) -> int:
 def fold(step: Callable, carry: Any, last: Callable, axis: int | Sharded, *arrays: Array) -> Any:
     """carry = step(carry, classes, *slices) over slices of the class axis on CPU, over the whole axis elsewhere.
 
-    `last(carry)` is the result: numbers per row, made of the lanes that the carry keeps on the class axis, of those of
-    one device where the axis is `Sharded`. The last operation of `step` must be a select: XLA on CPU then makes one
-    loop of all slices, with exp, select and + in registers.
+    `last(carry)` is the result: numbers per row, made of the lanes that the carry keeps on the class axis. They are the
+    lanes of one device where the axis is `Sharded`. The last operation of `step` must be a select: XLA on CPU then
+    makes one loop of all slices, with exp, select and + in registers.
     """
     place, size, lanes = _place(axis), arrays[0].shape[_place(axis)], _lanes(arrays[0], axis)
 
@@ -134,8 +134,8 @@ def max_where(term: Callable, axis: int | Sharded, *arrays: Array) -> Array:
 def nan_unless(ok: Array, x: Array) -> Array:
     """x where `ok`, NaN elsewhere, with a gradient of exactly 0 there: what is left out downstream poisons nothing.
 
-    The NaN is computed, not a constant: XLA on CPU (jax 0.10 and 0.12) makes a number of exp(where(ok, x, nan)), since
-    LLVM may take any number for the integer part of a NaN that it knows of.
+    The NaN is computed, not a constant: XLA on CPU (jax 0.10 and 0.12) makes a number of `exp(where(ok, x, nan))`. LLVM
+    may take any number for the integer part of a NaN that it knows of.
     """
     return jnp.where(ok, x, 0) + jnp.sqrt(jnp.where(ok, 0, -1).astype(x.dtype))
 
@@ -166,8 +166,8 @@ def sum_exp_below_max(z: Array, axis: int | Sharded, top: Array | None = None) -
     Each lane leaves out the first class at the maximum that it has, and its sign says so. All but one of those classes
     tie: they count 1 each.
 
-    Logits that come from a tanh or a quotient XLA on CPU may compute anew for each sum, with another rounding, so that
-    a logit misses its own maximum. Below it, it is in the sum, is not counted as a tie, and 1 is taken off.
+    Some logits come from a tanh or a quotient. XLA on CPU may compute them again for each sum, with another rounding. A
+    logit then misses its own maximum. Below it, it is in the sum, is not counted as a tie, and 1 is taken off.
     """
     top = finite_maximum(z, axis) if top is None else top
 
@@ -232,7 +232,7 @@ class Normaliser(NamedTuple):
       top: the maximum.
       others: `sum_exp_below_max`.
       share: 1 / (1 + others), the probability of a class at the maximum.
-      lack: others / (1 + others), 1 minus that, which 1 - p would round to 0 once p is within u of 1.
+      lack: others / (1 + others), 1 minus that. 1 - p would round it to 0 once p is within u of 1.
       large: the logit of the one class with p > 1/2, or inf. LLVM vectorises one comparison with a number of the row
         next to an exponential, and no more.
     """
@@ -257,10 +257,10 @@ def top_complement(z: Array, axis: int | Sharded) -> Array:
 
 
 def centred(p: Array, v: Array, axis: int | Sharded) -> Array:
-    """v_i - <p, v>, linear in v, each entry of its matrix (delta_ij - p_j) accurate, and of its transpose too.
+    """`v_i - <p, v>`, linear in v, each entry of its matrix `delta_ij - p_j` accurate, and of its transpose too.
 
-    Only 1 - p of a class with p > 1/2 could cancel. In one pass, 1 - p is the sum of the others. A CPU prefers two:
-    with v measured from that class, its own entry is 0, and the others need no 1 - p.
+    Only 1 - p of a class with p > 1/2 could cancel. A single pass takes the sum of the others for 1 - p. A CPU prefers
+    two: with v measured from that class, its own entry is 0, and the others need no 1 - p.
     """
     large = jnp.finfo(p.dtype).max
 
@@ -324,7 +324,7 @@ def difference(a: Array, b: Array | float) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def divide(a: Array, b: Array) -> Array:
-    """a / b, whose derivative (da - (a / b) db) / b never squares b, as that of jnp does: 1e-30 has no square."""
+    """a / b with the derivative `(da - (a / b) db) / b`. b is never squared, as it is by jnp: 1e-30 has no square."""
     return a / b
 
 

@@ -76,7 +76,7 @@ def per_token(rows, form: Form, sides, numbers, *arrays, dtype=None):
     tokens = hidden.shape[:-1]
     dtype = dtype or dtype_of(*(x for side in sides for x in side))
     shape = plan(form, hidden, kernel, dtype, len(sides))
-    # The biases, and a copy of the kernels, in the dtype computed in, so that gradients of blocks are added up in it.
+    # The biases, and a copy of the kernels, in the dtype computed in: gradients of blocks are added up in it.
     fixed = [(kernel, kernel.astype(dtype), None if bias is None else bias.astype(dtype)) for _, kernel, bias in sides]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(tokens) :]), ([side[0] for side in sides], arrays))
 
@@ -99,7 +99,7 @@ def scan(shape: Plan, body, carry, arrays, *, in_place: bool = False) -> Any:
     if shape.blocks == 1 and not shape.remainder:
         return body(carry, arrays)
     whole = shape.blocks * shape.block_size
-    kept = jax.checkpoint(body, prevent_cse=False)  # a derivative makes the logits anew and keeps none
+    kept = jax.checkpoint(body, prevent_cse=False)  # a derivative makes the logits again and keeps none
     columns = jax.tree.map(lambda x: x[:whole].reshape(shape.block_size, shape.blocks, *x.shape[1:]), arrays)
     carry, out = (_scan_in_place if in_place else _scan_columns)(kept, carry, columns)
     out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
@@ -126,8 +126,8 @@ def _scan_in_place(body, carry, arrays):
         carry, results = body(carry, column(number))
         return (carry, jax.tree.map(partial(_put, number), out, results)), None
 
-    # A result is one number per token, or one vector like that of the token: laid out as such an array is. Of the first
-    # block only nothing is taken, so that the compiler leaves it out.
+    # A result is one number per token, or one vector like that of the token: laid out as such an array is. The values
+    # of the first block are not used, so the compiler leaves it out.
     like, (_, first) = {x.shape[2:]: x for x in jax.tree.leaves(arrays)}, body(carry, column(0))
     out = jax.tree.map(lambda x: varying(jnp.zeros_like(like[x.shape[1:]], x.dtype), x), first)
     return jax.lax.scan(step, (carry, out), jnp.arange(blocks))[0]
@@ -192,10 +192,10 @@ _tanh = jax.custom_jvp(jnp.tanh)
 
 @_tanh.defjvp
 def _tanh_jvp(primals, tangents):
-    """d tanh(x) = 4 e / (1 + e)^2 dx with e = exp(-2 |x|): no digit cancels, as they do in 1 - tanh^2.
+    """The derivative `d tanh(x) = 4 e / (1 + e)^2 dx` with e = exp(-2 |x|): no digit cancels, unlike in 1 - tanh^2.
 
-    In a rematerialised scan jax takes a second derivative of what is written here. So the value has the plain
-    derivative of 2 / (1 + e) - 1 = tanh |x|, and |x| that of sign * x, which is right at 0 too.
+    A rematerialised scan takes a second derivative of what is written here. So the value has the plain derivative of
+    2 / (1 + e) - 1 = tanh |x|. |x| has that of sign * x, which is right at 0 too.
     """
     (x,), (dx,) = primals, tangents
     sign = jnp.where(x < 0, -1, 1).astype(x.dtype)

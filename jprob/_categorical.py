@@ -36,7 +36,7 @@ def class_loss(z, labels, axis):
     """-log p_y = (m - z_y) + log(sum_j exp(z_j - m)), with y left out of the sum.
 
     At the maximum, exp(z_y - m) - 1 = 0 is added to the others. Elsewhere the loss is at least ln 2, and has no small
-    number to keep. In a row without a possible class it is log 0 - log 0, NaN.
+    number to keep. A row without a possible class gives log 0 - log 0, NaN.
     """
     top = _accurate.finite_maximum(z, axis)
     others = _accurate.sum_where(lambda k, z: (k != labels.astype(k.dtype), jnp.exp(z - top)), axis, z)
@@ -152,7 +152,7 @@ def squared_error(z, targets, axis):
 
 
 def _error(rows, z, targets):
-    """e = p - t; for the one class with p > 1/2 it is (1 - t) - (1 - p), both known without cancellation."""
+    """e = p - t; for the one class with p > 1/2 it is `(1 - t) - (1 - p)`, both known without cancellation."""
     return jnp.where(z == rows.large, (1 - targets) - rows.lack, jnp.exp(z - rows.top) * rows.share - targets)
 
 
@@ -180,11 +180,12 @@ def _probability_error_jvp(axis, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _brier_slope(z, targets, axis):
-    """p_i c_i with c_i = e_i - <p, e>, without subtracting two close numbers for the classes near the maximum.
+    """`p_i c_i` with `c_i = e_i - <p, e>`, without subtracting two close numbers for the classes near the maximum.
 
-    Any reference r gives c_i = c_r - (e_r - e_i) with c_r = <p, e_r - e>. With r a class at the maximum (the mean of
-    those that tie), e_r - e_i of a class near it is (t_i - t_r) - p_r expm1(shifted_i). For the others e_i - <p, e>
-    itself will do, with <p, e> = sum_i p_i (p_i - <p, t>), p_i - <p, t> = p_r (exp(shifted_i) - <t, exp(shifted)>).
+    Any reference r gives `c_i = c_r - (e_r - e_i)` with `c_r = <p, e_r - e>`. Let r be a class at the maximum (the mean
+    of those that tie). Then `e_r - e_i` of a class near it is `(t_i - t_r) - p_r expm1(shifted_i)`. For the others
+    `e_i - <p, e>` is exact enough. There `<p, e> = sum_i p_i (p_i - <p, t>)`, and
+    `p_i - <p, t> = p_r (exp(shifted_i) - <t, exp(shifted)>)`.
     """
     rows, total = _accurate.normaliser(z, axis), partial(_accurate.total, axis=axis)
     top, p_r = rows.top, rows.share
@@ -212,7 +213,7 @@ def _brier_slope(z, targets, axis):
 
 @_brier_slope.defjvp
 def _brier_slope_jvp(axis, primals, tangents):
-    """d(p_i c_i) = dp_i c_i + p_i (de_i - <dp, e> - <p, de>), dp_i c_i = (p_i c_i) (dz_i - <p, dz>)."""
+    """The tangent `dp_i c_i + p_i (de_i - <dp, e> - <p, de>)`, with `dp_i c_i = (p_i c_i) (dz_i - <p, dz>)`."""
     (z, targets), (dz, dt) = primals, tangents
     p, e = _accurate.probs(z, axis), _probability_error(z, targets, axis)
     slope, centred = _brier_slope(z, targets, axis), _accurate.centred(p, dz, axis)
@@ -244,7 +245,7 @@ def _finite(gap):
 
 @entropy.defjvp
 def _entropy_jvp(axis, primals, tangents):
-    """dH = -sum p_i (log p_i + H) dz_i, and log p_i + H = sum_j p_j (m - z_j) - (m - z_i)."""
+    """The tangent `-sum p_i (log p_i + H) dz_i`, with `log p_i + H = sum_j p_j (m - z_j) - (m - z_i)`."""
     (z,), (dz,) = primals, tangents
     top, others, gap = (_accurate.once(x, z, axis) for x in _mean_gap(z, axis))
     slope = jnp.exp(z - top) / (1 + others) * (_finite(top - z) - gap)
@@ -335,7 +336,7 @@ def _pair(p_logits, q_logits, axis) -> _Pair:
         return (p == top_p) | out, jnp.where(out, jnp.inf, pair.finite(p, q)[1])
 
     most = _accurate.max_where(at_top, axis, *fixed)
-    # Where XLA computes logits twice, none may be the maximum.
+    # XLA may compute logits twice. Then none may be the maximum.
     high, low = _accurate.difference(jnp.where(jnp.abs(most) < jnp.inf, most, pair.top_q), pair.top_p)
     totals = {"total_p": jnp.maximum(total_p, 0.5), "total_q": jnp.maximum(total_q, 0.5)}  # at least 1, or no class
     pair = pair._replace(**totals, reference=(once(high), once(low)), excluded=most == jnp.inf).kept()
@@ -362,10 +363,10 @@ def _finite_kl(p_logits, q_logits, axis):
 
 
 def _kl(pair, axis):
-    """KL = log sum_i p_i exp(d_i) = log1p(sum_i p_i (exp(d_i) - 1 - d_i)) with <p, d> = 0: no term is negative.
+    """KL = `log sum_i p_i exp(d_i) = log1p(sum_i p_i (exp(d_i) - 1 - d_i))` with <p, d> = 0: no term is negative.
 
-    An error of the mean reaches the divergence in second order only. exp(d) is taken from d where d is small, and from
-    the logits of q elsewhere, also where p is 0. A divergence above 1 has no small difference to lose.
+    An error of the mean reaches the divergence in second order only. exp(d) is taken from d where d is small. It comes
+    from the logits of q elsewhere, also where p is 0. A divergence above 1 has no small difference to lose.
     """
     # exp(q - top_q - shift) = exp(p - top_p + d)
     (high, low), (top_high, top_low) = pair.reference, _accurate.difference(pair.top_q, pair.top_p)
@@ -376,7 +377,7 @@ def _kl(pair, axis):
         near = jnp.clip(d, -1, 2)
         # No more than a finite number: beyond it, `far` is the divergence.
         beyond, c = d - near, jnp.minimum(shifted_q - shift, math.log(jnp.finfo(d.dtype).max) / 2)
-        # Where d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
+        # If d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
         x = jnp.exp(shifted_p) * (_accurate.near_exp_remainder(near) - beyond) + (jnp.exp(c) - jnp.exp(c - beyond))
         return jnp.maximum(p, q) > -jnp.inf, x
 
@@ -397,7 +398,7 @@ def _finite_kl_jvp(axis, primals, tangents):
 
 
 def _along(out, slopes, tangents, axis):
-    """The derivative of `out`: the sum of slope * tangent over classes. Of what is constant no slope is computed."""
+    """The derivative of `out`: the sum of gradient * tangent over classes. No gradient of a constant is computed."""
     pairs = zip(slopes, tangents, strict=True)
     terms = [_accurate.total(slope() * dz, axis) for slope, dz in pairs if type(dz) is not SymbolicZero]
     return sum(terms, jnp.zeros_like(out))
@@ -461,7 +462,7 @@ def _excess(x, inverse):
 
 @partial(js_divergence.defjvp, symbolic_zeros=True)
 def _js_divergence_jvp(axis, primals, tangents):
-    """dJS = sum_i w p_i (log(p_i / m_i) - KL(p || m)) dz^p_i, and the same for q with 1 - w."""
+    """`dJS = sum_i w p_i (log(p_i / m_i) - KL(p || m)) dz^p_i`, and the same for q with 1 - w."""
     p_logits, q_logits, weight = primals
     sides = (p_logits, q_logits, weight), (q_logits, p_logits, 1 - weight)
     out = js_divergence(*primals, axis)
@@ -469,7 +470,7 @@ def _js_divergence_jvp(axis, primals, tangents):
 
 
 def _js_slope(p_logits, q_logits, weight, axis):
-    """w p_i (l_i - <p, l>) with l_i = log(p_i / m_i) = -log(w + (1 - w) exp(t_i)), up to a constant that cancels.
+    """`w p_i (l_i - <p, l>)` with `l_i = log(p_i / m_i) = -log(w + (1 - w) exp(t_i))`, less a constant that cancels.
 
     l itself is 0 for t = 0, where p and q agree; l + log w is 0 where q is far below p. The one that is small where p
     lies keeps the digits of the differences.

@@ -1,8 +1,8 @@
 """Checks of arguments, each answered by one line that names the function, what was expected and what came.
 
 Static faults (dtype, shape, axis, a Python number out of range) raise ValueError while the function is traced. Faults
-of the data cannot raise under `jit`. They are traced only under `jprob.checkify`, since a check is an effect, and a
-program with an effect leaves the fast dispatch path of `jit`.
+of the data cannot raise under `jit`. They are traced only under `jprob.checkify`, since a check is an effect. A program
+with an effect leaves the fast dispatch path of `jit`.
 """
 
 import functools
@@ -77,8 +77,8 @@ def public(*, static: Sequence[str] = (), **numbers: Range) -> Callable[[Callabl
     """Decorates a public function: `jax.jit`, with every wrong argument answered by one line.
 
     `static` names the static arguments. `numbers` are keyword arguments that may be swept or annealed: they are traced,
-    so that a new value compiles nothing. A Python number among them is checked against its range at once. One equal to
-    the default is dropped, so that the function sees its default as a Python number and leaves out what it switches on.
+    so a new value compiles nothing. A Python number among them is checked against its range at once. One equal to the
+    default is dropped. The function then sees its default as a Python number, and leaves out what it switches on.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ def public(*, static: Sequence[str] = (), **numbers: Range) -> Callable[[Callabl
 
 
 def _fault(function, signature, static, args, kwargs):
-    """What is wrong with the arguments that `jit` refused, or None if they are not to blame."""
+    """The fault of the arguments that `jit` refused, or None if they are not to blame."""
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
@@ -240,7 +240,7 @@ def logits_not_probs(function: str, logits: jax.Array, axis: int) -> None:
     if not _checking.value or logits.size <= logits.shape[axis] or logits.shape[axis] == 1:
         return  # a single row may sum to 1 by chance
     total = jnp.sum(logits, axis=axis, dtype=_accurate.compute_dtype(logits))
-    # Rows of 0 and 1 alone may be a one-hot bias of true logits, so that they do not count as probabilities.
+    # Rows of 0 and 1 alone do not count as probabilities: they may be a one-hot bias of true logits.
     fractional = jnp.any((logits > 0) & (logits < 1), axis=axis)
     probs = jnp.all((logits >= 0) & (logits <= 1), axis=axis) & fractional & (jnp.abs(total - 1) < 2**-8)
     message = f"{function}: logits are probabilities (their rows sum to {{value}}); pass their logarithm"

@@ -124,7 +124,8 @@ _TAIL = -4.0
 def _excess(r):
     """h + r of the hazard h = phi(r) / Phi(r), the derivative of log Phi: near 1 / |r| far below 0.
 
-    With x = -r, h = x + 1 / (x + 2 / (x + 3 / (x + ...))). The fraction is written in 1 / x^2, so that no x overflows.
+    The continued fraction is `h = x + 1 / (x + 2 / (x + 3 / (x + ...)))` with x = -r. It is written in 1 / x^2, so that
+    no x overflows.
     """
     inverse = 1 / jnp.maximum(-r, -_TAIL)
     square = jnp.square(inverse)
@@ -211,7 +212,7 @@ def _ends(low, high, loc, scale):
 
 
 def _mean_density(middle, width):
-    """Mean over s in [-1/2, 1/2] of exp(-(middle width s + (width s)^2 / 2)), by the rule of Gauss and Legendre."""
+    """Mean of `exp(-(middle width s + (width s)^2 / 2))` over s in [-1/2, 1/2], by Gauss-Legendre quadrature."""
     nodes, node_weights = np.polynomial.legendre.leggauss(10 if middle.dtype == jnp.float64 else 6)
     step = [width * (node / 2) for node in nodes.tolist()]
     terms = [w / 2 * jnp.exp(-s * (middle + s / 2)) for w, s in zip(node_weights.tolist(), step, strict=True)]
@@ -224,10 +225,11 @@ def _around(a, b):
 
 
 def _of_ends(ends, at_a, at_b, tangents):
-    """at_high d high - at_low d low - (at_high - at_low) d loc - (b at_high - a at_low) d scale.
+    """The tangent of a function of both ends.
 
-    The densities at the ends have the ratio e^e, e = (b^2 - a^2) / 2, and where they are close their difference
-    is the larger one times expm1, which keeps its digits.
+    It is `at_high d high - at_low d low - (at_high - at_low) d loc - (b at_high - a at_low) d scale`. The densities at
+    the ends have the ratio e^e, e = (b^2 - a^2) / 2. If they are close, their difference is the larger one times expm1,
+    which keeps its digits.
     """
     (a, b, width, narrow, mirrored), (d_low, d_high, d_loc, d_scale) = ends, tangents
     e = width * ((a + b) / 2)
@@ -258,7 +260,7 @@ def _interval_prob_jvp(primals, tangents):
 
 
 def _beyond(a, b, width):
-    """Q(b) / Q(a) of the upper tails Q = phi / h, from the hazards and phi(b) / phi(a), which loses no digit."""
+    """`Q(b) / Q(a)` of the upper tails Q = phi / h, from the hazards and `phi(b) / phi(a)`, which loses no digit."""
     return jnp.where(b == jnp.inf, 0, jnp.exp(-width * ((a + b) / 2)) * _hazard(-a) / _hazard(-b))
 
 
@@ -281,7 +283,7 @@ def _log_interval_prob_jvp(primals, tangents):
     (*_, scale), ends, out = primals, _ends(*primals), log_interval_prob(*primals)
     a, b, width, narrow, _ = ends
     around = ~narrow & (a < 0)
-    # Each form sees ends of its own kind alone: elsewhere it may overflow, and 0 times its derivative is NaN.
+    # Each form sees its own kind of ends alone: elsewhere it may overflow, and 0 times its derivative is NaN.
     w, middle = jnp.where(narrow & (width > 0), width, 1), jnp.where(narrow, a + width / 2, 0)
     mean = w * _mean_density(middle, w)
     # The squares of an end and of the middle differ by width times their mean, over 2.
@@ -351,7 +353,7 @@ def scale_cost(p: Array, q: Array, q_log: Array) -> Array:
 
 @scale_cost.defjvp
 def _scale_cost_jvp(primals, tangents):
-    """(p / q^2) dp - ((p / q)^2 - 1) d log q, 0 in q exactly where p = q."""
+    """The tangent `(p / q^2) dp - ((p / q)^2 - 1) d log q`, 0 in q exactly where p = q."""
     (p, q, _), (dp, _, d_log) = primals, tangents
     inverse, (below, above) = 1 / q, distances(p, 0, q)
     return scale_cost(*primals), dp * inverse * _finite(p * inverse) - _finite(below * above) * d_log
@@ -361,7 +363,7 @@ def _scale_cost_jvp(primals, tangents):
 def fit(x: Array, w: Array, axis: int) -> tuple[Array, Array]:
     """Weighted mean and root of the weighted mean square deviation from it, both with the axis of length 1."""
     share, loc, deviation = _weights.deviations(x, w, axis)
-    # In units of the largest: the square of 1e-30 is 0.
+    # The unit is the largest deviation: the square of 1e-30 is 0.
     unit = jnp.max(jnp.where(w == 0, 0, jnp.abs(deviation)), axis=axis, keepdims=True)
     scaled = deviation / jnp.where(unit == 0, 1, unit)
     return loc, unit * jnp.sqrt(jnp.sum(_accurate.multiply_no_nan(share, jnp.square(scaled)), axis=axis, keepdims=True))
@@ -369,10 +371,12 @@ def fit(x: Array, w: Array, axis: int) -> tuple[Array, Array]:
 
 @fit.defjvp
 def _fit_jvp(axis, primals, tangents):
-    """d loc = sum_i share_i dx_i + (x_i - loc) dw_i / W, with W the sum of the weights.
+    """The tangents of the mean and the scale, with W the sum of the weights.
 
-    d scale = sum_i share_i z_i dx_i + scale (z_i^2 - 1) dw_i / (2 W).
-    z_i = (x_i - loc) / scale, and 0 where the scale is 0: there it has a corner, whose slopes have the mean 0.
+    d loc = `sum_i share_i dx_i + (x_i - loc) dw_i / W`.
+    d scale = `sum_i share_i z_i dx_i + scale (z_i^2 - 1) dw_i / (2 W)`.
+    z_i = (x_i - loc) / scale, and 0 where the scale is 0: there it has a corner, whose one-sided derivatives have the
+    mean 0.
     """
     (x, w), (dx, dw) = primals, tangents
     loc, scale = fit(x, w, axis)

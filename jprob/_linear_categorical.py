@@ -11,7 +11,7 @@ from . import _accurate, _blocks, _categorical, _vocabulary
 
 
 def counted(weights, x):
-    """0 where the weight is: what stands in for such a token has a loss too, and with it a slope in the weight."""
+    """x, but 0 where the weight is: the replacement of such a token has a loss too, and so a gradient in the weight."""
     return jnp.where(weights == 0, 0, x)
 
 
@@ -24,9 +24,9 @@ def weighted_sum(form: _blocks.Form, numbers, hidden, kernel, bias, labels, weig
 
 @partial(weighted_sum.defjvp, symbolic_zeros=True)
 def _weighted_sum_jvp(form: _blocks.Form, primals, tangents):
-    """d sum_i w_i loss_i = <dX, d hidden> + <dW, d kernel> + <db, d bias> + sum_i loss_i d w_i, dX, dW, db at once.
+    """The tangent `<dX, d hidden> + <dW, d kernel> + <db, d bias> + sum_i loss_i d w_i`, with dX, dW, db at once.
 
-    So the gradients are made where the loss is, with its logits, and reverse mode only scales them.
+    The gradients are made together with the loss, from its logits. Reverse mode only scales them.
     """
     numbers, *operands, labels, weights = primals
     _, *directions, _, dweights = tangents
@@ -42,7 +42,7 @@ def _weighted_sum_jvp(form: _blocks.Form, primals, tangents):
 
 
 def losses(form: _blocks.Form, numbers, hidden, kernel, bias, labels, dtype):
-    """Of each token, by `_loss_rows`: differentiable by the way that makes the logits again."""
+    """The losses of each token, by `_loss_rows`: differentiable by making the logits again."""
 
     def rows(z, labels):
         return _loss_rows(form, numbers, z, labels)[0]
@@ -51,7 +51,7 @@ def losses(form: _blocks.Form, numbers, hidden, kernel, bias, labels, dtype):
 
 
 def _aux_tangents(form: _blocks.Form, numbers, moved, aux, operands, directions, labels):
-    """Of nll and logsumexp, by the way that makes the logits again; unused, they cost nothing under `jit`."""
+    """The tangents of nll and logsumexp, by making the logits again; unused, they cost nothing under `jit`."""
     if not (aux and any(moved)):
         return [jnp.zeros_like(x) for x in aux]
 
@@ -87,10 +87,10 @@ def _loss_and_slopes(form: _blocks.Form, moved, numbers, hidden, kernel, bias, l
 
 
 def _loss_rows(form: _blocks.Form, numbers: _blocks.Numbers, z, labels):
-    """What is wanted of each row: loss, and with `has_aux` nll, logsumexp and 1 for a label that is the mode.
+    """The results for each row: loss, and with `has_aux` nll, logsumexp and 1 for a label that is the mode.
 
-    And the gradient of the loss, (1 - e) (p - y) + e (p - 1 / V) + 2 z_loss logsumexp p: written out, since the
-    transpose of a psum is another psum in a `shard_map` that does not check what varies.
+    The gradient of the loss, `(1 - e) (p - y) + e (p - 1 / V) + 2 z_loss logsumexp p`, comes with them. It is written
+    out: the transpose of a psum is another psum in a `shard_map` that does not check what varies.
     """
     axis, e, z_loss = form.axis, numbers.label_smoothing, numbers.z_loss
     if labels.ndim == 1:
@@ -114,7 +114,7 @@ def _loss_rows(form: _blocks.Form, numbers: _blocks.Numbers, z, labels):
                 count = jnp.maximum(_accurate.total(possible.astype(z.dtype), axis), 1)
                 target, gaps = jnp.where(possible, e / count, 0), jnp.where(possible, gaps, 0)
             smooth = log_total - _accurate.total(gaps, axis) / count
-            # Smoothed fully, an infinite loss of the label does not count (0 * inf is NaN), but a NaN stays one.
+            # At e = 1 an infinite loss of the label does not count: 0 * inf is NaN. A NaN stays one.
             loss = jnp.where(jnp.isinf(nll) & (e == 1), 0, (1 - e) * nll) + e * smooth
             slope = (1 - e) * residual + (e * p - target)
         if z_loss is not None:
@@ -131,7 +131,7 @@ def top_divergence(form: _blocks.Form, z, log_probs, indices, inside):
     """KL(t || s) of a teacher t over k classes: within them, and log1p of the odds against them."""
     place, here, logits = _vocabulary.logits_at(z, indices, form.axis)
     within = _vocabulary.psum(jnp.where(here, logits, 0), form.axis)
-    # Where the student excludes all of them, they are no distribution that a divergence could be taken from.
+    # If the student excludes all of them, they are no distribution that a divergence could be taken from.
     excluded = jnp.all(within == -jnp.inf, axis=1, keepdims=True)
     within = jnp.where(excluded, 0, within)
     # A finite logit beyond all use, since a row without any class is no distribution.

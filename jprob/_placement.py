@@ -1,7 +1,7 @@
 """Meshes with explicit axes, as `jax.make_mesh` makes them: one mechanism for the functions and for the loop.
 
-Within, explicit axes are automatic, so that products, gathers and minibatches need not name the sharding of their
-results. What comes out has explicit axes again.
+Explicit axes are automatic inside, so that products, gathers and minibatches need not name the sharding of their
+results. The results have explicit axes again.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def to_explicit(tree: Any, mesh: Mesh | AbstractMesh | None, spec: Sequence[Any]
       tree: arrays on automatic axes, or traced ones.
       mesh: the mesh with explicit axes; without one, the tree is returned as it is.
       spec: how a traced array with axes is sharded, unless `like` says so.
-      like: arrays in the same structure. What lies on a mesh among them says how the array in its place is sharded.
+      like: arrays in the same structure. Each one on a mesh says how the corresponding array is sharded.
     """
     if mesh is None:
         return tree
@@ -108,7 +108,7 @@ def put(x: Array, sharding: Any) -> Array:
 
 
 def entries(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """One entry of each row of `x` on `axis`, at an index in range, which keeps that axis with length 1."""
+    """One entry of each row of `x` on `axis`, at an index in range. The result keeps that axis with length 1."""
     take = partial(jnp.take_along_axis, axis=axis, mode="promise_in_bounds")
     placed = [None if i == axis else name for i, name in enumerate(spec(x))]
     return automatic(take, x, index, spec=placed)

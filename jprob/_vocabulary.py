@@ -66,9 +66,9 @@ def noise(keys, z, axis):
 
 
 def _label_terms(z, labels, axis):
-    """exp(gap) with 0 for the label, where that is, the sum of these, and the label's gap.
+    """exp(gap) with 0 for the label, the mask of the label, the sum of the former, and the label's gap.
 
-    One pass over z: a mask of its own size would be written to memory for each sum that it enters.
+    One pass over z: a mask of its size would be written to memory for each sum that it enters.
     """
     top = finite_top(z, axis)
     place, here, label_logit = logits_at(z, labels, axis)
@@ -79,7 +79,7 @@ def _label_terms(z, labels, axis):
 
 
 def logits_at(z, classes, axis):
-    """Where these classes of each row are in this shard, whether they are, and their logits."""
+    """The places of these classes of each row in this shard, whether they are in it, and their logits."""
     place = classes - jnp.asarray(_offset(z, axis), classes.dtype)
     here = (place >= 0) & (place < z.shape[1])
     return place, here, jnp.take_along_axis(z, jnp.where(here, place, 0), axis=1, mode="promise_in_bounds")
@@ -87,15 +87,16 @@ def logits_at(z, classes, axis):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def nll_terms(z, labels, axis):
-    """-log p_y = log1p(others exp(-gap)) = log_total - gap with y left out of the others, and its gradient p - y.
+    """-log p_y = `log1p(others exp(-gap)) = log_total - gap`, y left out of the others, and its gradient p - y.
 
-    And log_total = log1p(others + (exp(gap) - 1)), the logarithm of the sum of all exponentials, and its gradient p.
+    Two more results: `log_total = log1p(others + (exp(gap) - 1))`, the logarithm of the sum of all exponentials, and
+    its gradient p.
 
-    Near the maximum the first form keeps the digits of the others, also where XLA computes a tanh or a quotient again
-    for the label alone, which then misses its own maximum by a rounding. Far below it, others is at least 1, and there
-    is no small number to keep. p - y is p_j for the others, and minus their sum for y, never p_y - 1. All are plainly
-    differentiable, since in a rematerialised scan jax takes a second derivative of what is written here, and not by
-    the rule.
+    Near the maximum the first form keeps the digits of the others. XLA may compute a tanh or a quotient again for the
+    label alone. The label then misses its own maximum by a rounding. The form holds there too. Far below the maximum,
+    others is at least 1, and there is no small number to keep. p - y is p_j for the others, and minus their sum for y,
+    never p_y - 1. All are plainly differentiable: a rematerialised scan takes a second derivative of what is written
+    here, and not by the rule.
     """
     exponentials, at_label, others, gap = _label_terms(z, labels, axis)
     log_total, total = jnp.log1p(others + jnp.expm1(gap)), jnp.maximum(others + jnp.exp(gap), 0.5)

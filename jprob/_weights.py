@@ -14,8 +14,8 @@ _LARGEST = 2**24  # partial sums: 64 MiB of float32
 def weighted(function: str, x: Array, axis: int, weights: Any, name: str = "x") -> tuple[Array, Array, Array, int]:
     """Observations, weights of their shape, whether each row is valid, and the axis from the front.
 
-    A row is not valid with a weight that is negative or infinite, or an observation that counts and is not finite. All
-    of these are 0 here: 0 * inf is NaN.
+    A row is not valid with a weight that is negative or infinite. It is not valid with an observation that counts and
+    is not finite. All of these are 0 here: 0 * inf is NaN.
     """
     _checks.floating(function, **{name: x})
     axis = _checks.axis_of(function, name, x, axis, "observation")
@@ -30,7 +30,7 @@ def weighted(function: str, x: Array, axis: int, weights: Any, name: str = "x") 
 
 
 def deviations(x: Array, w: Array, axis: int) -> tuple[Array, Array, Array]:
-    """Shares w / sum w (0 where no weight is), the mean, and the deviations from it before it is rounded."""
+    """Shares `w / sum w` (0 where no weight is), the mean, and the deviations from it before it is rounded."""
     total = jnp.sum(w, axis=axis, keepdims=True)
     share = w / jnp.where(total == 0, 1, total)
     rough = jnp.sum(share * x, axis=axis, keepdims=True)
@@ -40,11 +40,11 @@ def deviations(x: Array, w: Array, axis: int) -> tuple[Array, Array, Array]:
 
 
 def sum_by(index: Array, values: Array, size: int) -> Array:
-    """Row k of the result is the sum of `values[i]` over all i with index[i] = k, for k in [0, size).
+    """Sums of `values[i]` by index: row k, in [0, size), is the sum over all i with index[i] = k.
 
     `index` has shape [n], each entry in [0, size), and `values` [n, ...]. Added one after the other, 10^7 equal floats
-    lose 9 % of their sum: so b = sqrt(n) blocks are added apart, and then their sums, with an error of 2 sqrt(n) u
-    (more where `size` leaves room for fewer blocks).
+    lose 9 % of their sum. So b = sqrt(n) blocks are added apart, and then their sums. The error is 2 sqrt(n) u, and
+    more where `size` leaves room for fewer blocks.
     """
     n, blocks = index.shape[0], 1
     if jnp.issubdtype(values.dtype, jnp.floating):

@@ -1,12 +1,13 @@
-"""Bayes' rule: what to believe after an observation, from what was believed before and how likely it made it.
+"""Bayes' rule: the posterior of hypotheses from their prior and the likelihood of an observation.
 
-posterior_k = prior_k likelihood_k / evidence, with the evidence sum_k prior_k likelihood_k, the probability of the
-observation under the prior. In logarithms it is an addition and a softmax, and nothing underflows: a test with
-sensitivity 99 % and 5 % false positives, for what 1 % of people have, leaves a positive at 16.7 %.
+posterior_k = prior_k likelihood_k / evidence. The evidence sum_k prior_k likelihood_k is the probability of the
+observation under the prior. The logarithmic form is an addition and a softmax, and nothing underflows. An example: 1 %
+of people have an illness, and a test has sensitivity 99 % and 5 % false positives. Then 16.7 % of the positives have
+it.
 
-Hypotheses k are the classes of a categorical distribution: a prior is given by logits (unnormalised log-probabilities,
--inf for what is impossible, so that `jnp.log(probs)` will do), and a posterior comes out as log-probabilities, logits
-for the next update. For a continuous unknown, the conjugate pairs keep a posterior in the family of its prior.
+Hypotheses k are the classes of a categorical distribution. A prior is given by logits: unnormalised log-probabilities,
+such as `jnp.log(probs)`, and -inf for an impossible hypothesis. A posterior comes out as log-probabilities, which are
+logits for the next update. For a continuous unknown, the conjugate pairs keep a posterior in the family of its prior.
 
 Computed in float32 at least (float64 where an input has it); u is half the spacing at 1 of that dtype. R is the largest
 gap between finite log-priors of a row plus that between its finite log-likelihoods: constants common to all hypotheses
@@ -25,7 +26,7 @@ from . import _accurate, _checks, _placement, _weights, gaussian
 
 
 class Beta(NamedTuple):
-    """What a beta distribution of a probability is given by: its mean is alpha / (alpha + beta)."""
+    """The parameters of a beta distribution of a probability; its mean is alpha / (alpha + beta)."""
 
     alpha: Array  # 1 + the number of "yes" seen, from a uniform prior
     beta: Array  # 1 + the number of "no"
@@ -35,7 +36,7 @@ class Beta(NamedTuple):
 def log_posterior(
     log_prior: Float[Array, "*#shape"], log_likelihood: Float[Array, "*#shape"], *, axis: int = -1
 ) -> Float[Array, "*shape"]:
-    """Log-probabilities of the hypotheses after an observation: log_softmax(log_prior + log_likelihood).
+    """Log-posterior of the hypotheses after an observation: log_softmax(log_prior + log_likelihood).
 
     Args:
       log_prior: logits of the hypotheses before the observation; -inf marks an impossible one.
@@ -65,7 +66,7 @@ def log_posterior(
 def log_evidence(
     log_prior: Float[Array, "*#shape"], log_likelihood: Float[Array, "*#shape"], *, axis: int = -1
 ) -> Float[Array, "*rest"]:
-    """Log-probability of the observation under the prior: log sum_k prior_k likelihood_k.
+    """Log-evidence log sum_k prior_k likelihood_k: the log-probability of the observation under the prior.
 
     The prior is normalised first: its logits may have any common offset, and those of the likelihood count as they are.
     Gradients: the posterior in the log-likelihood, posterior - prior in the log-prior.
@@ -78,10 +79,10 @@ def log_evidence(
 
     Returns:
       One value per row in nats, at least float32: -inf where every possible hypothesis excludes the observation, NaN
-      where no hypothesis is possible or a logit is +inf, both with gradient 0. For log-likelihoods at most 0, as of
-      discrete observations, the relative error is at most (16 + 2 R) u, also where the evidence is near 1 and its
-      logarithm near 0; else it is that of |log-likelihood| + |result| for the hypothesis that explains the observation
-      best.
+      where no hypothesis is possible or a logit is +inf. Both have gradient 0. Log-likelihoods of discrete observations
+      are at most 0. For these the relative error is at most (16 + 2 R) u. The bound also holds for an evidence near 1,
+      whose logarithm is near 0. Else it is that of |log-likelihood| + |result|, for the hypothesis that explains the
+      observation best.
 
     Raises:
       ValueError: an argument is not floating-point, `axis` is out of range, or the shapes do not broadcast.
@@ -105,20 +106,20 @@ def log_evidence(
 def update(
     log_prior: Float[Array, "*#shape"], log_likelihoods: Float[Array, "steps *#shape"]
 ) -> Float[Array, "steps *shape"]:
-    """Log-probabilities of the hypotheses after each of a sequence of observations, independent given the hypothesis.
+    """Log-posterior after each of a sequence of observations, which are independent given the hypothesis.
 
-    The posterior after one observation is the prior of the next, so that the last is the posterior given all of them,
-    in whatever order they came.
+    The posterior after one observation is the prior of the next. So the last is the posterior given all of them, in any
+    order.
 
     Args:
       log_prior: logits of the hypotheses, on the last axis; -inf marks an impossible one.
-      log_likelihoods: as in `log_posterior`, one for each observation, along a first axis of their own.
+      log_likelihoods: as in `log_posterior`, one for each observation, along an additional first axis.
 
     Returns:
-      One posterior per observation along the first axis, in the shape that one likelihood and the prior broadcast to,
-      in the dtype they promote to. Rows as in `log_posterior`; NaN from the observation on that leaves no hypothesis.
-      After t observations the relative error is at most (16 + R + S log2 2t) u and one rounding to the dtype, S the
-      sum of the t gaps of their log-likelihoods.
+      One posterior per observation along the first axis, each in the shape that one likelihood and the prior broadcast
+      to; the dtype is what they promote to. Rows as in `log_posterior`; NaN from the observation on that leaves no
+      hypothesis. After t observations the relative error is at most (16 + R + S log2 2t) u. One rounding to the dtype
+      adds to it. S is the sum of the t gaps of their log-likelihoods.
 
     Raises:
       ValueError: an argument is not floating-point, has no axis, or the shapes do not broadcast.
@@ -157,8 +158,8 @@ def gaussian_posterior(
 ) -> gaussian.Parameters:
     """Posterior of the mean of a Gaussian whose standard deviation is known, from a Gaussian prior of that mean.
 
-    With n observations of mean m, a = prior_scale and b = scale / sqrt(n), it is Gaussian again, of the scale
-    1 / sqrt(1 / a^2 + 1 / b^2), and its loc is m + (prior_loc - m) b^2 / (a^2 + b^2).
+    The posterior is Gaussian again. Let m be the mean of n observations, a = prior_scale and b = scale / sqrt(n). Its
+    scale is 1 / sqrt(1 / a^2 + 1 / b^2). Its loc is m + (prior_loc - m) b^2 / (a^2 + b^2).
 
     Args:
       prior_loc: mean of the prior.
@@ -170,10 +171,10 @@ def gaussian_posterior(
         sum is n.
 
     Returns:
-      gaussian.Parameters(loc, scale), at least float32: the prior where there is no weight; NaN, with gradient 0, for a
-      scale that is not positive, a negative or infinite weight, or an infinite observation or prior_loc. With n
-      observations, error at most (24 + log2 n) u: of loc relative to |loc| and the distance of prior and observations,
-      of scale relative to itself, for any scales the dtype holds.
+      gaussian.Parameters(loc, scale), at least float32: the prior where there is no weight. They are NaN, with gradient
+      0, for a scale that is not positive or a negative or infinite weight; likewise for an infinite observation or
+      prior_loc. Error for n observations at most (24 + log2 n) u, for any scales the dtype holds. That of loc is
+      relative to |loc| and the distance of prior and observations, that of scale to itself.
 
     Raises:
       ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.
@@ -223,9 +224,9 @@ def beta_posterior(
         labels. One of weight 0 does not count, also with a bad label.
 
     Returns:
-      Beta(alpha, beta), at least float32: the prior where there is no weight; NaN, with gradient 0, for a prior that is
-      not positive, a negative or infinite weight, or a label outside [0, 1]. With n observations, relative error at
-      most (4 + log2 n) u.
+      Beta(alpha, beta), at least float32: the prior where there is no weight. They are NaN, with gradient 0, for a
+      prior that is not positive or a negative or infinite weight; likewise for a label outside [0, 1]. Relative error
+      for n observations at most (4 + log2 n) u.
 
     Raises:
       ValueError: an argument is not real, `axis` is out of range or empty, or the shapes do not broadcast.
@@ -252,7 +253,7 @@ def beta_posterior(
 
 
 def _canonical(function, log_prior, log_likelihood, axis):
-    """Both in one shape and in the dtype computed in, the axis from the front, and the dtype they promote to."""
+    """Both in one shape and in the dtype computed in, the axis from the front; and the dtype they promote to."""
     _checks.floating(function, log_prior=log_prior, log_likelihood=log_likelihood)
     prior, likelihood = _checks.broadcast_together(function, log_prior=log_prior, log_likelihood=log_likelihood)
     axis = _checks.axis_of(function, "the hypotheses", prior, axis, "hypothesis")
@@ -283,7 +284,7 @@ def _normalised(joint, axis):
 
 
 def _ratios(prior, likelihood, axis):
-    """r and c with log evidence = r + c, r the log-likelihood of one hypothesis, for likelihoods that are `_allowed`.
+    """r and c with log evidence = r + c; r is the log-likelihood of one hypothesis. Likelihoods are `_allowed`.
 
     evidence = e^r (1 + sum_k p_k (e^(l_k - r) - 1)). For log-likelihoods at most 0, r is the largest, so that r and c
     have one sign. Else r is that of the best explanation, of which the evidence is at least the prior's share.

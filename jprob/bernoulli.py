@@ -1,12 +1,12 @@
 """The Bernoulli distribution: yes or no, given by one logit.
 
-The logit z is the log-odds log(p / (1 - p)) of "yes", so p = sigmoid(z) and 1 - p = sigmoid(-z). It is the categorical
-distribution with logits (0, z). Both probabilities come from exponentials of -|z|, never as 1 minus the other, so that
+The logit z is the log-odds log(p / (1 - p)) of "yes": p = sigmoid(z) and 1 - p = sigmoid(-z). The distribution is the
+categorical one with logits (0, z). Both probabilities come from exponentials of -|z|, never as 1 minus the other. So
 the small one keeps its digits.
 
-Values and gradients are computed in float32 at least (float64 where an input has it), with a relative error of at most
-16 u, u half the spacing at 1 of that dtype: one logit is given exactly, and no difference of logits is rounded. Where a
-gradient p - y cancels, y being a soft label, the error is relative to the larger of (1 - y) p and y (1 - p).
+Values and gradients are computed in float32 at least (float64 where an input has it). Their relative error is at most
+16 u, u half the spacing at 1 of that dtype: one logit is given exactly, and no difference of logits is rounded. A
+gradient p - y may cancel if y is a soft label. Its error is then relative to the larger of (1 - y) p and y (1 - p).
 """
 
 import jax
@@ -23,8 +23,8 @@ def cross_entropy(
 ) -> Float[Array, "*shape"]:
     """Cross-entropy -y log p - (1 - y) log(1 - p) of a label y and p = sigmoid(logits).
 
-    The gradient in the logits is p - y, and it is never rounded to 0 where the prediction is confident and right. The
-    gradient in the label is -z.
+    The gradient in the logits is p - y, never rounded to 0 where the prediction is confident and right. The gradient in
+    the label is -z.
 
     Args:
       logits: z, log-odds of "yes" in any floating dtype; -inf and inf are certain.
@@ -32,8 +32,8 @@ def cross_entropy(
 
     Returns:
       One value per logit in nats, at least float32, never negative: inf where a certain prediction is wrong, 0 where
-      it is right. A label that is missing (NaN) or outside [0, 1] gives NaN with a gradient of 0, so that a masked one
-      is harmless. Relative error at most 16 u.
+      it is right. A label that is missing (NaN) or outside [0, 1] gives NaN with a gradient of 0. So a masked one is
+      harmless. Relative error at most 16 u.
 
     Raises:
       ValueError: the logits are not floating-point, the labels are complex, or the shapes differ.
@@ -120,7 +120,9 @@ def entropy(logits: Float[Array, "*shape"], *, base: float | None = None) -> Flo
 def kl_divergence(
     p_logits: Float[Array, "*shape"], q_logits: Float[Array, "*shape"], *, base: float | None = None
 ) -> Float[Array, "*shape"]:
-    """Kullback-Leibler divergence p log(p / q) + (1 - p) log((1 - p) / (1 - q)), p and q the sigmoid of their logits.
+    """Kullback-Leibler divergence KL(p || q), p and q the sigmoid of their logits.
+
+    The value is p log(p / q) + (1 - p) log((1 - p) / (1 - q)).
 
     Args:
       p_logits: log-odds of "yes" under p, the reference.
@@ -128,9 +130,10 @@ def kl_divergence(
       base: unit of the result, static: None for nats, 2 for bits.
 
     Returns:
-      One value per pair, at least float32: never negative, 0 where p = q, inf where q is certain and p is not, with its
-      digits where p and q nearly agree. Relative error at most (16 + R) u, R the larger of |z_p| and |z_q|: it is the
-      divergence of two classes with logits (0, z). An infinite divergence has the gradient 0 in p's logits.
+      One value per pair, at least float32, never negative: 0 where p = q, inf where q is certain and p is not. The
+      divergence keeps its digits where p and q nearly agree. Relative error at most (16 + R) u, R the larger of |z_p|
+      and |z_q|: it is the divergence of two classes with logits (0, z). An infinite divergence has the gradient 0 in
+      p's logits.
 
     Raises:
       ValueError: a dtype or `base` is not as above, or the shapes differ.
@@ -235,7 +238,7 @@ def _entropy(z):
 @_entropy.defjvp
 def _entropy_jvp(primals, tangents):
     (z,), (dz,) = primals, tangents
-    finite = jnp.where(jnp.isinf(z), 0, z)  # 0 * inf: a certain answer has entropy 0 and slope 0
+    finite = jnp.where(jnp.isinf(z), 0, z)  # 0 * inf: a certain answer has entropy 0 and gradient 0
     return _entropy(z), -finite * _sigmoid(z) * _sigmoid(-z) * dz
 
 

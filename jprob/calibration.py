@@ -1,19 +1,23 @@
-"""Calibration: do the probabilities mean what they say?
+"""Calibration: does a share c of the predictions with probability c come true?
 
-A classifier is calibrated when, among the examples to which it gives its predicted class the probability c, a share c
-is predicted rightly. `reliability` sorts examples by that confidence c into bins and sums what each bin needs. The
-tables of batches add up, field by field, to the table of the whole (`jax.tree.map(jnp.add, a, b)`), and those of
-devices too (`jax.lax.psum(table, axis_name)`). From the sums follow the mean gap between confidence and accuracy
-(`expected_calibration_error`), the largest (`maximum_calibration_error`), and what the squared error of the confidence
-is made of (`brier_decomposition`). A bin without weight counts nothing; with no weight at all every one of them is 0.
+A classifier gives its predicted class the probability c, its confidence. A calibrated classifier is right in a share c
+of these predictions. `reliability` sorts examples by confidence into bins and sums what each bin needs. Tables of
+batches add up, field by field, to that of the whole: `jax.tree.map(jnp.add, a, b)`. Tables of devices do too:
+`jax.lax.psum(table, axis_name)`. These metrics follow from the sums:
 
-`fit_temperature` calibrates: it divides the logits by the one number T that makes held-out labels most likely, which
-leaves every prediction as it is.
+- `expected_calibration_error`, the mean gap between confidence and accuracy.
+- `maximum_calibration_error`, the largest gap.
+- `brier_decomposition`, the parts of the squared error of the confidence.
 
-Classes are on the last axis of the logits, -inf marks an impossible class, and the prediction is the first of the most
-probable classes (`categorical.mode`). Computed in float32 at least (float64 where an input has it). With u half the
-spacing at 1 of that dtype (2**-24 for float32) and R the largest gap between finite logits of a row, a confidence has a
-relative error of at most (16 + R) u, and a sum over n examples one of at most 2 sqrt(n) u more.
+A bin without weight counts nothing; without any weight every metric is 0.
+
+`fit_temperature` calibrates: it divides the logits by the one number T that makes held-out labels most likely. Every
+prediction stays as it is.
+
+Classes are on the last axis of the logits, and -inf marks an impossible class. The prediction is the first of the most
+probable classes (`categorical.mode`). Computed in float32 at least (float64 where an input has it). u is half the
+spacing at 1 of that dtype (2**-24 for float32). R is the largest gap between finite logits of a row. A confidence has a
+relative error of at most (16 + R) u. A sum over n examples has 2 sqrt(n) u more.
 """
 
 import math
@@ -28,8 +32,8 @@ from jaxtyping import Bool, Float, Integer, Real
 
 from . import _accurate, _checks, _placement, _weights
 
-# Of Newton's method. 20 000 random sets with logits from 1e-8 to 1e8 and weights from 1e-25 to 1 need at most 28 in
-# float32 and 20 in float64; usual ones need 6.
+# Steps of Newton's method. 20 000 random sets with logits from 1e-8 to 1e8 and weights from 1e-25 to 1 were tried. They
+# need at most 28 in float32 and 20 in float64; usual ones need 6.
 _STEPS = 32
 
 
@@ -60,10 +64,11 @@ def reliability(
     num_bins: int = 15,
     weights: Real[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
 ) -> Reliability:
-    """Reliability table: per bin of confidence c = max softmax(logits), the sums of weight, c, hits and squared error.
+    """Reliability table: the sums of weight, confidence, hits and squared error in each bin of confidence.
 
-    The bins have equal width and hold their upper edge: bin k is (k / B, (k + 1) / B], so that c = 1 falls into the
-    last. A reliability diagram draws correct / weight against confidence / weight.
+    The confidence is c = max softmax(logits). The B bins have equal width and hold their upper edge: bin k is
+    (k / B, (k + 1) / B]. So c = 1 falls into the last. A reliability diagram draws correct / weight against
+    confidence / weight.
 
     Args:
       logits: unnormalised log-probabilities in any floating dtype, classes last; every row is an example, and all are
@@ -74,14 +79,14 @@ def reliability(
 
     Returns:
       A `Reliability` of arrays [B], at least float32. A row of NaN or without a possible class belongs to no bin, and
-      makes every sum NaN. A label outside [0, K) makes the hits and the squared error of its bin NaN, and a negative
-      weight all sums of its bin. None of them counts if its weight is 0. Counts are exact below 2**24 a bin. Each sum
-      has a relative error of at most (32 + 2 R + 2 sqrt(n)) u; a confidence within (16 + R) u of an edge may fall on
-      its other side. Gradients in logits and weights are those within the bins.
+      makes every sum NaN. A label outside [0, K) makes the hits and the squared error of its bin NaN. A negative weight
+      makes all sums of its bin NaN. None of them counts if its weight is 0. Counts are exact below 2**24 a bin. Each
+      sum has a relative error of at most (32 + 2 R + 2 sqrt(n)) u. A confidence within (16 + R) u of an edge may fall
+      on its other side. Gradients in logits and weights are those within the bins.
 
     Raises:
-      ValueError: the logits are not floating-point, the labels are not integers, a shape differs, the weights are not
-        real numbers, or `num_bins` is not an integer in [1, 2**24].
+      ValueError: the logits are not floating-point, the labels are not integers, or a shape differs; or the weights are
+        not real numbers, or `num_bins` is not an integer in [1, 2**24].
 
     Source: Guo et al. (2017), On Calibration of Modern Neural Networks.
 
@@ -98,7 +103,7 @@ def _reliability(num_bins, logits, labels, weights):
     z, y, w = _examples("reliability", logits, labels, weights)
     confidence = jnp.max(_accurate.softmax(z, 1), axis=1)
     hit = jax.lax.argmax(z, 1, y.dtype) == y
-    # For a hit the error is 1 - c, which keeps its digits near c = 1 as the sum of the other classes.
+    # For a hit the error is 1 - c. As the sum of the other classes it keeps its digits near c = 1.
     error = jnp.where(hit, jnp.squeeze(_accurate.top_complement(z, 1), 1), confidence)
     valid = (y >= 0) & (y < z.shape[1])
     correct = jnp.where(valid, hit.astype(z.dtype), jnp.nan)
@@ -125,7 +130,7 @@ def expected_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
     Raises:
       ValueError: the table is not a `Reliability`, a field is not floating-point, or their shapes differ.
 
-    Source: Naeini, Cooper and Hauskrecht (2015), AAAI; Guo et al. (2017). It depends on the bins, and it is biased
+    Source: Naeini, Cooper and Hauskrecht (2015), AAAI; Guo et al. (2017). The error depends on the bins, and is biased
     upwards when they hold few examples.
 
     >>> logits = jnp.log(jnp.array([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6]]))
@@ -167,19 +172,21 @@ def maximum_calibration_error(table: Reliability) -> Float[Array, "*batch"]:
 def brier_decomposition(table: Reliability) -> BrierDecomposition:
     """Brier score of the confidence, in parts: score = reliability - resolution + uncertainty + within_bin.
 
-    The event that is forecast with probability c is "the prediction is right". With bins k of weight share v_k, mean
-    confidence c_k and accuracy a_k, and the overall accuracy a:
-    reliability = sum_k v_k (c_k - a_k)^2, resolution = sum_k v_k (a_k - a)^2, uncertainty = a (1 - a).
-    The three make up the score where all confidences of a bin are equal (Murphy). Elsewhere the sum over bins of
-    v_k (variance of c in bin k - 2 covariance of c and correctness in it) is the rest of it, `within_bin`, which tends
-    to 0 with the width of the bins (Stephenson). For two classes the score is half of `categorical.brier_score`.
+    The event that is forecast with probability c is "the prediction is right". Bin k has the weight share v_k, the mean
+    confidence c_k and the accuracy a_k; a is the overall accuracy:
+
+        reliability = sum_k v_k (c_k - a_k)^2,  resolution = sum_k v_k (a_k - a)^2,  uncertainty = a (1 - a)
+
+    The three make up the score where all confidences of a bin are equal (Murphy). Elsewhere `within_bin` is the rest:
+    the sum over bins of `v_k (variance of c in bin k - 2 covariance of c and correctness in it)`. This rest tends to 0
+    with the width of the bins (Stephenson). For two classes the score is half of `categorical.brier_score`.
 
     Args:
       table: sums per bin, from `reliability`, or any batch of them (bins on the last axis).
 
     Returns:
       A `BrierDecomposition` of one value per table each, at least float32: all 0 for a table without weight. The score
-      has the relative error of the table and (4 + B) u more, the other parts the same as an absolute error.
+      has the relative error of the table and (4 + B) u more. The other parts have the same as an absolute error.
 
     Raises:
       ValueError: as for `expected_calibration_error`.
@@ -218,10 +225,10 @@ def fit_temperature(
 ) -> Float[Array, ""]:
     """Temperature T that minimises the mean negative log-likelihood of softmax(logits / T).
 
-    The loss is convex in b = 1 / T, and its slope is P - N: P the mean excess of the expected logit over the label's
-    from the classes above the label, N the mean lack of it from those below. Its zero is found by Newton's method on
-    log(P / N), which is nearly linear in b where a few wrong examples oppose many right ones, kept inside a bracket,
-    with a fixed number of steps.
+    The loss is convex in b = 1 / T, and its gradient is P - N. P is the mean excess of the expected logit over the
+    label's from the classes above the label. N is the mean lack of it from those below. Newton's method on log(P / N)
+    finds the zero. That function is nearly linear in b where a few wrong examples oppose many right ones. The steps are
+    kept inside a bracket, and their number is fixed.
 
     Args:
       logits: unnormalised log-probabilities in any floating dtype, classes last, of examples that were not trained on;
@@ -231,14 +238,20 @@ def fit_temperature(
 
     Returns:
       T > 0, one number, at least float32, for `categorical.softmax(logits, temperature=T)`. A loss without a minimum
-      gives its limit. T = 0 if every label has the largest logit of its row: more certainty is always better there.
-      Use more held-out examples then, or a bound such as `jnp.maximum(T, 0.05)`, since logits / 0 is NaN. T = inf if
-      the logits tell nothing of the labels or the wrong way round (the mean label's logit is no more than the mean
-      logit), or if an impossible class has occurred. T = 1 if it changes nothing: no weight, one class, or logits that
-      are equal in each row. T is NaN if a weight is negative, a row is NaN or without a possible class, or a label is
-      outside [0, K); the last two do not count with a weight of 0. The relative error is at most (16 + R / T) u times
-      P / (b |dP/db - dN/db|), the loss's own sensitivity to rounding, plus that of the sums over examples. The
-      gradients in logits and weights are those of the minimum, and 0 if T is a limit or NaN.
+      gives its limit:
+
+      - T = 0 if every label has the largest logit of its row: more certainty is always better there. Use more held-out
+        examples then, or a bound such as `jnp.maximum(T, 0.05)`, since logits / 0 is NaN.
+      - T = inf if the mean label's logit is no more than the mean logit. The logits then tell nothing of the labels, or
+        the wrong way round.
+      - T = inf if an impossible class has occurred.
+      - T = 1 if it changes nothing: no weight, one class, or logits that are equal in each row.
+      - T = NaN if a weight is negative. T = NaN if a row is NaN or without a possible class, or a label is outside
+        [0, K); these do not count with a weight of 0.
+
+      The relative error is at most `(16 + R / T) u` times `P / (b |dP/db - dN/db|)`, plus that of the sums over
+      examples. The factor is the loss's own sensitivity to rounding. The gradients in logits and weights are those of
+      the minimum, and 0 if T is a limit or NaN.
 
     Raises:
       ValueError: as for `reliability`.
@@ -259,7 +272,7 @@ def _fit_temperature(logits, labels, weights):
 
 @jax.custom_jvp
 def _temperature(z, w, y):
-    """The T > 0 at which the slope of the loss in b = 1 / T is 0, or the limit."""
+    """The T > 0 at which the gradient of the loss in 1 / T is 0, or the limit."""
     counted = (w != 0)[:, None]
     gap = jnp.where(counted, _accurate.shifted(z, 1), 0)
     valid = (y >= 0) & (y < z.shape[1])
@@ -297,8 +310,8 @@ def _temperature(z, w, y):
 
     above, below, *_ = slopes(jnp.zeros((), z.dtype))
     wrong = jnp.sum(share * -label_gap[:, 0])
-    # The bracket. No variance of gaps up to 1 is above 1/4, so that P - N rises at most that fast; and N is at most
-    # (K - 1) / (e b), since x e^(-b x) is at most 1 / (e b), while P is at least wrong / K.
+    # The bracket. No variance of gaps up to 1 is above 1/4, so that P - N rises at most that fast. N <=
+    # (K - 1) / (e b), since x e^(-b x) is at most 1 / (e b). P is at least wrong / K.
     tiny, classes = jnp.finfo(z.dtype).tiny, z.shape[1]
     low = jnp.maximum(4 * (below - above) * (1 - 2**-10), tiny)
     high = jnp.maximum(classes * (classes - 1) / (math.e * jnp.maximum(wrong, tiny)) * (1 + 2**-10), low)
@@ -313,16 +326,17 @@ def _temperature(z, w, y):
 
 @partial(_temperature.defjvp, symbolic_zeros=True)
 def _temperature_jvp(primals, tangents):
-    """The minimum moves so that the slope g = sum_i w_i g_i, g_i = <p, z> - z_y, stays 0, with c = sum_i w_i var_i.
+    """The gradient g = sum_i w_i g_i, g_i = <p, z> - z_y, stays 0 as the minimum moves.
 
-    dT / T = (sum_i g_i dw_i + w_i sum_k (p_k - y_k + b p_k (z_k - <p, z>)) dz_k) / (b c), p = softmax(b z), b = 1 / T.
+    `dT / T = (sum_i g_i dw_i + w_i sum_k (p_k - y_k + b p_k (z_k - <p, z>)) dz_k) / (b c)`
+    with p = softmax(b z), b = 1 / T and c = sum_i w_i var_i.
     """
     (z, w, y), (dz, dw, _) = primals, tangents
     temperature = _temperature(z, w, y)
     inside = (temperature > 0) & (temperature < jnp.inf)
     label = jax.nn.one_hot(y, z.shape[1], dtype=z.dtype)
     x = _accurate.shifted(z, 1)
-    # A row that makes T infinite or NaN, had it any weight, has no slope.
+    # A row that makes T infinite or NaN, had it any weight, has no gradient.
     counts = ~jnp.any(jnp.isnan(x) | ((label > 0) & (x == -jnp.inf)), axis=1, keepdims=True)
     possible = x > -jnp.inf
     x = jnp.where(possible & counts, x, 0)

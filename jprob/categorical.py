@@ -4,21 +4,29 @@ Logits are unnormalised log-probabilities: any real numbers z with p_i = exp(z_i
 impossible class. Only their differences count. Log-probabilities are logits too, so `jnp.log(probs)` is the way in from
 probabilities, and `log_softmax` of `log_softmax` changes nothing.
 
-From logits follow the probabilities (`softmax`, `log_softmax`); the negative log-probability -log p_y of an observed
-class y, which is the loss of maximum likelihood (`cross_entropy`, gradient p - y), and the squared error that saturates
-instead (`brier_score`); the mean negative log-probability under p itself (`entropy`), and the excess of q, an
-approximation, over that of p, the reference (`kl_divergence`): cross-entropy of p and q = entropy of p + KL(p || q).
+The functions, by what they compute:
 
-Every function takes one example or any batch of them, reduces the class axis alone, and returns one value per example.
-It computes in float32 at least (float64 where an input has it). With u half the spacing at 1 of that dtype (2**-24 for
-float32) and R the largest gap between finite logits of a row, values and gradient entries have a relative error of at
-most (16 + R) u for up to 1000 classes, however confident the row is, unless the function states another bound; more
-classes add log2(K) u for the sum. (XLA on CPU, in jax 0.10 to 0.12, adds up a batch of exactly one row, [1, K], with an
-error that grows with K: measured up to 500 u at K = 100 000, in entropies, divergences, Brier scores and soft targets.
-The same row as [K], or two of them, keep the bound.) An entry that is itself a difference (p_i - t_i of a soft target,
-q_i - p_i of two distributions) has that error relative to the larger of the two, or of what they lack to 1.
-Probabilities, and products of them, below the smallest normal number of the dtype may be flushed to 0, and so is what
-only they make up.
+- `softmax` and `log_softmax`: the probabilities and their logarithms.
+- `cross_entropy`: the negative log-probability -log p_y of an observed class y, which is the loss of maximum
+  likelihood. Its gradient is p - y.
+- `brier_score`: the squared error of the probabilities, a loss that saturates.
+- `entropy`: the mean negative log-probability under p itself.
+- `kl_divergence`: the excess of q, an approximation, over that of p, the reference. Cross-entropy of p and q = entropy
+  of p + KL(p || q).
+
+Every function takes one example or any batch of them, and returns one value per example. Only the class axis is
+reduced. Computed in float32 at least (float64 where an input has it).
+
+Accuracy: u is half the spacing at 1 of that dtype (2**-24 for float32). R is the largest gap between finite logits of a
+row. Values and gradient entries have a relative error of at most (16 + R) u for up to 1000 classes. The bound holds at
+any confidence, unless a function states another one. More classes add log2(K) u for the sum. An entry may be a
+difference: p_i - t_i of a soft target, q_i - p_i of two distributions. Its error is relative to the larger of the two,
+or of what they lack to 1. Probabilities and their products below the smallest normal number may be flushed to 0. So may
+a value that they alone make up.
+
+One exception: XLA on CPU (jax 0.10 to 0.12) adds up a batch of exactly one row, [1, K], less accurately. The error
+grows with K, measured up to 500 u at K = 100 000. Affected are entropies, divergences, Brier scores and soft targets.
+The same row as [K], or two of them, keep the bound.
 
 Corner cases, the same in all functions:
 
@@ -49,25 +57,24 @@ def softmax(
     where: Bool[Array, "*#shape"] | None = None,
     temperature: float | Float[Array, "*#shape"] = 1.0,
 ) -> Float[Array, "*shape"]:
-    """Probabilities p_i = exp(z_i / T) / sum_j exp(z_j / T).
+    """Softmax: the probabilities p_i = exp(z_i / T) / sum_j exp(z_j / T).
 
     Args:
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
       axis: the class axis.
       where: classes that exist, broadcast to the logits' shape. Any other has probability 0.
-      temperature: T >= 0, a number or an array that broadcasts to the logits' shape with length 1 on the class axis.
-        T = 1 gives the distribution itself, T = 0 its mode (classes that tie share) with a gradient of 0, T = inf the
-        uniform distribution over the possible classes. A negative T in an array gives NaN. The gradient in T is that of
-        0 < T < inf; it needs R / T^2 to be a finite number of the dtype.
+      temperature: T >= 0, a number or an array. An array broadcasts to the logits' shape, with length 1 on the class
+        axis. T = 1 gives the distribution itself. T = 0 gives its mode, shared by classes that tie, with a gradient of
+        0. T = inf gives the uniform distribution over the possible classes. A negative T in an array gives NaN. The
+        gradient in T is that of 0 < T < inf; it needs R / T^2 to be a finite number of the dtype.
 
     Returns:
-      An array of the logits' shape and dtype whose sum over `axis` is 1: 0 for an impossible class, also where the
-      others differ by any amount. Relative error at most (16 + 3 R / T) u and one rounding to the dtype; (16 + R) u at
-      T = 1.
+      An array of the logits' shape and dtype whose sum over `axis` is 1. An impossible class has 0, however far apart
+      the others are. Relative error at most (16 + 3 R / T) u and one rounding to the dtype; (16 + R) u at T = 1.
 
     Raises:
-      ValueError: the logits are not floating-point, `axis` is out of range, `where` or `temperature` does not
-        broadcast, or `temperature` is a negative Python number.
+      ValueError: the logits are not floating-point, `axis` is out of range, or `where` or `temperature` does not
+        broadcast; or `temperature` is a negative Python number.
 
     >>> print(softmax(jnp.log(jnp.array([1.0, 2.0, 1.0]))))
     [0.25 0.5  0.25]
@@ -121,8 +128,8 @@ def cross_entropy(
     """Cross-entropy -sum_i y_i log p_i of labels y and p = softmax(logits); for a class y it is -log p_y.
 
     Its mean over independent examples is their negative log-likelihood per example. The gradient in the logits is
-    p - y (for targets that sum to 1), and no entry of it is rounded to 0: at a margin of 20 the true class gets
-    -2.06e-9. The gradient in target y_i is -log p_i, and 0 for an impossible class.
+    p - y, for targets that sum to 1. No entry of it is rounded to 0: at a margin of 20 the true class gets -2.06e-9.
+    The gradient in target y_i is -log p_i, and 0 for an impossible class.
 
     Args:
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
@@ -135,9 +142,9 @@ def cross_entropy(
 
     Returns:
       One value per example in nats, at least float32, never negative: inf where a target has an impossible class (the
-      gradient stays p - y), NaN with a gradient of 0 where an integer label is outside [0, K) or a target is NaN. A
-      target of 0 does not count, so that an impossible class costs nothing there. Relative error at most (16 + R) u; of
-      a gradient entry too, as far as p and the target differ.
+      gradient stays p - y); NaN with a gradient of 0 for an integer label outside [0, K) or a NaN target. A target of 0
+      does not count: an impossible class costs nothing there. Relative error at most (16 + R) u; of a gradient entry
+      too, as far as p and the target differ.
 
     Raises:
       ValueError: a dtype, a shape, `axis`, `where` or `label_smoothing` is not as above.
@@ -170,11 +177,12 @@ def brier_score(
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
 ) -> Float[Array, "*rest"]:
-    """Brier score sum_i (p_i - y_i)^2 of p = softmax(logits): the squared error of a probability.
+    """Brier score sum_i (p_i - y_i)^2 of p = softmax(logits): the squared error of the probabilities.
 
     The sum over classes as Brier wrote it, in [0, 2]: twice the "half squared error", and K times a mean over classes.
-    The gradient in the logits is 2 p_i (e_i - sum_j p_j e_j) with e = p - y. It decays as exp(-margin) where the
-    prediction is confidently wrong, and it is accurate there, where plain differentiation gives rounding and then 0.
+    The gradient in the logits is 2 p_i (e_i - sum_j p_j e_j) with e = p - y. The gradient decays as exp(-margin) where
+    the prediction is confidently wrong. Plain differentiation gives rounding there, and then 0; this gradient is
+    accurate.
 
     Args:
       logits: z, unnormalised log-probabilities in any floating dtype; -inf marks an impossible class.
@@ -186,9 +194,9 @@ def brier_score(
 
     Returns:
       One value per example, at least float32, in [0, 2]; NaN with a gradient of 0 where an integer label is outside
-      [0, K) or a target is NaN. For a class as label the relative error of the value is at most (24 + 2 R) u, and that
-      of a gradient entry (24 + 3 R) u of the sum of its terms |e_i - e_j| p_i p_j (products of probabilities, each with
-      its own R u). For a target distribution both are relative to these terms with p + t in place of |e|.
+      [0, K) or a target is NaN. For a class as label the value has a relative error of at most (24 + 2 R) u. A gradient
+      entry has (24 + 3 R) u of the sum of its terms |e_i - e_j| p_i p_j; each of these products has its own R u. For a
+      target distribution both are relative to these terms with p + t for |e|.
 
     Raises:
       ValueError: a dtype, a shape, `axis` or `where` is not as above.
@@ -221,8 +229,8 @@ def entropy(
       base: unit of the result, static: None for nats, 2 for bits.
 
     Returns:
-      One value per example, at least float32: 0 where one class has all the probability, log K where all K are equal,
-      never negative. Relative error at most (16 + R) u; the gradient is p_i (H + log p_i) up to sign, with that error
+      One value per example, at least float32, never negative: 0 where one class has all the probability, log K where
+      all K are equal. Relative error at most (16 + R) u. The gradient is p_i (H + log p_i) up to sign; its error is
       relative to the sum of its terms.
 
     Raises:
@@ -258,11 +266,11 @@ def kl_divergence(
       base: unit of the result, static: None for nats, 2 for bits.
 
     Returns:
-      One value per pair, at least float32: 0 where p = q, also where their logits differ by a constant; inf where q
-      has probability 0 for a class that p has not; never negative. It keeps its digits where p and q nearly agree: a
-      difference of 1e-6 in the logits is a divergence near 1e-13 of full relative accuracy. Relative error at most
-      (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each adding up to 0.
-      An infinite divergence has the gradient 0 in p's logits.
+      One value per pair, at least float32, never negative: 0 where p = q, also where their logits differ by a
+      constant; inf where q has probability 0 for a class that p has not. The divergence keeps its digits where p and q
+      nearly agree: a difference of 1e-6 in the logits is a divergence near 1e-13 of full relative accuracy. Relative
+      error at most (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each
+      adding up to 0. An infinite divergence has the gradient 0 in p's logits.
 
     Raises:
       ValueError: a dtype, `axis`, `where` or `base` is not as above, or the shapes differ.
@@ -289,10 +297,10 @@ def js_divergence(
     where: Bool[Array, "*#shape"] | None = None,
     base: float | None = None,
 ) -> Float[Array, "*rest"]:
-    """Jensen-Shannon divergence w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q and the weight w = 1/2.
+    """Jensen-Shannon divergence `w KL(p || m) + (1 - w) KL(q || m)` with `m = w p + (1 - w) q`.
 
-    JS is finite where KL is not. With w = 1/2 it is symmetric, and its square root is a metric. JS / w tends to
-    KL(p || q) as w falls to 0, and JS / (1 - w) to KL(q || p) as w rises to 1.
+    JS is finite where KL is not. JS with w = 1/2 is symmetric, and its square root is a metric. JS / w tends to
+    KL(p || q) as w falls to 0. JS / (1 - w) tends to KL(q || p) as w rises to 1.
 
     Args:
       p_logits: logits of p; -inf marks an impossible class.
@@ -303,10 +311,10 @@ def js_divergence(
       base: unit of the result, static: None for nats, 2 for bits.
 
     Returns:
-      One value per pair, at least float32, in [0, -w log w - (1 - w) log(1 - w)]. The value is 0 where p = q, and the
-      upper end (ln 2 nats for w = 1/2) where p and q share no class. A traced weight outside [0, 1] gives NaN. The
-      relative error is at most (16 + R) u, R over both, also where p and q nearly agree. That of a gradient entry is
-      relative to the largest of the terms w p_i log(p_i / m_i).
+      One value per pair, at least float32, in `[0, -w log w - (1 - w) log(1 - w)]`. The lower end is for p = q. The
+      upper end, ln 2 nats for w = 1/2, is for p and q that share no class. A traced weight outside [0, 1] gives NaN.
+      The divergence keeps its digits where p and q nearly agree. Relative error at most (16 + R) u, R over both. The
+      error of a gradient entry is relative to the largest of its terms w p_i log(p_i / m_i).
 
     Raises:
       ValueError: as for `kl_divergence`, or `weight` is not as above.
@@ -346,8 +354,8 @@ def distillation_loss(
 
     Returns:
       One value per example in nats, at least float32, never negative; inf where the student excludes a class that the
-      teacher does not. Relative error at most (16 + R / T) u, where the logits divided by T are exact (as for T a power
-      of 2); elsewhere their rounding counts once they differ by less than R.
+      teacher does not. Relative error at most (16 + R / T) u, if the logits divided by T are exact. A T that is a power
+      of 2 keeps them exact. Otherwise their rounding counts once they differ by less than R.
 
     Raises:
       ValueError: `temperature` is not one number, is a Python number outside (0, inf), or as for `kl_divergence`.
@@ -408,7 +416,7 @@ def log_prob(
 def mode(
     logits: Float[Array, "*shape"], *, axis: int = -1, where: Bool[Array, "*#shape"] | None = None
 ) -> Int[Array, "*rest"]:
-    """The most probable class; of several, the first.
+    """Mode: the most probable class; of several, the first.
 
     Args:
       logits: unnormalised log-probabilities in any floating dtype.
@@ -416,7 +424,7 @@ def mode(
       where: classes that exist, broadcast to the logits' shape. No other is chosen, unless none exists.
 
     Returns:
-      One class per example, of dtype int32: an index, which no rounding (no u) enters. Where a logit is NaN, its place.
+      One class per example, of dtype int32: an index, which no rounding (no u) enters. If a logit is NaN, its index.
 
     Raises:
       ValueError: as for `softmax`.
@@ -450,8 +458,8 @@ def sample(
       shape: of the result, static: it ends in the logits' shape without `axis`, which is the default.
 
     Returns:
-      Independent draws, int32. The noise has the full resolution of the dtype computed in, so that classes rarer than
-      u are drawn as often as they should be.
+      Independent draws, int32. The noise has the full resolution of the dtype computed in: classes rarer than u are
+      drawn as often as they should be.
 
     Raises:
       ValueError: `shape` does not end in the logits' shape without `axis`, or as for `softmax`.
@@ -510,7 +518,7 @@ def _canonical_pair(function, axis, where, **logits):
 
 
 def _tempered_logits(function, logits, axis, where, temperature):
-    """As `_canonical`, but divided by T, and 0, or NaN for each row with a T that is negative or NaN."""
+    """As `_canonical`, divided by T, and 0; NaN for each row with a T that is negative or NaN."""
     if isinstance(temperature, float) and temperature == 1:
         z, axis, where = _canonical(function, logits, axis, where)
         return z, axis, where, jnp.zeros((), z.dtype)

@@ -1,13 +1,13 @@
 """Expectations: the mean of a quantity under a distribution, and how far the quantity strays from it.
 
-Over finitely many outcomes both are sums, and exact: outcome i has the value v_i and the probability p_i, p the softmax
-of logits, so that the fair die has logits 0, values 1 to 6, mean 3.5 and variance 35 / 12. Over anything that can only
-be drawn from, the mean of n draws errs by its standard error, the standard deviation of the quantity over sqrt(n): a
-hundred times the draws for one more digit.
+Over finitely many outcomes both are sums, and exact. Outcome i has the value v_i and the probability p_i, p the softmax
+of logits. The fair die has logits 0, values 1 to 6, mean 3.5 and variance 35 / 12. Otherwise the mean of n draws is an
+estimate. Its standard error is the standard deviation of the quantity over sqrt(n): a hundred times the draws for one
+more digit.
 
 All sums are over distances from one of the values, not over the values: so neither a large offset common to all
-values, nor a probability within u of 1, costs a digit. Computed in float32 at least (float64 where an input has it); u
-is half the spacing at 1 of that dtype, and R the largest gap between finite logits of a row.
+values, nor a probability within u of 1, costs a digit. Computed in float32 at least (float64 where an input has it). u
+is half the spacing at 1 of that dtype. R is the largest gap between finite logits of a row.
 """
 
 from collections.abc import Callable
@@ -45,8 +45,8 @@ def mean(
     Returns:
       One value per row, in the unit of the values, at least float32: inf where a possible outcome has that value; NaN
       where +inf and -inf are both possible, or no outcome is. All of these have gradient 0. Error at most (16 + R) u of
-      sum_i p_i |v_i - v_top| and 2 u of |v_top|, v_top the value of the most probable outcome; a gradient entry
-      likewise.
+      sum_i p_i |v_i - v_top|, plus 2 u of |v_top|; a gradient entry likewise. v_top is the value of the most probable
+      outcome.
 
     Raises:
       ValueError: the logits are not floating-point, `axis` is out of range, or the values are not real or do not
@@ -77,8 +77,8 @@ def variance(
     Returns:
       One value per row, in the square of the values' unit, at least float32, never negative: 0 where all possible
       outcomes have one value; NaN, with gradient 0, where a possible outcome is infinite, or none is possible. Relative
-      error at most (32 + 2 R) u, also where the values share a large offset or one outcome is nearly certain; of a
-      gradient entry, relative to the sum of the magnitudes of its terms.
+      error at most (32 + 2 R) u, also with a large common offset or one nearly certain outcome. The error of a gradient
+      entry is relative to the sum of the magnitudes of its terms.
 
     Raises:
       ValueError: the logits are not floating-point, `axis` is out of range, or the values are not real or do not
@@ -97,13 +97,13 @@ def variance(
 def monte_carlo(
     fn: Callable[[Any], Array], sample: Callable[[Array], Any], key: Key[Array, ""], *, num_samples: int
 ) -> Estimate:
-    """Estimate of the expected value of fn(x) over draws x = sample(key), with its standard error.
+    """Monte Carlo estimate of the expected value of fn(x) over draws x = sample(key), with its standard error.
 
-    `sample` draws once from one key, and `fn` sees that one draw, an array or any tree of arrays; here both are mapped
-    over `num_samples` keys. A function of jprob becomes a sampler by fixing its arguments,
-    `lambda key: gaussian.sample(key, loc, scale)`, and the estimate is differentiable in what such a lambda closes
-    over, so far as the sampler is. Within `jit` all is one program; outside of it a function defined once compiles
-    once, and a new lambda compiles anew.
+    `sample` draws once from one key. `fn` sees that one draw, an array or any tree of arrays. Both are mapped here over
+    `num_samples` keys. A function of jprob becomes a sampler by fixing its arguments:
+    `lambda key: gaussian.sample(key, loc, scale)`. The estimate is differentiable in what such a lambda closes over, so
+    far as the sampler is. Within `jit` all is one program. Outside of it a function defined once compiles once, and a
+    new lambda compiles again.
 
     Args:
       fn: from a draw to an array of real numbers or bool (the mean is then a probability).
@@ -114,7 +114,7 @@ def monte_carlo(
     Returns:
       Estimate(mean, standard_error), each in the shape of fn's result, at least float32: the mean, and the root of
       sum (f - mean)^2 / (n (n - 1)). The arithmetic adds (16 + log2 n) u of |mean| + standard deviation to the error of
-      chance; the standard error keeps its digits where |mean| is far larger. It is 0 where fn is constant.
+      chance; the standard error keeps its digits where |mean| is far larger, and is 0 where fn is constant.
 
     Raises:
       ValueError: num_samples is less than 2, fn or sample is no function, or fn's result is no array of real numbers.
@@ -140,8 +140,8 @@ def monte_carlo(
 def _canonical(function, values, logits, axis):
     """Values and logits of one shape in the dtype computed in, and the axis from the front.
 
-    Also what the infinite values of a row add up to (0 where there are none), and whether an outcome is possible. A row
-    that has no finite mean has values and logits of 0.
+    Two more results: the sum of the infinite values of a row (0 if there are none), and whether an outcome is possible.
+    A row that has no finite mean has values and logits of 0.
     """
     axis = _checks.class_axis(function, logits, axis)
     _checks.real(function, values=values)

@@ -1,19 +1,18 @@
 """The Gaussian (normal) distribution of one real number, given by its mean `loc` and standard deviation `scale`.
 
-Its density is exp(-r^2 / 2) / (scale sqrt(2 pi)) with r = (x - loc) / scale, the distance from the mean in standard
-deviations. Its negative log-likelihood is squared error divided by 2 scale^2, plus log scale: with a fixed scale,
-maximum likelihood is least squares.
+Its density is exp(-r^2 / 2) / (scale sqrt(2 pi)) with r = (x - loc) / scale. r is the distance from the mean in
+standard deviations. Its negative log-likelihood is squared error divided by 2 scale^2, plus log scale: with a fixed
+scale, maximum likelihood is least squares.
 
 A scale is a standard deviation, never a variance: the square of 1e-30 is 0 in float32. Every normal number of the dtype
-works as a scale, from the smallest (1.2e-38 in float32) to the largest (3.4e38). A smaller one
-counts as 0, and is not positive. A value or gradient is right wherever it is a normal number, up to half the
-largest.
+works as a scale, from the smallest (1.2e-38 in float32) to the largest (3.4e38). A smaller one counts as 0, and is not
+positive. A value or gradient is right wherever it is a normal number, up to half the largest.
 
 Arguments broadcast as numpy's do. The result has the shape of one of them, unless all of them but plain numbers have
-equally many axes: [3] and [3, 1] are refused, and an outer product is written [n, 1] and [1, m].
+equally many axes. [3] and [3, 1] are refused; write an outer product as [n, 1] and [1, m].
 
 An invalid scale gives NaN, as does x - loc where both are the same infinity. No such row has a NaN gradient: it is 0
-there, and finite for infinite x, so that `jnp.where(mask, loss, 0)` is safe whatever the masked rows hold.
+there, and finite for infinite x. So `jnp.where(mask, loss, 0)` is safe for any values in the masked rows.
 
 Computed in float32 at least (float64 where an input has it); u is half the spacing at 1 of that dtype.
 """
@@ -32,7 +31,7 @@ _Numbers = float | Float[Array, "*#shape"]  # one per example, or one for all of
 
 
 class Parameters(NamedTuple):
-    """What a Gaussian is given by."""
+    """The parameters of a Gaussian."""
 
     loc: Array  # mean
     scale: Array  # standard deviation
@@ -44,21 +43,22 @@ def log_prob(
 ) -> Float[Array, "*shape"]:
     """Log-density -r^2 / 2 - log scale - log(2 pi) / 2 with r = (x - loc) / scale.
 
-    Gradients: -r / scale in x, r / scale in loc, (r^2 - 1) / scale in scale, r^2 - 1 in log_scale.
+    Gradients: -r / scale in x, r / scale in loc, (r^2 - 1) / scale in scale; r^2 - 1 in log_scale.
 
     Args:
       x: where to evaluate, floating-point.
       loc: mean, in the unit of x.
       scale: standard deviation, positive and finite, in the unit of x; 1 where neither it nor `log_scale` is given.
-      log_scale: its logarithm, the form for a network that predicts the scale. Beyond 87 either way (708 in float64),
-        r is that of the nearest scale in the range, so that the gradient leads back.
+      log_scale: its logarithm, the form for a network that predicts the scale. Beyond 87 either way (708 in float64), r
+        is that of the nearest scale in the range. So the gradient leads back.
 
     Returns:
       The log-density (in nats, per unit of x) in the shape all arguments broadcast to, at least float32; -inf at
-      x = +-inf; NaN for a scale that is not positive and finite. Error at most 8 u of |r^2 / 2| + |log scale| +
-      log(2 pi) / 2, since a log-density may pass through 0; of each gradient entry 8 u of itself, also that of r^2 - 1
-      near one standard deviation, where the digits that x - loc rounds off come back. With `log_scale`, both
-      (8 + |log_scale|) u, but for r^2 - 1: relative to r^2 + 1. At x = +-inf the gradient is that of -log scale alone.
+      x = +-inf; NaN for a scale that is not positive and finite. Error at most 8 u of the sum of the terms'
+      magnitudes: a log-density may pass through 0. Each gradient entry has 8 u of itself. So has r^2 - 1 near one
+      standard deviation, where the digits that x - loc rounds off come back. `log_scale` makes both
+      (8 + |log_scale|) u, and that of r^2 - 1 relative to r^2 + 1. At x = +-inf the gradient is that of -log scale
+      alone.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, or both scale and log_scale are given.
@@ -78,7 +78,7 @@ def log_prob(
 def prob(
     x: _Points, loc: _Numbers = 0.0, scale: _Numbers | None = None, *, log_scale: _Numbers | None = None
 ) -> Float[Array, "*shape"]:
-    """Density exp(-r^2 / 2) / (scale sqrt(2 pi)) with r = (x - loc) / scale.
+    """Probability density exp(-r^2 / 2) / (scale sqrt(2 pi)) with r = (x - loc) / scale.
 
     Args:
       x: where to evaluate, floating-point.
@@ -107,7 +107,9 @@ def prob(
 
 @_checks.public()
 def cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
-    """Probability Phi(r) = erfc(-r / sqrt 2) / 2 of a value at most x, with r = (x - loc) / scale.
+    """Cumulative distribution function Phi(r) = erfc(-r / sqrt 2) / 2 with r = (x - loc) / scale.
+
+    This is the probability of a value at most x.
 
     The probability of a value above x is `cdf(loc - x, 0, scale)`, with all its digits.
 
@@ -118,8 +120,9 @@ def cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, 
 
     Returns:
       A probability in the shape all arguments broadcast to, at least float32: 0 at -inf, 1 at inf, NaN for an invalid
-      scale. Relative error at most (16 + 3 r^2) u on the lower side, 16 u on the upper; so for the gradient,
-      the density, on both sides. Below 1e-38 (r = -12.9) float32 has no normal number: use `log_cdf`.
+      scale. Relative error at most (16 + 3 r^2) u on the lower side, 16 u on the upper. The same holds for the
+      gradient, which is the density, on both sides. Below 1e-38 (r = -12.9) float32 has no normal number: use
+      `log_cdf`.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -135,10 +138,10 @@ def cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, 
 
 @_checks.public()
 def log_cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
-    """Log-probability log Phi(r) of a value at most x, with r = (x - loc) / scale.
+    """Logarithm of the cumulative distribution function, log Phi(r) with r = (x - loc) / scale.
 
-    Far below the mean it is -r^2 / 2 - log(-r sqrt(2 pi)) and a little less; far above it is minus the probability of
-    a value above x. The gradient is the density divided by Phi, near -r / scale in the lower tail.
+    Far below the mean it is a little less than -r^2 / 2 - log(-r sqrt(2 pi)). Far above the mean it is minus the
+    probability of a value above x. The gradient is the density divided by Phi, near -r / scale in the lower tail.
 
     Args:
       x: where to evaluate, floating-point.
@@ -147,8 +150,8 @@ def log_cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Arr
 
     Returns:
       A log-probability in nats, never positive, in the shape all arguments broadcast to, at least float32: -inf at
-      -inf, 0 at inf, NaN for an invalid scale. Relative error at most 16 u on the lower side (also 1e18
-      standard deviations below the mean), (16 + 3 r^2) u on the upper; the gradient likewise, with 48 u on the lower.
+      -inf, 0 at inf, NaN for an invalid scale. Relative error at most 16 u on the lower side, also 1e18 standard
+      deviations below the mean; (16 + 3 r^2) u on the upper. The gradient likewise, with 48 u on the lower.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -164,10 +167,10 @@ def log_cdf(x: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Arr
 
 @_checks.public()
 def quantile(q: _Points, loc: _Numbers = 0.0, scale: _Numbers = 1.0) -> Float[Array, "*shape"]:
-    """The value that is not exceeded with probability q: the inverse of `cdf`.
+    """Quantile: the value that is not exceeded with probability q, the inverse of `cdf`.
 
-    The gradient in q is 1 / density. For an upper tail probability p below u use the mirror image,
-    `2 * loc - quantile(p, loc, scale)`: 1 - p is rounded to 1.
+    The gradient in q is 1 / density. For an upper tail probability p below u, 1 - p is rounded to 1. Use the mirror
+    image `2 * loc - quantile(p, loc, scale)` there.
 
     Args:
       q: probability in [0, 1], floating-point.
@@ -201,7 +204,7 @@ def interval_prob(low: _Points, high: _Points, loc: _Numbers = 0.0, scale: _Numb
     """Probability of a value between low and high: 68 %, 95 %, 99.7 % within 1, 2, 3 standard deviations of the mean.
 
     `cdf(high) - cdf(low)` would lose every digit above the mean and for a narrow interval. Here a narrow interval is
-    its width times the mean density in it, and a wide one is a difference on the side where both terms are small.
+    its width times the mean density in it. A wide one is a difference on the side where both terms are small.
 
     Args:
       low: lower end, floating-point; -inf for none.
@@ -211,9 +214,9 @@ def interval_prob(low: _Points, high: _Points, loc: _Numbers = 0.0, scale: _Numb
 
     Returns:
       A probability in the shape all arguments broadcast to, at least float32, never negative: 0 where low = high; NaN
-      where low > high, or for an invalid scale. Relative error at most (24 + 3 r^2) u, r the distance from
-      the mean to the nearest point of the interval in standard deviations, however narrow. Gradient: the density at
-      high, minus that at low; their difference in loc keeps its digits too.
+      where low > high, or for an invalid scale. Relative error at most (24 + 3 r^2) u, however narrow the interval. r
+      is the distance from the mean to its nearest point in standard deviations. Gradient: the density at high, minus
+      that at low; their difference in loc keeps its digits too.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -233,8 +236,8 @@ def log_interval_prob(
 ) -> Float[Array, "*shape"]:
     """Log-probability of a value between low and high: exact in both tails, however far, narrow or wide.
 
-    It is the likelihood of an observation that is known up to an interval: censored, rounded or binned. The gradient in
-    an end is the density there divided by the probability, near the distance from the mean in a tail.
+    This is the likelihood of an observation that is known up to an interval: censored, rounded or binned. The gradient
+    in an end is the density there divided by the probability. A gradient in a tail is near the distance from the mean.
 
     Args:
       low: lower end, floating-point; -inf for none.
@@ -244,11 +247,13 @@ def log_interval_prob(
 
     Returns:
       A log-probability in nats, never positive, in the shape of the broadcast arguments, at least float32: -inf with
-      gradient 0 if low = high; NaN if low > high, or for an invalid scale. Relative error at most 24 u, and (24 + 3
-      r^2) u if the interval contains the mean, r the distance of its nearer end. A gradient entry has 24 u, and 3 u
-      more for each power of e by which the density at that end is below that at the mean, or at the nearer end in a
-      tail. In scale, and in loc of an interval that contains the mean, that is relative to the sum of the magnitudes of
-      the terms. An entry is 0 once it is below the smallest normal number over scale.
+      gradient 0 if low = high; NaN if low > high, or for an invalid scale. Relative error at most 24 u; (24 + 3 r^2) u
+      if the interval contains the mean, r the distance of its nearer end.
+
+      A gradient entry has an error of (24 + 3 k) u. The density at its end is a factor e^k below that at the mean; in a
+      tail, below that at the nearer end. An entry in scale has that relative to the sum of the magnitudes of the terms.
+      So has one in loc, if the interval contains the mean. An entry is 0 once it is below the smallest normal number
+      over scale.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -293,7 +298,9 @@ def kl_divergence(
     p_log_scale: _Numbers | None = None,
     q_log_scale: _Numbers | None = None,
 ) -> Float[Array, "*shape"]:
-    """KL(p || q) = (e^(2 d) - 1 - 2 d) / 2 + ((p_loc - q_loc) / q_scale)^2 / 2, d = log(p_scale / q_scale), in nats.
+    """Kullback-Leibler divergence KL(p || q), in nats.
+
+    The value is `(e^(2 d) - 1 - 2 d) / 2 + ((p_loc - q_loc) / q_scale)^2 / 2` with d = log(p_scale / q_scale).
 
     Args:
       p_loc: mean of p, the reference.
@@ -305,10 +312,10 @@ def kl_divergence(
 
     Returns:
       One value per pair, in the shape all arguments broadcast to, at least float32, never negative: 0 where p = q; NaN
-      for an invalid scale. Relative error at most 16 u, also where p and q nearly agree: both terms are
-      positive, and neither is a difference of close numbers. So for the gradient in loc and p_scale; in q_scale it is
-      a sum of two terms, with that error relative to the sum of their magnitudes. A log_scale adds 4 |log_scale| u; d
-      is then the difference of the logarithms. Overflow gives inf, with gradient 0 in the scales.
+      for an invalid scale. Relative error at most 16 u, also where p and q nearly agree: both terms are positive, and
+      neither is a difference of close numbers. The same holds for the gradient in loc and p_scale. That in q_scale is a
+      sum of two terms, with that error relative to the sum of their magnitudes. A log_scale adds 4 |log_scale| u; d is
+      then the difference of the logarithms. Overflow gives inf, with gradient 0 in the scales.
 
     Raises:
       ValueError: an argument is complex, the shapes do not broadcast, or a scale is given twice.
@@ -341,20 +348,20 @@ def kl_divergence(
 
 @_checks.public()
 def cross_entropy(p_loc: _Numbers, p_scale: _Numbers, q_loc: _Numbers, q_scale: _Numbers) -> Float[Array, "*shape"]:
-    """Mean of -log q(x) under p, the entropy of p + KL(p || q): what q costs per draw from p, in nats.
+    """Cross-entropy: the mean of -log q(x) under p, which is the entropy of p + KL(p || q), in nats.
 
-    It is log q_scale + log(2 pi) / 2 + ((p_scale / q_scale)^2 + ((p_loc - q_loc) / q_scale)^2) / 2.
+    The value is `log q_scale + log(2 pi) / 2 + ((p_scale / q_scale)^2 + ((p_loc - q_loc) / q_scale)^2) / 2`.
 
     Args:
-      p_loc: mean of p, the distribution that holds.
+      p_loc: mean of p, the reference.
       p_scale: its standard deviation, finite; 0 is a single observation, for which this is `nll`.
-      q_loc: mean of q, the distribution that is believed.
+      q_loc: mean of q, the approximation.
       q_scale: its standard deviation, positive and finite.
 
     Returns:
       One value per pair, in the shape all arguments broadcast to, at least float32, of either sign; NaN for a p_scale
-      that is negative or infinite or a q_scale that is not positive and finite. Error at most 8 u of the sum of the
-      magnitudes of its terms; of the gradient, 16 u likewise, and in q it is 0 exactly where q = p.
+      that is negative or infinite, or a q_scale that is not positive and finite. Error at most 8 u of the sum of the
+      magnitudes of its terms. The gradient has 16 u likewise, and in q it is 0 exactly where q = p.
 
     Raises:
       ValueError: an argument is complex, or the shapes do not broadcast.
@@ -386,8 +393,8 @@ def nll(
 ) -> Float[Array, "*shape"]:
     """Negative log-likelihood -log_prob times scale^(2 beta), the weight held constant under differentiation.
 
-    With beta = 0 the gradient in loc is -r / scale, so that a network which predicts a large scale where it fits badly
-    hardly learns loc there. With beta = 1 it is that of squared error, loc - x, and 0.5 lies between. The optimum is
+    beta = 0 gives the gradient -r / scale in loc. A network may then predict a large scale where it fits badly, and
+    hardly learn loc there. beta = 1 gives the gradient of squared error, loc - x, and 0.5 lies between. The optimum is
     the same for every beta, since the weight does not see the gradient.
 
     Args:
@@ -400,12 +407,12 @@ def nll(
     Returns:
       One value per observation in nats (times unit^(2 beta)), at least float32, of either sign; inf at x = +-inf; NaN
       for a scale that is not positive and finite, or a traced beta outside [0, 1]. Error at most 8 u of the sum of the
-      magnitudes of the terms of `log_prob` (times the weight), and of each gradient entry 8 u of itself; with
-      `log_scale` (8 + |log_scale|) u, and that of log_scale relative to r^2 + 1 times the weight. A beta above 0 adds
-      8 + 2 |log scale|, for weights that are normal numbers.
+      magnitudes of the terms of `log_prob` (times the weight). Each gradient entry has 8 u of itself. `log_scale` makes
+      both (8 + |log_scale|) u. The error of the gradient in log_scale is relative to r^2 + 1 times the weight. A beta
+      above 0 adds 8 + 2 |log scale|, for weights that are normal numbers.
 
     Raises:
-      ValueError: an argument is complex, the shapes do not broadcast, both scale and log_scale are given, or beta is
+      ValueError: an argument is complex, the shapes do not broadcast, or both scale and log_scale are given; or beta is
         not one number or outside [0, 1].
 
     Source: Seitzer et al. (2022), On the Pitfalls of Heteroscedastic Uncertainty Estimation, ICLR.
@@ -440,11 +447,11 @@ def fit(
         of weight 0 does not count, even if it is not finite. Only the ratios of weights matter.
 
     Returns:
-      Parameters(loc, scale), one Gaussian per row, at least float32. Where all observations are equal the scale is 0
-      exactly, with gradient 0. Without any weight nothing is determined: NaN, with gradient 0, as for a negative or
-      infinite weight, or an infinite observation. With n observations, the error is at most (16 + log2 n) u: of loc
-      relative to |loc| + scale, of scale relative to itself, also where |loc| is far larger (then each deviation is an
-      exact difference).
+      Parameters(loc, scale), one Gaussian per row, at least float32. The scale is 0 exactly, with gradient 0, where all
+      observations are equal. Without any weight nothing is determined: NaN, with gradient 0. The same holds for a
+      negative or infinite weight, or an infinite observation. The error for n observations is at most (16 + log2 n) u.
+      That of loc is relative to |loc| + scale, that of scale to itself. The bound of scale holds also where |loc| is
+      far larger: each deviation is then an exact difference.
 
     Raises:
       ValueError: x is not floating-point, `axis` is out of range or empty, or the weights do not broadcast.
@@ -482,7 +489,7 @@ def sample(
       `jax.random.normal` (it reaches 5.4 standard deviations in float32), and what follows adds 2 u.
 
     Raises:
-      ValueError: an argument is complex, the shapes do not broadcast, `shape` does not end in theirs, or both scale
+      ValueError: an argument is complex, the shapes do not broadcast, or `shape` does not end in theirs; or both scale
         and log_scale are given.
 
     >>> print(sample(jax.random.key(0), 5.0, 1e-3, shape=(2, 3)).shape)

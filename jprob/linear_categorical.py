@@ -1,36 +1,37 @@
 """The categorical whose logits are hidden @ kernel: a softmax over a vocabulary, without the logits in memory.
 
-The last layer of a language model makes V logits of each token's H numbers, and the N x V logits are the largest array
-of a training step. These functions give what `categorical` gives for `hidden @ kernel + bias`, with the bounds that it
-states for the same logits, but work on a block of tokens at a time: it makes the block's logits, reduces them, and
-forgets them. A block is the unit of memory, set by `block_bytes` (see `plan`); where all the logits fit into one,
-there is no loop. Blocks change no result beyond the order of the sum over tokens in the kernel's gradient.
+The last layer of a language model makes V logits of each token's H numbers. The N x V logits are the largest array of a
+training step. These functions give what `categorical` gives for `hidden @ kernel + bias`, with the same bounds. They
+work on a block of tokens at a time: the logits of the block are made, reduced and forgotten. A block is the unit of
+memory, set by `block_bytes` (see `plan`). There is no loop if all the logits fit into one block. Blocks change no
+result beyond the order of the sum over tokens in the kernel's gradient.
 
-The logits are z = cap(hidden @ kernel + bias) / T, with cap(x) = c tanh(x / c) where a `softcap` c is given. Products
-and sums are accumulated in float32 at least (float64 where an operand has it), and a gradient is cast to its operand's
-dtype once, at the end. The errors are those of `categorical`, in units u = 2**-24 for float32 with R the largest gap
-between the logits of a token, of the logits as computed: the product itself is rounded as any product of matrices. A
-gradient keeps its digits through a softcap too, however saturated a logit is; the largest 2 |x| / c adds to its R.
+The logits are z = cap(hidden @ kernel + bias) / T. A `softcap` c makes cap(x) = c tanh(x / c); otherwise cap(x) = x.
+Products and sums are accumulated in float32 at least (float64 where an operand has it). A gradient is cast to its
+operand's dtype once, at the end. The errors are those of `categorical`: u = 2**-24 for float32, and R is the largest
+gap between the logits of a token. They are errors of the logits as computed: the product is rounded as any product of
+matrices. A gradient keeps its digits through a softcap too, however saturated a logit is. The largest 2 |x| / c adds to
+its R.
 
-A number among the options (`softcap`, `temperature`, `label_smoothing`, `z_loss`) is traced: a new value compiles
-nothing, and an array of one number may be annealed in a `scan` or swept by `vmap`. It is cast to the dtype computed in,
-and a derivative takes it for a constant. A Python number outside its range is a ValueError; a traced one gives NaN.
+A number among the options (`softcap`, `temperature`, `label_smoothing`, `z_loss`) is traced. A new value compiles
+nothing. An array of one number may be annealed in a `scan` or swept by `vmap`. Each number is cast to the dtype
+computed in, and a constant to a derivative. A Python number outside its range is a ValueError; a traced one gives NaN.
 
 A token that a mask takes out of the result has no gradient, for any label and a finite hidden. Use `weights` if a
 masked hidden may be NaN or inf. A label out of range gives NaN, and an impossible class may give inf; the gradient of
 either is finite. A logit of +inf gives NaN.
 
-`cross_entropy` alone reduces over tokens, since that is what saves a product: its sum is one number, so that the
-gradients of hidden and kernel come out of the same pass that makes the loss, from 3 products instead of 4. Give it all
-tokens at once. In a `lax.map` or `scan` that is differentiated as a whole, each turn would keep a kernel's gradient:
-take the gradient inside of it, or wrap the call in `jax.checkpoint`; and do not `vmap` the loss over examples.
+`cross_entropy` alone reduces over tokens, since that saves a product. Its sum is one number: the gradients of hidden
+and kernel come out of the pass that makes the loss. That takes 3 products instead of 4. Give it all tokens at once. A
+`lax.map` or `scan` that is differentiated as a whole would keep a kernel's gradient for each turn. Take the gradient
+inside of it, or wrap the call in `jax.checkpoint`. Do not `vmap` the loss over examples.
 
-Operands that are sharded under the compiler need nothing: a block takes its tokens from all over the batch, so that
-every device has its share of each. Inside `shard_map`, `axis_name` says over which axis of the mesh the vocabulary is
-sharded: each device then makes the logits of its own classes, and what leaves it are a few numbers per token. Classes
-that only fill up the last devices get a bias of -inf, and are as if not there. Gradients are taken outside `shard_map`,
-or inside of one that checks what varies (`check_vma=True`, the default): where it does not, jax transposes a psum to
-another psum, and gradients taken inside are wrong.
+Operands that are sharded under the compiler need nothing. A block takes its tokens from all over the batch, so every
+device has its share of each. Inside `shard_map`, `axis_name` is the mesh axis over which the vocabulary is sharded.
+Each device then makes the logits of its classes, and sends out a few numbers per token. Classes that only fill up
+the last devices get a bias of -inf, and are ignored. Take gradients outside `shard_map`, or inside of one that checks
+what varies (`check_vma=True`, the default). Without that check jax transposes a psum to another psum, and gradients
+taken inside are wrong.
 """
 
 import math
@@ -53,7 +54,7 @@ _MIXTURE = {"weight": _checks.UNIT_INTERVAL}
 
 
 class Aux(NamedTuple):
-    """What `cross_entropy` returns next to the loss, per token, for metrics; all but `correct` is differentiable.
+    """The values per token that `cross_entropy` returns next to the loss; all but `correct` are differentiable.
 
     Attributes:
       nll: the cross-entropy without smoothing, z-loss or weight; 0 for a token of weight 0.
@@ -91,8 +92,8 @@ def cross_entropy(
 
     p = softmax(z) are the probabilities of the classes.
 
-    Value and gradients of a reduced loss take 3 products of the size of hidden @ kernel, the value alone 1. Reduced
-    to "none", and for the gradients of what `has_aux` adds, the logits are made anew in the backward pass.
+    Value and gradients of a reduced loss take 3 products of the size of hidden @ kernel. The value alone takes 1. The
+    backward pass makes the logits again for the reduction "none", and for the gradients of what `has_aux` adds.
 
     Args:
       hidden: [..., H], one vector a token, in any floating dtype.
@@ -100,27 +101,27 @@ def cross_entropy(
       labels: y, integer classes in [0, V), in the shape [...] of the tokens. Or floating-point target distributions
         [..., V], which a derivative takes for constants.
       bias: [V], added to the logits; -inf marks an impossible class, with any softcap.
-      weights: [...], one weight per token, not negative; a mask is one. A token of weight 0 is as if not there: it adds
-        nothing to any value or gradient (that in its weight is 0 too), also if its hidden is NaN or its label is -1.
+      weights: [...], one weight per token, not negative; a mask is one. A token of weight 0 is ignored, even if its
+        hidden is NaN or its label is -1. It adds nothing to any value or gradient; that in its weight is 0 too.
       label_smoothing: e in [0, 1]. The target becomes (1 - e) y + e / V, V the number of possible classes. Only a bias
         marks an impossible class here: without one, all classes count, also if the kernel holds -inf.
       z_loss: a finite number of at least 0. Adds z_loss * logsumexp(z)^2 per token, which keeps the normaliser near 1.
       softcap: c, with 0 < c < inf: logits are limited to [-c, c] by c tanh(x / c). None for no limit.
       temperature: T, with 0 < T < inf.
-      transposed_kernel: static; whether the kernel is [V, H], as a table of embeddings is. It is not copied.
+      transposed_kernel: static; whether the kernel is [V, H], as a table of embeddings is. The kernel is not copied.
       reduction: static: "mean" (divided by the sum of the weights), "sum", or "none" (each loss times its weight).
       has_aux: static; whether to return `Aux` too.
       block_bytes: static, bytes of a block of logits: 64 MiB by default, or 512 tokens if that is more.
-      axis_name: static; the mesh axis of an enclosing `shard_map` over which the classes of kernel, bias and targets
-        are sharded, in equal parts (a bias of -inf fills up the last). Labels count through all of them, and hidden,
-        labels and weights are the same on the whole axis, as the result is.
+      axis_name: static; the mesh axis of an enclosing `shard_map`, over which the classes are sharded. The parts of
+        kernel, bias and targets are equal; a bias of -inf fills up the last. Labels count through all classes. Hidden,
+        labels, weights and the result are the same on the whole axis.
 
     Returns:
-      The loss in nats, at least float32: one number, or one per token for "none". With `has_aux`, the pair (loss, Aux).
-      0 with a gradient of 0 where no token has a weight; NaN for a label outside [0, V), with the gradient of the
-      other tokens. inf for an impossible class, with a gradient of p - y. Per token the relative error
-      is at most (16 + R) u of each of the terms added, which are not negative, and of a gradient entry in z as far as p
-      and the target differ; V classes add log2(V) u for their sum.
+      The loss in nats, at least float32: one number, or one per token for "none"; the pair (loss, Aux) with `has_aux`.
+      The loss is 0 with a gradient of 0 where no token has a weight; NaN for a label outside [0, V), with the gradient
+      of the other tokens; inf for an impossible class, with a gradient of p - y. Each token's loss is a sum of terms
+      that are not negative. Relative error at most (16 + R) u of each term; V classes add log2(V) u for their sum. The
+      same holds for a gradient entry in z, as far as p and the target differ.
 
     Raises:
       ValueError: a dtype, a shape or an option is not as above.
@@ -224,8 +225,8 @@ def log_prob_and_entropy(
       axis_name: static, as in `cross_entropy`.
 
     Returns:
-      The pair (log_prob, entropy): of each one value per token in nats, at least float32, with the range and the
-      accuracy of the two functions, relative error at most (16 + R) u.
+      The pair (log_prob, entropy), each one value per token in nats, at least float32. The ranges are those of the two
+      functions. Relative error at most (16 + R) u.
 
     Raises:
       ValueError: a dtype, a shape or an option is not as above.
@@ -313,9 +314,9 @@ def kl_divergence(
     """Kullback-Leibler divergence KL(p || q) = sum_i p_i log(p_i / q_i) of each token's distributions.
 
     Args:
-      p_hidden: [..., P], one vector a token, of the distribution that holds.
+      p_hidden: [..., P], one vector a token, of p, the reference.
       p_kernel: [P, V], whose columns are the classes.
-      q_hidden: [..., Q], the same tokens, of the distribution that is believed.
+      q_hidden: [..., Q], the same tokens, of q, the approximation.
       q_kernel: [Q, V], the same classes.
       p_bias: [V], added to the logits of p; -inf marks an impossible class.
       q_bias: [V], added to the logits of q.
@@ -366,10 +367,10 @@ def js_divergence(
     block_bytes: int | None = None,
     axis_name: str | None = None,
 ) -> Float[Array, "*tokens"]:
-    """Jensen-Shannon divergence w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q, of each token's distributions.
+    """Jensen-Shannon divergence `w KL(p || m) + (1 - w) KL(q || m)` of each token, with `m = w p + (1 - w) q`.
 
-    Use this function to distil on the student's own samples: the weight leads from forward to reverse KL, as in
-    `categorical.js_divergence`.
+    Use it to distil on the student's own samples: the weight leads from forward to reverse KL. JS with w = 1/2 is
+    symmetric, as `categorical.js_divergence` says.
 
     Args:
       p_hidden: [..., P], one vector a token, of the first distribution.
@@ -387,8 +388,8 @@ def js_divergence(
       axis_name: static, as in `cross_entropy`: both kernels are sharded alike.
 
     Returns:
-      One value per token, at least float32, in [0, -w log w - (1 - w) log(1 - w)]: 0 where p = q, and finite also where
-      one excludes a class. Relative error at most (16 + R) u of the logits as computed.
+      One value per token, at least float32, in `[0, -w log w - (1 - w) log(1 - w)]`. The divergence is 0 where p = q,
+      and finite where one of them excludes a class. Relative error at most (16 + R) u of the logits as computed.
 
     Raises:
       ValueError: a dtype, a shape or an option is not as above.
@@ -432,9 +433,9 @@ def distillation_loss(
 ) -> Float[Array, "*tokens"]:
     """Distillation loss T^2 KL(teacher_T || student_T) of each token, both distributions tempered by T.
 
-    The teacher is given as hidden and kernel, or as the k classes that it finds most probable and their
-    log-probabilities. It is then normalised over these k, and the loss is the divergence within them plus -log of the
-    probability that the student gives to them together: two terms that are not negative.
+    The teacher is given as hidden and kernel, or as its k most probable classes and their log-probabilities. The
+    teacher in the second form is normalised over these k classes. The loss is then the divergence within them, plus
+    -log of the student's total probability of them: two terms that are not negative.
 
     Args:
       student_hidden: [..., S], one vector a token, of the model that learns.
@@ -457,7 +458,7 @@ def distillation_loss(
       the logits as computed, as for `categorical.distillation_loss`; in the second form of each of its terms.
 
     Raises:
-      ValueError: a dtype, a shape or an option is not as above, or the teacher is not given in one of the two ways.
+      ValueError: a dtype, a shape or an option is not as above; or the teacher is not given in one of the two ways.
 
     Source: Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network.
 
@@ -505,7 +506,7 @@ def mode(
     block_bytes: int | None = None,
     axis_name: str | None = None,
 ) -> Int[Array, "*tokens"]:
-    """The most probable class of each token; of several, the first.
+    """Mode: the most probable class of each token; of several, the first.
 
     Args:
       hidden: [..., H], one vector a token, in any floating dtype.
@@ -549,10 +550,10 @@ def sample(
     """Draws one class per token with the probabilities softmax(z), as the arg-max of logits plus Gumbel noise.
 
     Args:
-      key: a random key. Each token draws with a key of its own, made of this one and the token's number, and every 128
-        classes with one made of that and their number: neither blocks nor a sharded vocabulary change the draw. (With
-        threefry keys, the usual ones; rbg draws otherwise in each block.) Where `shard_map` shards the tokens, each
-        device counts its own from 0, and needs a key of its own.
+      key: a random key. A token's key is made of this one and the token's number. Every 128 classes have a key made of
+        the token's key and their number. So neither blocks nor a sharded vocabulary change the draw. This needs
+        threefry keys, the usual ones; rbg draws otherwise in each block. If `shard_map` shards the tokens, each device
+        counts its own from 0: give each device another key.
       hidden: [..., H], one vector a token, in any floating dtype.
       kernel: [H, V], whose columns are the classes.
       bias: [V], added to the logits; -inf marks an impossible class.
@@ -564,8 +565,8 @@ def sample(
       axis_name: static, as in `cross_entropy`. The result counts through all classes.
 
     Returns:
-      Independent draws, of dtype int32. The noise has the full resolution of the dtype computed in, so that classes
-      rarer than u are drawn as often as they should be. It takes the memory of 8 blocks next to that of the logits.
+      Independent draws, of dtype int32. The noise has the full resolution of the dtype computed in: classes rarer than
+      u are drawn as often as they should be. The noise takes the memory of 8 blocks next to that of the logits.
 
     Raises:
       ValueError: a dtype, a shape or an option is not as above.
@@ -600,10 +601,10 @@ def plan(
     transposed_kernel: bool = False,
     block_bytes: int | None = None,
 ) -> Plan:
-    """How `cross_entropy` would go through these tokens: nothing is computed.
+    """The blocks in which `cross_entropy` would go through these tokens: nothing is computed.
 
-    A block has the largest number of tokens whose logits keep to `block_bytes`, or somewhat fewer where these divide
-    all tokens evenly. By default that is 64 MiB, or 512 tokens if that is more: each block adds to the kernel's
+    A block has the largest number of tokens whose logits keep to `block_bytes`. Somewhat fewer are taken if these
+    divide all tokens evenly. The default is 64 MiB, or 512 tokens if that is more. Each block adds to the kernel's
     gradient, and smaller ones would spend their time reading and writing it.
 
     Args:
@@ -683,7 +684,7 @@ def _size_of_vocabulary(form, kernel):
 
 
 def _labels(function, form, hidden, kernel, labels, weights=None):
-    """Labels in range, 0 in the place of any other, and which of them were."""
+    """Labels in range, 0 for any other, and which of them were."""
     labels = _checks.classes(function, "labels", labels, "hidden without its last axis", hidden.shape[:-1])
     counted = True if weights is None else weights != 0
     inside = _checks.in_range(
@@ -740,7 +741,7 @@ def _cross_entropy(form: _blocks.Form, reduction, operands, numbers, labels, ins
     dtype = _blocks.dtype_of(hidden, kernel, bias, weights, labels)
     w = jnp.ones(tokens, dtype) if weights is None else weights.astype(dtype)
     if weights is not None:
-        w = _linear_categorical.counted(w, w)  # of no slope where it is 0
+        w = _linear_categorical.counted(w, w)  # its gradient is 0 where it is 0
         hidden = jnp.where((w == 0)[..., None], 0, hidden)
     total, known = jnp.sum(w), inside | (w == 0)
     if reduction == "none":

@@ -1,16 +1,21 @@
 """Metrics of a classifier: the confusion matrix, what follows from it, and perplexity.
 
 The confusion matrix C counts: C[i, j] is how often class i was predicted as j (rows are labels, as in scikit-learn).
-It is a sum over examples, so that the matrices of batches add, and those of devices too (`jax.lax.psum`). Every metric
-below is a ratio of its sums, taken last: the mean of the precisions of batches is not the precision.
+The matrix is a sum over examples: those of batches add, and those of devices too (`jax.lax.psum`). Every metric below
+is a ratio of its sums, taken last: the mean of the precisions of batches is not the precision.
 
-A class has a true-positive count C[k, k], a support (its row's sum) and a number of predictions (its column's sum).
-Recall divides the first by the second, precision by the third, F1 by the mean of both. Where a denominator is 0 the
-ratio is 0, value and gradient. `average` says how classes become one number: `None` leaves one value per class,
-"macro" is the mean over classes that occur as label or prediction, "weighted" the mean by support, "micro" pools the
-counts of all classes first (each error is then one false positive and one false negative, so that precision, recall
-and F1 all equal accuracy). That is scikit-learn's rule, with `zero_division=0`; only, an example of weight 0 does not
-count here as an occurrence of its class.
+A class has a true-positive count C[k, k]. Its support is the sum of its row, and its number of predictions that of its
+column. Recall divides the first by the second, precision by the third, F1 by the mean of both. A ratio with a
+denominator of 0 is 0, value and gradient. `average` says how classes become one number:
+
+- `None` leaves one value per class.
+- "macro" is the mean over classes that occur as label or prediction.
+- "weighted" is the mean weighted by support.
+- "micro" pools the counts of all classes first. Each error is then one false positive and one false negative, so
+  precision, recall and F1 all equal accuracy.
+
+That is scikit-learn's rule, with `zero_division=0`. One thing differs: an example of weight 0 is no occurrence of its
+class here.
 
 Counts without weights are integers, exact up to 2**31 per entry; sums of weights are floating-point. The metrics take
 both. A negative entry, from an overflow or a class out of range, makes every metric of its matrix NaN. u is half the
@@ -49,14 +54,15 @@ def confusion_matrix(
 
     Returns:
       C in shape [K, K]. Counts (no weights, or a mask) have dtype int32, or int64 if the classes have it: they are
-      exact below 2**31 (2**63). Sums of n weights are at least float32, with a relative error of at most 2 sqrt(n) u,
-      more for n K^2 > 2**24; a negative weight makes its entry NaN.
-      A class outside [0, K) makes all of C invalid, unless its weight is 0, and `checkify` names it: sums are NaN with
-      a gradient of 0, and counts, which have no NaN, are negative. Every metric of such a matrix is NaN. Counts added
-      up keep a negative entry, unless the number of invalid ones among them is a multiple of 2**min(K^2, 31).
+      exact below 2**31 (2**63). Sums of n weights are at least float32. Their relative error is at most 2 sqrt(n) u,
+      more for n K^2 > 2**24. A negative weight makes its entry NaN.
+
+      A class outside [0, K) makes all of C invalid, unless its weight is 0, and `checkify` names it. Sums are then NaN
+      with a gradient of 0. Counts have no NaN, and are negative. Every metric of such a matrix is NaN. Added counts
+      keep a negative entry, unless the number of invalid ones is a multiple of 2**min(K^2, 31).
 
     Raises:
-      ValueError: labels or predictions are not integers, a shape differs, the weights are not real numbers, or
+      ValueError: labels or predictions are not integers, a shape differs, or the weights are not real numbers; or
         `num_classes` is not an integer in [1, 46340].
 
     >>> first = confusion_matrix(jnp.array([0, 1, 2]), jnp.array([0, 2, 2]), num_classes=3)
@@ -118,7 +124,7 @@ def balanced_accuracy(matrix: Real[Array, "*batch K K"]) -> Float[Array, "*batch
 def precision(
     matrix: Real[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
 ) -> Float[Array, "*result"]:
-    """Precision: of the examples predicted as class k, the share that are, C[k, k] / sum_i C[i, k].
+    """Precision: the share of the examples predicted as class k that are of it, C[k, k] / sum_i C[i, k].
 
     Args:
       matrix: confusion matrix C of counts or sums of weights, rows the labels, or any batch of them.
@@ -142,7 +148,7 @@ def precision(
 def recall(
     matrix: Real[Array, "*batch K K"], *, average: Literal["macro", "micro", "weighted"] | None = None
 ) -> Float[Array, "*result"]:
-    """Recall: of the examples of class k, the share predicted as such, C[k, k] / sum_j C[k, j].
+    """Recall: the share of the examples of class k that are predicted as such, C[k, k] / sum_j C[k, j].
 
     Args:
       matrix: confusion matrix C of counts or sums of weights, rows the labels, or any batch of them.
@@ -196,9 +202,10 @@ def perplexity(
     *,
     weights: Real[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
 ) -> Float[Array, ""]:
-    """Perplexity exp(sum_i w_i nll_i / sum_i w_i): the number of equally likely classes that would surprise as much.
+    """Perplexity exp(sum_i w_i nll_i / sum_i w_i): the exponential of the mean negative log-likelihood.
 
-    The mean comes before the exponential. To join batches, add their sums of w_i nll_i and of w_i.
+    The perplexity is the number of equally likely classes that have that mean. The mean comes before the exponential.
+    To join batches, add their sums of w_i nll_i and of w_i.
 
     Args:
       nll: negative log-likelihoods in nats, one per example or token in any shape, as from `categorical.cross_entropy`.
@@ -206,9 +213,9 @@ def perplexity(
 
     Returns:
       One number, at least float32, at least 1 where no nll is negative: 1 where the weights are all 0 or nothing came
-      in, inf beyond the largest number of the dtype (a mean above 88.7 in float32), NaN if a weight is negative. A
+      in; inf beyond the largest number of the dtype (a mean above 88.7 in float32); NaN if a weight is negative. A
       value of weight 0 does not count, also if it is infinite. Relative error at most (16 + m) u for a mean of m of up
-      to 1000 values, and log2(n) m u more for the sum of n. The gradient of an infinite or NaN result is 0.
+      to 1000 values. The sum of n values adds log2(n) m u. The gradient of an infinite or NaN result is 0.
 
     Raises:
       ValueError: the nll is not floating-point, or the weights are no real numbers of its shape.
@@ -232,7 +239,7 @@ def _confusion_matrix(num_classes, labels, predictions, weights):
     row, column = (jnp.where(valid, c, 0).astype(jnp.int32) for c in (labels, predictions))
     if weights is None or weights.dtype == jnp.bool_:
         w = counted.astype(jnp.int64 if 8 in (labels.dtype.itemsize, predictions.dtype.itemsize) else jnp.int32)
-        # Of n such matrices, n = odd * 2**k, entry k of the sum has its sign bit set, whatever the counts are.
+        # The sum of odd * 2**k such matrices has the sign bit of entry k set, for any counts.
         info = jnp.iinfo(w.dtype)
         invalid = jnp.asarray(info.min, w.dtype) >> (jnp.arange(num_classes**2, dtype=w.dtype) % (info.bits - 1))
     else:

@@ -1,14 +1,14 @@
 """The multivariate normal distribution of D real numbers, given by its mean `loc` and a Cholesky factor `scale_tril`.
 
-A draw is loc + L z, with L = scale_tril lower triangular and z independent standard normal numbers, so that L L^T is
-the covariance. L is to D dimensions what a standard deviation is to one: its diagonal is positive, its entries have the
-unit of x, and it is never squared, since the covariance of a standard deviation of 1e-30 does not exist in float32.
-`scale_tril` makes it from a covariance, a precision (the inverse of one), or the standard deviations alone.
+A draw is loc + L z, with L = scale_tril lower triangular and z independent standard normal numbers. So L L^T is the
+covariance. L is to D dimensions what a standard deviation is to one: its diagonal is positive, and its entries have the
+unit of x. L is never squared: the covariance of a standard deviation of 1e-30 does not exist in float32. `scale_tril`
+makes it from a covariance, a precision (the inverse of one), or the standard deviations alone.
 
 The last axis of loc holds the dimensions, the last two of scale_tril. A loc of one number serves all dimensions. Axes
 before these broadcast as in `gaussian`, and a factor that a batch shares is never copied. Entries of scale_tril above
 the diagonal are not read. A factor with a diagonal that is not positive gives NaN, with gradient 0. Computed in float32
-at least (float64 where an input has it); u is half the spacing at 1 of that dtype, and k the condition number of L for
+at least (float64 where an input has it); u is half the spacing at 1 of that dtype. k is the condition number of L for
 the substitution, max_i (|L^-1| |L| 1)_i: 1 for a diagonal L, however different its scales.
 """
 
@@ -26,7 +26,7 @@ _Loc = float | Float[Array, "*#batch #D"] | Real[Array, ""]  # one number may se
 
 
 class Parameters(NamedTuple):
-    """What a multivariate normal is given by."""
+    """The parameters of a multivariate normal."""
 
     loc: Array  # mean
     scale_tril: Array  # lower Cholesky factor of the covariance
@@ -36,7 +36,7 @@ class Parameters(NamedTuple):
 def log_prob(
     x: Float[Array, "*#batch D"], loc: _Loc, scale_tril: Float[Array, "*#batch D D"]
 ) -> Float[Array, "*batch"]:
-    """Log-density -|r|^2 / 2 - sum_i log L_ii - D log(2 pi) / 2 with r = L^-1 (x - loc).
+    """Log-density `-|r|^2 / 2 - sum_i log L_ii - D log(2 pi) / 2` with r = L^-1 (x - loc).
 
     Args:
       x: where to evaluate, floating-point.
@@ -98,22 +98,22 @@ def _entropy(scale_tril):
 def kl_divergence(
     p_loc: _Loc, p_scale_tril: Float[Array, "*#batch D D"], q_loc: _Loc, q_scale_tril: Float[Array, "*#batch D D"]
 ) -> Float[Array, "*batch"]:
-    """KL(p || q) = sum_i (M_ii^2 - 1 - 2 log M_ii) / 2 + sum_{i > j} M_ij^2 / 2 + |r|^2 / 2, in nats.
+    """Kullback-Leibler divergence KL(p || q), in nats.
 
-    M = Lq^-1 Lp is lower triangular, and r = Lq^-1 (p_loc - q_loc). No term is negative. Those of the diagonal are the
-    univariate ones of the diagonals of Lp and Lq, and below it M is Lq^-1 (Lp - Lq), an exact difference where p and q
-    are close.
+    The value is `sum_i (M_ii^2 - 1 - 2 log M_ii) / 2 + sum_{i > j} M_ij^2 / 2 + |r|^2 / 2`. M = Lq^-1 Lp is lower
+    triangular, and r = Lq^-1 (p_loc - q_loc). No term is negative. Those of the diagonal are the univariate ones of the
+    diagonals of Lp and Lq. Below it M is Lq^-1 (Lp - Lq), an exact difference where p and q are close.
 
     Args:
-      p_loc: mean of p, the distribution that holds.
+      p_loc: mean of p, the reference.
       p_scale_tril: Lp, lower triangular with a positive diagonal.
-      q_loc: mean of q, the distribution that is believed.
+      q_loc: mean of q, the approximation.
       q_scale_tril: Lq, likewise.
 
     Returns:
       One value per pair, at least float32, never negative: 0 where p = q; NaN for a diagonal that is not positive.
-      Relative error at most (32 + 8 D k) u for q's k and diagonal matrices, also where p and q nearly agree; for full
-      ones that of |Lq^-1| (|Lp - Lq| 1 + |p_loc - q_loc|), which the substitution may cancel.
+      Relative error at most `(32 + 8 D k) u` for q's k and diagonal matrices, also where p and q nearly agree. Full
+      matrices have that of `|Lq^-1| (|Lp - Lq| 1 + |p_loc - q_loc|)`, which the substitution may cancel.
 
     Raises:
       ValueError: an argument is not floating-point, the dimensions differ, or the batches do not broadcast.
@@ -194,16 +194,18 @@ def fit(
         axis. An observation of weight 0 does not count, even if it is not finite. Only the ratios matter.
 
     Returns:
-      Parameters(loc, scale_tril), at least float32. Where the observations lie in a subspace (fewer than D + 1 of them
-      do) the diagonal of the factor has a 0, up to rounding, and no gradient that means anything. Without any weight,
-      for a negative or infinite one, or an infinite observation, all is NaN with gradient 0. With n observations, the
-      error is at most (16 + log2 n) u of |loc| + scale. That of the factor is (8 + log2 n + 4 D) k u of the largest
-      entry of its row, for D dimensions of one scale: 8 of a deviation and the root of its share, log2 n of the sums, 4
-      of each reflection of the QR decomposition; k is what its substitution may make of them.
+      Parameters(loc, scale_tril), at least float32. All is NaN with gradient 0 without any weight, for a negative or
+      infinite one, or an infinite observation. Observations may lie in a subspace, as fewer than D + 1 do. The diagonal
+      of the factor then has a 0, up to rounding, and no gradient that means anything.
+
+      The error of loc from n observations is at most (16 + log2 n) u of |loc| + scale. That of the factor is
+      `(8 + log2 n + 4 D) k u` of the largest entry of its row, if the D dimensions have one scale. Its terms: 8 for a
+      deviation and the root of its share, log2 n for the sums; 4 for each reflection of the QR decomposition; k for the
+      substitution.
 
     Raises:
-      ValueError: x is not floating-point, `axis` is that of the dimensions, out of range or empty, or the weights do
-        not broadcast.
+      ValueError: x is not floating-point, or the weights do not broadcast; or `axis` is that of the dimensions, out of
+        range or empty.
 
     Source: Golub and Van Loan (2013), Matrix Computations, 5.3.
 
@@ -244,7 +246,10 @@ def _from_qr(rows):
 
 @_triangle.defjvp
 def _triangle_jvp(primals, tangents):
-    """That of L L^T is a sum of d share w w^T + share (dv w^T + w dv^T), w and v the deviations in units of L."""
+    """The tangent of L L^T is a sum of d share w w^T + share (dv w^T + w dv^T).
+
+    w and v are the deviations in units of L.
+    """
     factor = _triangle(*primals)
     change = jnp.vectorize(_triangle_change, signature="(d,d),(n),(n,d),(n),(n,d)->(d,d)")
     return factor, change(factor, *primals, *tangents)
@@ -271,7 +276,7 @@ def scale_tril(
     precision: Float[Array, "*batch D D"] | None = None,
     diagonal: Float[Array, "*batch D"] | None = None,
 ) -> Float[Array, "*batch D D"]:
-    """The lower triangular L with L L^T = covariance, from the one argument that is given.
+    """Cholesky factor: the lower triangular L with L L^T = covariance, from the one argument that is given.
 
     Args:
       covariance: symmetric and positive definite; its lower triangle is read.
@@ -280,8 +285,8 @@ def scale_tril(
 
     Returns:
       One matrix per matrix (or row), at least float32, with zeros above the diagonal; NaN where the argument is not
-      positive definite. A diagonal is exact. From a covariance, L L^T is that of one within 4 D u of the product of the
-      two standard deviations, for each entry; from a precision, likewise for the precision.
+      positive definite. A diagonal is exact. Each entry of L L^T errs by 4 D u of the product of the two standard
+      deviations. For a precision the same holds of the precision.
 
     Raises:
       ValueError: not exactly one argument is given, it is not floating-point, or a matrix is not square.
@@ -306,7 +311,7 @@ def scale_tril(
         _checks.expect(value > 0, value, "scale_tril: standard deviation {value} is not positive")
         return jnp.vectorize(jnp.diag, signature="(d)->(d,d)")(_accurate.nan_unless(value > 0, value))
     _square("scale_tril", name, value)
-    # With both axes reversed a lower factor becomes an upper one: P = U U^T, whose inverse is U^-T U^-1.
+    # Reversing both axes makes a lower factor an upper one: P = U U^T, whose inverse is U^-T U^-1.
     factor = _cholesky(value if precision is None else jnp.flip(value, (-2, -1)))
     definite = jnp.all(jnp.isfinite(factor), axis=(-2, -1))
     top = jnp.min(jnp.diagonal(value, axis1=-2, axis2=-1), axis=-1)

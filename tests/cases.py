@@ -21,7 +21,7 @@ class Case(NamedTuple):
     args: tuple[jax.Array, ...]
     differentiable: tuple[int, ...] = ()
     is_map: bool = False  # the result has the dtype of the first argument, instead of float32 at least
-    is_integer: bool = False  # the result is of int32 or bool, whatever the arguments
+    is_integer: bool = False  # the result is of int32 or bool, for any arguments
     per_example: bool = True  # the leading axis of every argument is the batch, and examples do not meet
 
 

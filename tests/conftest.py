@@ -5,7 +5,7 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-# What a strict program of a user sets: no silent promotion of dtypes or ranks. Set here, subprocesses have it too.
+# The settings of a strict program: no silent promotion of dtypes or ranks. Set here, subprocesses have them too.
 os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
 import jax
@@ -25,11 +25,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: make test-slow runs it"))
 
 
-# Tracing makes objects by the million, and to look through them as often as usual takes a tenth of the time.
+# Tracing makes objects by the million. Looking through them as often as usual takes a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
 
-# As it is imported, submitit has logging close its handlers, and absl's closes what it takes for a file of its own:
-# pytest's stderr, where that is replaced at the time. Here nothing is.
+# On import, submitit has logging close its handlers. The handler of absl closes pytest's stderr, if that is replaced at
+# the time. Here nothing is.
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def _types_are_checked(request):
 
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
-    """With x64 where it is asked for. A module that tries other dtypes has its own fixture."""
+    """x64 for the tests that ask for it. A module that tries other dtypes has its own fixture."""
     with jax.enable_x64(request.param == "float64"):
         yield request.param
 

@@ -1,7 +1,7 @@
 """The truth: every function from its definition, in mpmath at 240 digits. Nothing here imports jprob.
 
 Rows are sequences of mpf; a class that is impossible has the logit -inf. Gradients are central differences of the
-definition itself, with a step so small (1e-40) that their error (1e-80) is below every number tested.
+definition itself. Their step is so small (1e-40) that their error (1e-80) is below every number tested.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ def gaussian_interval_prob(low: mpf, high: mpf, loc: mpf, scale: mpf) -> mpf:
 
 
 def gaussian_log_interval_prob(a: mpf, b: mpf) -> mpf:
-    """Of a standard Gaussian, in the tail where both ends are small: no precision would do in the other."""
+    """log_interval_prob of a standard Gaussian, in the tail where both ends are small: the other would cancel."""
     if a + b < 0:
         a, b = -b, -a
     upper = mpmath.mpf(0) if mpmath.isinf(b) else mpmath.erfc(b / mpmath.sqrt(2))

@@ -100,7 +100,7 @@ def test_draws_have_the_frequency_of_their_probability():
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_rare_answers_are_drawn_as_often_as_they_should_be(sign):
-    """2^-28 is below the resolution of 23 random bits, with which 4e7 draws would hold 5 of them instead of .15."""
+    """2^-28 is below the resolution of 23 random bits. 4e7 draws of 23 bits would hold 5 of them instead of .15."""
     z = jnp.array(sign * 28 * math.log(2))
     draw = jax.jit(lambda key: jnp.sum(bernoulli.sample(key, z, shape=(4_000_000,)) != (sign > 0)))
     assert sum(int(draw(key)) for key in jax.random.split(jax.random.key(0), 10)) <= 1

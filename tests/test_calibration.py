@@ -184,7 +184,7 @@ def test_a_row_that_is_no_distribution_is_passed_on_unless_it_weighs_0(row):
 
 
 def fitted(z, labels, w=None) -> float:
-    """The zero of the slope of the loss in log(1 / T), in float64."""
+    """The zero of the derivative of the loss in log(1 / T), in float64."""
     z, labels = np.asarray(z, np.float64), np.asarray(labels)
     w = np.ones(len(z)) if w is None else np.asarray(w, np.float64)
     gap, excess = z - z.max(axis=1, keepdims=True), z - z[np.arange(len(z)), labels][:, None]
@@ -236,7 +236,7 @@ def test_hard_sets_converge():
             share = (w / p.sum(axis=1))[:, None] * p * excess
             return share.clip(0).sum(), -share.clip(None, 0).sum()
 
-        # Across T the slope in 1 / T turns from rising to falling.
+        # The derivative in 1 / T changes its sign at T.
         above, below = sides(t[i] * (1 - 1e-9))
         assert above >= below
         above, below = sides(t[i] * (1 + 1e-9))

@@ -58,7 +58,7 @@ def tolerance(dtype: str, out: str, *logits) -> float:
 
 
 def tiny(dtype) -> float:
-    """What may be flushed to 0: the smallest normal number of the result, and of the dtype computed in."""
+    """The largest number that may be flushed to 0: the smallest normal one of the result and the dtype computed in."""
     return max(float(jnp.finfo(dtype).tiny), float(jnp.finfo(computed_in(dtype)).tiny))
 
 
@@ -70,7 +70,7 @@ def dtype(request):
 
 @functools.cache
 def value_and_slopes(function, argnums=0, batched=True):
-    """Of each row of a batch, or of one row. Compiled once for each shape and dtype."""
+    """Value and gradients of each row of a batch, or of one row. Compiled once for each shape and dtype."""
     program = jax.value_and_grad(function, argnums)
     return jax.jit(jax.vmap(program) if batched else program)
 
@@ -159,7 +159,7 @@ def test_soft_targets_are_exact(dtype):
         assert oracles.error(value, oracles.cross_entropy(z, y), tiny(computed_in(dtype))) <= bound, (z, y)
         p = oracles.softmax(z)
         for got, a, b in zip(dz.astype(np.float64), p, y, strict=True):
-            # Where p and the target differ little, the digits that p itself lacks bound those of the difference.
+            # If p and the target differ little, the digits that p itself lacks bound those of the difference.
             bound = tolerance(dtype, dtype, logits) * max(abs(a - b), a if a < 0.5 else 1 - a)
             assert abs(oracles.mpf(got) - (a - b)) <= bound + tiny(dtype), (z, y)
         loss = [-log_p if a else oracles.mpf(0) for a, log_p in zip(p, oracles.log_softmax(z), strict=True)]
@@ -202,7 +202,7 @@ PERTURBATION = {"float16": 2.0**-9, "bfloat16": 2.0**-6, "float32": 2.0**-20, "f
 
 
 def pairs() -> dict[str, tuple]:
-    """p, and q - p in units where 1 stands for the smallest perturbation that the dtype holds next to 1."""
+    """p, and q - p in units: 1 stands for the smallest perturbation that the dtype holds next to 1."""
     return {
         "equal": ([0.5, 1.0, 1.5], [0, 0, 0]),
         "nearly equal": ([0.5, 1.0, 1.5], [2, 0, -2]),
@@ -269,7 +269,7 @@ def test_js_has_the_digits_its_inputs_determine(dtype, weight):
         mixture = [w * a + (1 - w) * b for a, b in zip(*probs, strict=True)]
         for got, want, share, own in zip(both, wants, (w, 1 - w), probs, strict=True):
             terms = [share * a * abs(oracles.mpmath.log(a / m)) for a, m in zip(own, mixture, strict=True) if a]
-            # 1e-60: what central differences leave where the true slope is 0.
+            # 1e-60: the error that central differences leave where the true gradient is 0.
             scale = max(*terms, *map(abs, want), oracles.mpf(10) ** -60)
             assert oracles.error(got, want, tiny(dtype), scale) <= tolerance(dtype, dtype, p, q), case
 
@@ -346,7 +346,7 @@ def test_draws_at_temperature_0_are_modes_and_at_infinity_uniform():
 
 
 def test_rare_classes_are_drawn_as_often_as_they_should_be():
-    """2^-28 is below the resolution of 23 random bits, with which 4e7 draws would hold 5 of them instead of .15."""
+    """2^-28 is below the resolution of 23 random bits. 4e7 draws of 23 bits would hold 5 of them instead of .15."""
     z = jnp.array([0.0, -28 * math.log(2)])
     draw = jax.jit(lambda key: jnp.sum(categorical.sample(key, z, shape=(4_000_000,))))
     assert sum(int(draw(key)) for key in jax.random.split(jax.random.key(0), 10)) <= 1
@@ -392,7 +392,7 @@ OF_MANY = {
 
 @functools.cache
 def crowd(case):
-    """Logits of p and q and a target over many classes in random order, the group of each class, and the groups.
+    """Logits of p and q and a target over many classes in random order; the group of each class, and the groups.
 
     The classes of a group are alike. So the oracle needs one term for each of at most 30 groups, times its size.
     """
@@ -412,7 +412,7 @@ def total(n, *factors):
 
 
 def probability(z, n):
-    """Of one class of each group: n classes of one logit are, together, one class whose logit is log n more."""
+    """Probability of one class of each group: n classes of one logit are one class whose logit is log n more."""
     together = oracles.softmax([x + oracles.mpmath.log(k) for x, k in zip(z, n, strict=True)])
     return [p / k for p, k in zip(together, n, strict=True)]
 
@@ -433,7 +433,7 @@ def centred(p, v, n):
 
 @functools.cache
 def truths(case):
-    """Of each function the value, and of each gradient the entries with what their errors are relative to."""
+    """The value of each function, and the entries of each gradient with the sizes that scale their errors."""
     z_p, z_q, t, y, n = crowd(case)[2]
     p, q = probability(z_p, n), probability(z_q, n)
     m, surprise, wrong = [(a + b) / 2 for a, b in zip(p, q, strict=True)], log_ratio([1] * len(p), p), minus(p, y)
@@ -467,7 +467,7 @@ def test_many_classes_add_the_logarithm_of_their_number(case, name, batch):
     (function, argnums), (rows, group, _) = OF_MANY[name], crowd(case)
     program = value_and_slopes(function, argnums, batched=bool(batch))
     value, slopes = program(*(np.broadcast_to(r, (*batch, MANY)) for r in rows))
-    # A slope of softmax has two factors, each with an error of R u; brier_score is as its docstring says.
+    # A gradient of softmax has two factors, each with an error of R u; brier_score is as its docstring says.
     r, r_slope, more = {"softmax": (1, 2, 0), "brier_score": (2, 3, 8)}.get(name, (1, 1, 0))
     logits, more = rows[:2] if 1 in argnums else rows[:1], (more + math.log2(MANY)) * U["float32"]
     want, *wants = truths(case)[name]
@@ -559,7 +559,7 @@ def test_labels_of_any_integer_dtype_count_alike(dtype):
     ([40.0, 0.0, 1.0], [41.0, 0.5, 1.0]),
 ])  # fmt: skip
 def test_kl_slopes_of_confident_classes_keep_their_digits(p, q):
-    """Each entry by itself, not relative to the largest: that of the top class is what the others leave over."""
+    """Each entry is compared on its own scale, not the largest one's; that of the top class is the rest."""
     slopes = jax.grad(categorical.kl_divergence, argnums=(0, 1))(jnp.array(p), jnp.array(q))
     zp, zq = oracles.exactly(p), oracles.exactly(q)
     wants = (
@@ -616,7 +616,7 @@ def test_temperature_has_its_limits():
             chex.assert_trees_all_equal(jax.tree.map(jnp.abs, slopes), (jnp.zeros(4), jnp.array(0.0)))
     assert (jax.grad(lambda z: categorical.log_softmax(z, temperature=0.0)[1])(z) == 0).all()
     slope = jax.grad(lambda t: categorical.log_softmax(z, temperature=t)[0])(2.0)
-    # log p_0 = -log(1 + 2 exp(2 / T)); at T = 2 its slope is e / (1 + 2 e).
+    # log p_0 = -log(1 + 2 exp(2 / T)); at T = 2 its derivative is e / (1 + 2 e).
     assert slope == pytest.approx(math.e / (1 + 2 * math.e), rel=1e-6)
 
 
@@ -644,7 +644,7 @@ def test_a_number_that_is_swept_compiles_once_and_its_default_costs_nothing(name
 
 
 def test_a_nan_is_none_that_the_compiler_may_replace():
-    """XLA on CPU makes a number of exp(where(ok, x, nan)), also where the exp and the where come from two functions."""
+    """XLA on CPU makes a number of `exp(where(ok, x, nan))`, also if exp and where come from two functions."""
     z, tempered = jnp.array([1.0, 2.0]), jax.jit(lambda z, t: categorical.softmax(z, temperature=t))
     assert jnp.isnan(jax.jit(lambda z: categorical.softmax(z, temperature=jnp.array(-1.0)))(z)).all()
     assert jnp.isnan(tempered(z, -1.0)).all()

@@ -1,4 +1,4 @@
-"""What a checkpoint brings back is what was saved; what cannot be trusted is named, and nothing good is lost."""
+"""A checkpoint brings back the bits that were saved; a damaged one is named, and nothing good is lost."""
 
 import os
 import re
@@ -300,7 +300,7 @@ def test_a_folder_where_another_process_trains_is_refused(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_left_alone(tmp_path):
-    """Neither read nor counted nor deleted, whatever its name."""
+    """A folder of any other name is neither read nor counted nor deleted."""
     for name in ("2026", "007", "²"):
         (tmp_path / name).mkdir()
     (tmp_path / "2026" / "notes.txt").write_text("mine")
@@ -370,7 +370,7 @@ def test_where_nothing_can_be_locked_that_is_told(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("limit", [0, 200, 20_000])
 def test_a_disk_that_takes_no_more_is_one_line_and_the_last_good_checkpoint_stays(limit, tmp_path, capfd, caplog):
-    """A limit on the size of a file fails every writer as a full disk does, wherever in the checkpoint that is."""
+    """A limit on the size of a file fails every writer as a full disk does, anywhere in the checkpoint."""
     params = {"w": jax.random.normal(KEY, (100, 100))}
     with opened(tmp_path, RUN, 3) as store:
         save(store, saved(10, params=params))

@@ -1,4 +1,4 @@
-"""What the command line answers: one clear line to every mistake, and nothing written."""
+"""The command line answers every mistake with one clear line, and writes nothing."""
 
 import contextlib
 import json
@@ -535,7 +535,7 @@ def test_tables_that_hold_something_else_are_one_line(capsys, folder_of_coin, ch
 
 @pytest.mark.parametrize("seed", range(9))
 def test_random_bytes_in_a_database_change_no_page(capsys, folder_of_coin, seed):
-    """Either they hit what nobody reads, and the page stays as it was, or one line says that the file is damaged."""
+    """They hit unread bytes, and the page stays as it was; or one line says that the file is damaged."""
     page, path, rng = Path("run/report.html").read_bytes(), Path("run/results.sqlite"), random.Random(seed)
     content = bytearray(path.read_bytes())
     at = rng.randrange(4096, len(content) - 256)

@@ -218,7 +218,7 @@ def test_a_flax_module_that_is_closed_over_is_told_in_one_line():
 
 @pytest.mark.parametrize("client", CLIENTS.values(), ids=CLIENTS)
 def test_batch_norm_sees_no_filler_in_a_short_batch(client):
-    """An epoch of 8, 8 and 4 examples, in the order of the run, as a loop by hand takes them."""
+    """An epoch has 8, 8 and 4 examples. The order is that of the run, and the truth a loop by hand."""
     params, model_state, nll, _ = client()
     data = X[:20], Y[:20]
     state, history = mle.run(

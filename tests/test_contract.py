@@ -1,4 +1,4 @@
-"""What every public function promises, whatever it computes."""
+"""The promises of every public function."""
 
 import functools
 import gc
@@ -114,7 +114,7 @@ def evaluated(case):
 
 
 def moved(case, values, args=None):
-    """The arguments, with these in the place of the differentiable ones."""
+    """The arguments, with these for the differentiable ones."""
     args = case.args if args is None else args
     return [dict(zip(case.differentiable, values, strict=True)).get(i, a) for i, a in enumerate(args)]
 
@@ -166,7 +166,7 @@ def test_the_docstring_is_complete(name):
 
 
 def as_numpy(array):
-    """What a user has who comes from numpy: int64 and float64, which a program without x64 has not."""
+    """The arrays of a numpy user: int64 and float64, which a program without x64 has not."""
     if is_key(array):
         return array
     array = np.asarray(array)
@@ -232,7 +232,7 @@ def test_second_derivatives_are_those_of_the_function(case):
 
 
 def _difference_of_gradients(case, direction):
-    """The central difference has an error of step^2 = 1e-10 of the next derivatives, and of u / step = 1e-11."""
+    """The central difference errs by step^2 = 1e-10 of the next derivatives, and by u / step = 1e-11."""
     step = 1e-5
     with jax.enable_x64(True):
         wide = cast(case, jnp.float64)
@@ -261,7 +261,7 @@ def test_rules_are_all_the_rules():
 
 @pytest.fixture
 def nothing_older():
-    """What leaks is found by a search of all objects: without those that are there before, it takes milliseconds."""
+    """Leaks are found by a search of all objects: without those that are there before, it takes milliseconds."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -369,7 +369,7 @@ def test_value_and_gradient_lower_for_every_platform(case):
 
 
 def test_no_call_pays_for_checks(case):
-    """A program with an effect leaves the fast dispatch path of jit, which costs ten times the call of a small loss."""
+    """A program with an effect leaves the fast dispatch path of jit. That costs ten times the call of a small loss."""
     assert not jax.make_jaxpr(value_and_gradient(case))(*case.args).effects
 
 
@@ -381,7 +381,7 @@ def test_valid_arguments_pass_the_debug_checks(case):
 
 
 Z, X, I, EYE = jnp.zeros((2, 3)), jnp.ones(3), jnp.zeros(3, jnp.int32), jnp.eye(3)  # noqa: E741
-# What is wrong with the values, by its message.
+# Faults of the values, by their messages.
 DATA_FAULTS = {
     "cross_entropy: label 7 is outside [0, 3)": lambda: categorical.cross_entropy(Z, jnp.array([1, 7])),
     "log_prob: label 4294967295 is outside [0, 3)":
@@ -437,10 +437,10 @@ BAD = (np.inf, -np.inf, np.nan, -1.0, 0.0, 2.0, 1e-38)
 @these([name for name, case in CASES.items() if case.per_example and case.differentiable
         and name.startswith(("gaussian.", "mvn.", "bayes.", "expectation."))])  # fmt: skip
 def test_a_masked_example_poisons_nothing(case):
-    """With a cotangent of 0 for one example, its arguments change no gradient, its own nor one that others share."""
+    """A cotangent of 0 for one example: its arguments change no gradient, its own nor one that others share."""
 
     def gradients(args, own):
-        """Of the sum over all examples but the first, with the other arguments as they are, and shared by all."""
+        """Gradients of the sum over all examples but the first: with the other arguments as they are, and shared."""
 
         def loss(shared, *values):
             rows = [jnp.broadcast_to(v[1:2], v.shape) if shared and i != own else v for i, v in enumerate(values)]
@@ -471,7 +471,7 @@ def test_checks_are_traced_where_they_are_asked_for_and_nowhere_else():
     assert not jax.make_jaxpr(loss)(z).effects
 
 
-# What is wrong with the types, shapes and numbers, by its message: what the hostile values below do not bring about.
+# Faults of types, shapes and numbers, by their messages: those that the hostile values below do not bring about.
 WRONG = {
     "softmax: logits must be a floating-point array, got int32[3]": lambda: categorical.softmax(I),
     "softmax: axis must be an axis of logits float32[2, 3], got 2": lambda: categorical.softmax(Z, axis=2),

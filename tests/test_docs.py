@@ -1,9 +1,11 @@
 """The README and the pages of docs/ tell the truth: their code prints what it says, and what they name exists."""
 
+import ast
 import contextlib
 import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import jax
@@ -16,6 +18,9 @@ from jprob import mle
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]}
+FILES = [
+    str(path.relative_to(ROOT)) for part in ("jprob", "experiments", "tests") for path in ROOT.glob(f"{part}/**/*.py")
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:e[-+]\d+)?")
 CODE = {page: BLOCK.findall(text) for page, text in PAGES.items() if BLOCK.search(text)}
@@ -23,7 +28,7 @@ CODE = {page: BLOCK.findall(text) for page, text in PAGES.items() if BLOCK.searc
 
 @pytest.fixture(autouse=True)
 def _as_a_user(tmp_path, monkeypatch):
-    """A program of a person who sets nothing, in a folder of its own."""
+    """The program of a person who sets nothing, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
@@ -80,12 +85,34 @@ def prose(text):
     return [" ".join(part.split()).strip("-* ") for part in re.split(r"\n\s*\n|\n *(?:[-*]|\d+\.) ", text)]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_prose_of_a_page_keeps_its_rule(page):
-    for paragraph in prose(PAGES[page]):
+def words(source):
+    """The docstrings of a file, without examples and indented tables, and its comments: one page of paragraphs."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            apart = r"(?:\A|\n\n)(?:>>>|    ).*?(?=\n\n|\Z)"
+            yield re.sub(apart, "", ast.get_docstring(node) or "", flags=re.DOTALL) + "\n\n"
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string.lstrip("# ") + "\n"
+        elif token.type != tokenize.NL or not token.line.strip():  # code or an empty line ends a comment
+            yield "\n\n"
+
+
+def keeps_its_rule(text):
+    for paragraph in prose(text):
         assert not (found := re.search(rf"\b(?:{BANNED})\b", paragraph)), (found[0], paragraph)
         for sentence in re.split(r"(?<=[.:?!;])\s", paragraph):
             assert len(sentence.split()) <= 20, sentence
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_prose_of_a_page_keeps_its_rule(page):
+    keeps_its_rule(PAGES[page])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_prose_of_code_keeps_its_rule(file):
+    keeps_its_rule("".join(words((ROOT / file).read_text())))
 
 
 def test_the_skeleton_of_a_study_runs(tmp_path, monkeypatch, capsys):

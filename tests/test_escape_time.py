@@ -45,8 +45,8 @@ def test_flow_time_is_that_of_the_integrated_flow(arm, margin, level):
     np.testing.assert_allclose(path.t_events[0], want, rtol=1e-8)
 
 
-# In float32 .999 is off by 1.3e-8, that is by 1.3e-5 of 1 - .999^n whatever n: by far Adam's largest rounding. It is
-# optax's, and a plain loop that makes it too is matched twenty times better.
+# .999 in float32 is off by 1.3e-8, that is by 1.3e-5 of 1 - .999^n for any n. This is by far Adam's largest rounding.
+# It is optax's rounding. A plain loop that makes it too is matched twenty times better.
 with jax.numpy_dtype_promotion("standard"):  # a float to an integer power, as optax has it
     BIAS = np.asarray(1 - jnp.array([[0.9, 0.999]], jnp.float32) ** jnp.arange(1, 100)[:, None], np.float64)
 

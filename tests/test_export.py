@@ -1,4 +1,4 @@
-"""What a results folder shows: every number in full, and nothing changed by looking."""
+"""An export of a results folder shows every number in full, and changes nothing."""
 
 import csv
 import io

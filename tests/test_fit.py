@@ -1,4 +1,4 @@
-"""The laws of `fit`: it is `run`, whatever its chunks are and however often it is stopped, and says what it does."""
+"""The laws of `fit`: it is `run`, for any chunks and any number of stops, and says what it does."""
 
 import re
 import signal
@@ -89,7 +89,7 @@ def sound(step):
 
 @pytest.fixture(autouse=True)
 def _no_time_passes(monkeypatch):
-    """Chunks are of one row, in one program, and lines and checkpoints come at the end, however slow the machine is."""
+    """Chunks are of one row, in one program; lines and checkpoints come at the end, on a machine of any speed."""
     monkeypatch.setattr(host, "_SECONDS_OF_A_CHUNK", 0.0)
     for module in (host, terminal):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
@@ -151,7 +151,7 @@ def test_patience_ends_it_where_run_freezes(tmp_path):
 
 @pytest.mark.parametrize("seconds_of_a_row", [1e-5, 1e-3, 0.1, 5.0])
 def test_chunks_are_short(seconds_of_a_row, monkeypatch):
-    """On a machine where a call takes 0.5 ms next to its rows, and all goes up to 1.5 times as fast or as slow."""
+    """A call takes 0.5 ms next to its rows. All goes up to 1.5 times as fast or as slow."""
     monkeypatch.setattr(host, "_SECONDS_OF_A_CHUNK", 0.3)
     clock, done, chunks, rng = [0.0], 0, 0, np.random.default_rng(0)
     monkeypatch.setattr(host.time, "monotonic", lambda: clock[0])
@@ -196,11 +196,11 @@ def test_batches_go_through_step(data, log_every):
 
 
 def test_batches_are_validated_as_arrays_are():
-    """The batches are those of `run`, in its order, so that all must agree to the rounding of the two programs.
+    """The batches are those of `run`, in its order: all must agree to the rounding of the two programs.
 
-    A gradient errs by 16 roundings, over 4 examples and 5 features, and a twentieth of that comes to the params with a
-    rounding of their own: 2 a step, which no later step enlarges, since it is below 2 over the curvature. A residual
-    and a gradient, sums over 5 and 4 of these, differ by 10 times as much.
+    A gradient errs by 16 roundings, over 4 examples and 5 features. A twentieth of that comes to the params, with
+    another rounding: 2 a step. No later step enlarges them, since 2 is below 2 over the curvature. A residual and a
+    gradient, sums over 5 and 4 of these, differ by 10 times as much.
     """
     rows = _order.batches(KEY, jnp.array(0), SIZE, 600, 4)
     options = VALIDATION | {"ema_decay": 0.9, "patience": 2, "num_steps": 600, "optimizer": optax.sgd(0.05)}
@@ -278,7 +278,7 @@ def test_a_second_ctrl_c_interrupts_at_once():
 
 
 def test_a_forked_worker_has_its_own_signals_and_holds_nothing_up():
-    """In a process of its own: to fork where jax has threads is to be warned."""
+    """It runs in a new process: to fork where jax has threads is to be warned."""
     code = """if True:
         import multiprocessing, time, jax, numpy as np, optax
         from jprob.mle import fit

@@ -1,4 +1,4 @@
-"""A results folder belongs to one run and one process, and survives whatever ends the process."""
+"""A results folder belongs to one run and one process, and survives any end of the process."""
 
 import errno
 import json
@@ -120,7 +120,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_and_no_half(run, monkeypatc
 
 
 def test_two_who_write_a_file_at_once_do_not_meet(tmp_path, monkeypatch):
-    """Each has a name of its own until its text is on the disk, and the folder is, too, after it has the new name."""
+    """Each has its own name until its text is on the disk. The folder is, too, after it has the new name."""
     path, done, replace, sync = tmp_path / "page", [], os.replace, os.fsync
 
     def other_first(unfinished, target):

@@ -149,7 +149,7 @@ def test_vmap_is_each_alone_over_data_weights_and_params(x64, lenient):
 
 
 def test_a_member_that_is_done_does_not_change():
-    """Beside one that takes long, and beside itself: the same bits, and the same steps."""
+    """Next to a member that takes long, and next to itself: the same bits, and the same steps."""
     params, (x, y) = classes("float32")
     fit = jax.jit(jax.vmap(lambda x: fit_full_batch(ridge, params, (x, y))))
     done, slow = x / 100, 100 * x
@@ -213,7 +213,7 @@ def test_where_no_search_finds_a_way_it_ends_and_says_so():
 
 def test_a_search_that_finds_no_lower_point_moves_nothing():
     """Told the wrong way, it would go up at any step."""
-    nll = lambda p, x, key: x * (2 * jax.lax.stop_gradient(p) - p)  # noqa: E731  its value is x p, its slope -x
+    nll = lambda p, x, key: x * (2 * jax.lax.stop_gradient(p) - p)  # noqa: E731  its value is x p, its gradient -x
     fit = fit_full_batch(nll, jnp.array(0.0), jnp.ones(3))
     assert not fit.converged
     assert fit.params == 0
@@ -320,7 +320,10 @@ MODELS = {"logistic": (logistic, lambda eta: 1 / (2 + 2 * np.cosh(eta))), "poiss
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_covariance_of_a_generalised_linear_model_is_the_known_one(name, dtype):
-    """(X^T W X)^-1 and (X^T W X)^-1 X^T R^2 X (X^T W X)^-1, R = y - E y, with W the variance of y, at any params."""
+    """The known one is `(X^T W X)^-1` and `(X^T W X)^-1 X^T R^2 X (X^T W X)^-1`.
+
+    R = y - E y, with W the variance of y, at any params.
+    """
     nll, variance = MODELS[name]
     beta, y = np.array([0.5, -0.3, 0.8]), _rng.integers(0, 2, SIZE)
     eta = X @ beta
@@ -431,7 +434,7 @@ def test_the_standard_error_is_the_spread_over_data_sets(noise, kind):
     spread = float(jnp.std(fit.params["slope"]))
     ratios = dict(zip(("fisher", "sandwich"), [float(jnp.mean(e["slope"])) / spread for e in errors], strict=True))
     assert fit.converged.all()
-    # Four of its deviations, and 3 / n of itself for each of the two params that were fitted to n examples.
+    # Four of its deviations. The two params that were fitted to n examples add 3 / n of itself each.
     np.testing.assert_allclose(ratios[kind], 1, atol=4 / np.sqrt(2 * sets) + 6 / n)
     assert noise == "equal" or ratios["fisher"] < 0.8
 

@@ -16,7 +16,7 @@ U = {"bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}  # of the d
 WIDE = {"bfloat16": "float32", "float32": "float32", "float64": "float64"}  # the dtype computed in
 
 RNG = np.random.default_rng(0)
-# The tails, the turn to the continued fraction at -4, the mean, and one standard deviation, where r^2 - 1 is 0.
+# The tails, the turn to the continued fraction at -4, the mean; one standard deviation, where r^2 - 1 is 0.
 R = [*np.linspace(-30, 30, 9), *RNG.uniform(-4.2, -3.8, 3), *RNG.uniform(-2, 2, 4), 1e-5, 1.0, -1.0, 1 + 2e-7, 1.01]
 SCALES = {
     "bfloat16": [1e-30, 0.37, 1e30, 3e38],
@@ -29,7 +29,7 @@ def regimes(dtype):
     """x, loc and scale: every r at every scale, where they are numbers of the dtype and not below its normal ones."""
     r, scale = (a.ravel() for a in np.meshgrid(R, SCALES[dtype]))
     scale = jnp.asarray(scale, dtype)
-    # A mean beside which x - loc is rounded.
+    # A mean next to which x - loc is rounded.
     with np.errstate(over="ignore", invalid="ignore"):
         loc = jnp.asarray(np.resize([0.0, 0.3, -1.7], r.size) * np.asarray(scale, np.float64), dtype)
         x = jnp.asarray(r * np.asarray(scale, np.float64) + np.asarray(loc, np.float64), dtype)
@@ -55,9 +55,9 @@ def tiny(dtype):
 
 
 def within(got, want, bound, dtype, size=None, out=None):
-    """Error at most `bound` u of the truth (or of `size`), with one rounding to `out`, or a number flushed to 0."""
+    """Error at most `bound` u of the truth (or of `size`), with one rounding to `out`; or a number flushed to 0."""
     out = jnp.finfo(WIDE[dtype] if out is None else out)
-    if abs(want) > float(out.max) / 2:  # beside which r^2 itself is beyond the range
+    if abs(want) > float(out.max) / 2:  # next to which r^2 itself is beyond the range
         assert abs(got) > float(out.max) / 4
         return
     assert math.isfinite(got), (got, float(want))
@@ -280,7 +280,7 @@ def test_log_interval_prob_is_exact_in_both_tails_narrow_and_wide(wide):
         q = p if oracles.mpmath.isinf(q) else q
         near, straddles = min(abs(p), abs(q)), p < 0 < q
         within(float(value[i]), want, 24 + 3 * float(near**2) * straddles, wide)
-        # 3 u more for each power of e by which the density is below that at the mean, or at the nearer end.
+        # The bound is 3 u more for each power of e: the density is so far below that at the mean or the nearer end.
         for got, r, at in ((slopes[0], p, -at_low), (slopes[1], q, at_high)):
             at = at if abs(at) > tiny(wide) else 0 * s
             within(float(got[i]), at / s, 24 + 1.5 * float(r * r - near**2 * (not straddles)), wide)

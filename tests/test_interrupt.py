@@ -42,7 +42,7 @@ def interrupted_before(module, *arguments, program=PROGRAM):
     return done.returncode, done.stderr
 
 
-# In the order of import. What comes before, some 20 ms of Python's own start, is out of the program's reach.
+# The modules in the order of import. The first 20 ms are Python's own start, out of the program's reach.
 @pytest.mark.parametrize("module", ["signal", "argparse", "tomllib", "msgspec._core", "numpy._core.multiarray"])
 def test_ctrl_c_while_modules_load_is_one_line(module):
     status, errors = interrupted_before(module, "run", str(ROOT / "configs/study.toml"))

@@ -1,6 +1,6 @@
 """Killed at any moment and started again, `fit` ends with the bits of a run that was never touched.
 
-A process kills itself before a given operation on files, and no clock has a say in what it does until then.
+A process kills itself before a given operation on files; until then no clock has a say in its work.
 """
 
 import itertools
@@ -79,7 +79,7 @@ def die_at(save, operation):
 
 
 def train(kind, num_steps, folder, cache, ending, death=None):
-    """In a process of its own; what it comes to is in the file `ending`, once it is there."""
+    """Trains in a new process; the result is in the file `ending`, once it is there."""
     host.time = SimpleNamespace(monotonic=itertools.count().__next__)  # two ticks a chunk
     host._SECONDS_OF_A_CHUNK = 1e9
     if death:
@@ -122,7 +122,7 @@ def damage_the_newest(folder, rng):
 
 
 def moments(seed, kills):
-    """From the start on, in which there is nothing to read at first, or in one of the first three saves."""
+    """Moments from the start on, with nothing to read at first, or in one of the first three saves."""
     rng = random.Random(seed)
     return [(rng.choice([0, 1, 2, 3]), rng.randrange(100)) for _ in range(kills)]
 

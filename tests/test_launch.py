@@ -28,8 +28,8 @@ GRID = ["run", COIN, "--set", "grid.arms=['A', 'B']", "--set", "grid.seeds=[1]"]
 @pytest.fixture(autouse=True)
 def _tiny_studies(monkeypatch, tmp_path):
     tiny_studies.install(monkeypatch, tmp_path)
-    monkeypatch.setattr("experiments.data._loaded", {})  # a job is a process of its own, which has loaded nothing yet
-    # What Python runs as it starts: the jobs are to find these studies too.
+    monkeypatch.setattr("experiments.data._loaded", {})  # a job is a new process, which has loaded nothing yet
+    # Python runs this file as it starts: the jobs are to find these studies too.
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         f"from experiments import studies\nstudies.__path__[:] = [{str(tiny_studies.FOLDER)!r}]\n", encoding="utf-8"

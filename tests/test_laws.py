@@ -1,7 +1,7 @@
 """Laws that hold for all inputs, looked for where they break: hypothesis draws the inputs and shrinks what fails.
 
-Both sides of an equation are within (16 + R) u of the same true number, so that they differ by at most twice that,
-unless a law says more: logits that are multiples of 1/8 can be shifted without rounding, and then nothing may change.
+Both sides of an equation are within (16 + R) u of the same true number. So they differ by at most twice that, unless a
+law says more. Logits that are multiples of 1/8 can be shifted without rounding, and then nothing may change.
 """
 
 import math
@@ -170,7 +170,7 @@ PER_EXAMPLE = {
 
 @pytest.mark.parametrize("name", PER_EXAMPLE)
 def test_a_masked_example_poisons_nothing(name):
-    """Its gradient is exactly 0, whatever its value is; unmasked it is finite, and so is the second derivative."""
+    """Its gradient is exactly 0, for any value; unmasked it is finite, and so is the second derivative."""
     function, bad, dtype = PER_EXAMPLE[name]
     rows = [0.0, 5.0, -math.inf, math.inf] if "bernoulli" in name else MASKED_ROWS
     pairs = [(row, other) for row in rows for other in bad]
@@ -214,7 +214,7 @@ CONSUMERS = {
 @pytest.mark.parametrize("producer", PRODUCERS.values(), ids=PRODUCERS)
 @pytest.mark.usefixtures("optimized")
 def test_logits_made_in_the_same_program_cost_their_rounding_alone(producer, consumer):
-    """XLA may compute them anew for each sum, an ulp or two apart, and a logit need not equal its own maximum then."""
+    """XLA may compute them again for each sum, an ulp or two apart. A logit then need not equal its own maximum."""
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(0, 4, (64, 24)), jnp.float32)
     logits = jax.jit(producer)(hidden)

@@ -70,7 +70,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.usefixtures("optimized")
 def test_the_loss_is_that_of_the_logits(options):
-    """Values, all gradients (those of nll and logsumexp too), whatever the blocks and whichever way the kernel lies."""
+    """Values and all gradients (those of nll and logsumexp too), for any blocks and both layouts of the kernel."""
     cotangents = normal(N), normal(N), normal(N)
 
     def both(function):
@@ -246,9 +246,10 @@ def test_equal_logits_give_log_v_to_the_last_digit(v):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_confident_tokens_keep_their_gradient(temperature):
-    """Of a label at the top by a margin that float32 cannot add to 1; dW holds nothing else, as x is the unit matrix.
+    """The label is at the top by a margin that float32 cannot add to 1.
 
-    A quotient is off by an ulp or two, 4 u of the logit, and an exponential by as much of itself.
+    dW holds nothing else, as x is the unit matrix. A quotient is off by an ulp or two, 4 u of the logit. An
+    exponential is off by as much of itself.
     """
     margins = np.array([1.0, 12, 17, 20, 40])
     n = len(margins)
@@ -330,7 +331,7 @@ TRIALS = [
 @pytest.mark.parametrize("settings", TRIALS, ids=[",".join(trial) for trial in TRIALS])
 @pytest.mark.usefixtures("optimized")
 def test_errors_of_settings_together_are_at_most_those_of_the_plain_form(settings):
-    """In blocks, against float64 from the same operands: values and gradients. The plain form has them in float32."""
+    """Values and gradients in blocks, against float64 from the same operands. The plain form has them in float32."""
     form = {name: settings[name] for name in ("softcap", "temperature") if name in settings}
     others = {name: settings.get(name, 0.0) for name in ("label_smoothing", "z_loss")}
     dtype = settings.get("dtype", "float32")
@@ -363,7 +364,7 @@ def test_errors_of_settings_together_are_at_most_those_of_the_plain_form(setting
         truth = results(usual, [jnp.asarray(np.asarray(a), jnp.float64) for a in operands])
     peers = results(usual, [a.astype(jnp.float32) for a in operands])
     for i, (got, peer, want) in enumerate(zip(results(fused, operands), peers, truth, strict=True)):
-        # Two roundings of the same sum differ by a few u, and a gradient is rounded to its operand's dtype once.
+        # Two roundings of the same sum differ by a few u. A gradient is rounded to its operand's dtype once.
         slack = (4 * U + (2.0**-8 if i and dtype == "bfloat16" else 0)) * np.abs(want).max()
         assert np.abs(got - want).max() <= np.abs(peer - want).max() + slack
 
@@ -553,7 +554,7 @@ def test_an_impossible_class_is_as_if_not_there(form):
 
 
 def test_second_derivatives_of_the_loss_alone():
-    """Of the reduced loss, in blocks, both ways; and where classes tie, as they do where a kernel starts from 0."""
+    """The reduced loss, in blocks, both ways; also where classes tie, as for a kernel that starts from 0."""
     direction = normal(N, H), normal(H, V)
 
     def products(loss, w):
@@ -615,7 +616,7 @@ def test_memory_and_products_are_those_of_the_plan():
 
 
 def test_a_value_needs_no_copy_of_a_kernel_of_low_precision():
-    """In float32 it would be as large as 16 blocks."""
+    """A copy in float32 would be as large as 16 blocks."""
     block, key = 2**18, jax.random.key(0)
     x, w = ((256, 64), jnp.bfloat16), ((64, 16384), jnp.bfloat16)
     verbs = {
@@ -632,7 +633,7 @@ def test_a_value_needs_no_copy_of_a_kernel_of_low_precision():
 
 @pytest.mark.parametrize("verb", ["log_prob", "cross_entropy"])
 def test_gradients_of_blocks_of_low_precision_are_added_up_in_float32(verb):
-    """Of two classes alike, each of 512 tokens has a slope of 1/2. To 128 a bfloat16 cannot add 1/2."""
+    """Each of 512 tokens has a gradient of 1/2 in each of two equal classes. To 128 a bfloat16 cannot add 1/2."""
     x, w, y = jnp.ones((512, 1), jnp.bfloat16), jnp.zeros((1, 2), jnp.bfloat16), jnp.zeros(512, jnp.int32)
     loss = {
         "log_prob": lambda w: -jnp.sum(linear.log_prob(y, x, w, block_bytes=8)),
@@ -736,7 +737,7 @@ def verbs(x, w, b, x2, w2, b2, log_probs, y, top, **how):
 
 
 def second_derivatives(function):
-    """Of the entropy and a divergence, in both orders."""
+    """Second derivatives of the entropy and a divergence, in both orders."""
     args = *MODELS, TEACHER
 
     def squares(*args):
@@ -755,7 +756,7 @@ def of_five_classes(*args):
 
 
 def of_shards(check_vma):
-    """In blocks, within a loop over examples."""
+    """The verbs in blocks, within a loop over examples."""
 
     def local(*args):
         def one(tokens):
@@ -773,7 +774,7 @@ WAYS = {"five classes": of_five_classes, "blocks": functools.partial(verbs, bloc
 
 @functools.cache
 def first_derivatives(way):
-    """Of what the mask keeps: values and their tangents, and the gradient of the sum of their squares."""
+    """Values that the mask keeps, and their tangents; the gradient of the sum of their squares."""
 
     def derivatives(models, y, top, kept):
         def masked(*args):
@@ -789,7 +790,7 @@ def first_derivatives(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_verb_in_blocks_of_a_sharded_vocabulary_whatever_a_mask_hides(way):
-    """With classes that only fill it up: as of those that there are. A masked label out of range poisons nothing."""
+    """Classes that only fill up change nothing. A masked label out of range poisons nothing."""
     models, hidden = (*MODELS, TEACHER), jnp.zeros((2, 8), bool)
     want = first_derivatives("five classes")(models, FIVE_Y, FIVE_TOP, ~hidden)
     close(first_derivatives(way)(models, FIVE_Y, FIVE_TOP, ~hidden), want, 256 * U)
@@ -816,7 +817,7 @@ def test_second_derivatives_of_a_sharded_vocabulary():
 
 
 def test_gradients_taken_inside_shard_map():
-    """What varies is known there: the slope of hidden is added up over the vocabulary, and that of a kernel is not."""
+    """jax knows what varies there: the gradient of hidden is added up over the vocabulary, that of a kernel is not."""
 
     def slopes(**how):
         def total(*args):
@@ -859,7 +860,7 @@ def test_a_sharded_vocabulary_loses_no_digit():
 
 @pytest.mark.parametrize(("classes", "data"), [(300, 2), (1024, 1)])
 def test_draws_and_modes_of_a_sharded_vocabulary(classes, data):
-    """Those of one device, wherever shards begin among the classes that share a key, and whatever fills up the last."""
+    """They are those of one device, for any start of shards among the classes of a key and any filler."""
     x, key = normal(64, H), jax.random.key(5)
     padded = -(-classes // 64) * 64
     w = normal(H, padded).at[:, 9].set(0).at[:, 200].set(0)

@@ -66,7 +66,7 @@ def test_both_lines_share_a_cell():
 
 
 def test_both_losses_train_the_same_model():
-    with jax.numpy_dtype_promotion("standard"):  # optax's adam fails by itself under strict promotion
+    with jax.numpy_dtype_promotion("standard"):  # optax's adam itself fails under strict promotion
         config = msgspec.structs.replace(CONFIG, steps=40)
         fused, plain = (np.asarray(study.train(config, way).values["loss"]) for way in (True, False))
     assert fused.shape == (40,)

@@ -201,7 +201,7 @@ def test_run_is_a_loop_of_steps(name, options):
 
 
 def test_a_row_is_the_mean_over_its_steps():
-    """Of the loss by examples, of the norms by steps; each epoch ends with a batch of 3."""
+    """The mean of the loss is by examples, that of the norms by steps; each epoch ends with a batch of 3."""
     optimizer, log_every = OPTIMIZERS["sgd"], 2
     _, steps, sizes = loop_of_steps("sgd")
     options = {"num_steps": 12, "batch_size": 4, "log_every": log_every}
@@ -355,7 +355,7 @@ def judged(scores, patience):
 
 @pytest.mark.parametrize("patience", [None, 2])
 def test_the_best_params_are_kept_and_patience_ends(patience):
-    """All tables at once, under vmap: each member stops by itself."""
+    """All tables at once, under vmap: each member stops on its own."""
     tables = jnp.array(list(TABLES.values()))
     state, history = jax.jit(jax.vmap(lambda table: climb(table, 8, patience=patience)))(tables)
     for i, table in enumerate(TABLES.values()):
@@ -369,7 +369,7 @@ def test_the_best_params_are_kept_and_patience_ends(patience):
 
 
 def test_a_stopped_member_keeps_its_bits_while_others_go_on():
-    """With the sign turned, training makes validation worse from the first step on; else each step improves it."""
+    """The turned sign makes validation worse from the first step on; else each step improves it."""
     optimizer = optax.sgd(0.1)
     options = {"num_steps": 4, "batch_size": SIZE, "validate_every": 1, "patience": 1}
     options["validation"] = (X, Y, jnp.ones(SIZE, bool))
@@ -412,7 +412,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(micro_batches, weigh
 
 
 def test_so_it_is_for_the_short_batch_of_an_epoch():
-    """Of 23 examples in batches of 8, the last 7 lie in three parts and a half."""
+    """The last 7 of 23 examples in batches of 8 lie in three parts and a half."""
     optimizer = OPTIMIZERS["sgd"]
     options = {"num_steps": 6, "batch_size": 8}
     whole, want = mle.run(nll, optimizer, start(optimizer), (X, Y), **options)
@@ -441,7 +441,7 @@ def test_each_part_draws_numbers_of_its_own():
     assert one != two
 
 
-# What is not finite is skipped
+# Steps with something that is not finite are skipped
 
 
 def spoilt(fault):
@@ -450,7 +450,7 @@ def spoilt(fault):
         "loss NaN": lambda w, x, key: w * x + jnp.where(x == 0, jnp.nan, 0),
         "loss inf": lambda w, x, key: w * x + jnp.where(x == 0, jnp.inf, 0),
         "loss -inf": lambda w, x, key: w * x + jnp.where(x == 0, -jnp.inf, 0),
-        "gradient NaN": lambda w, x, key: jnp.sqrt(jnp.abs(w) * jnp.abs(x)) + w * x,  # 0 times the slope at 0
+        "gradient NaN": lambda w, x, key: jnp.sqrt(jnp.abs(w) * jnp.abs(x)) + w * x,  # 0 times the derivative at 0
         "gradient inf": lambda w, x, key: jnp.sqrt(jnp.where(x == 0, jnp.abs(w - 1), 1)) + w * x,
         "norm overflows": lambda w, x, key: jnp.where(x == 0, 1e30 * w, w * x),
     }[fault]
@@ -505,7 +505,7 @@ def test_a_run_goes_on_after_what_is_not_finite(fault):
 
 @pytest.mark.parametrize("decay", [0.5, 0.999])
 def test_the_average_is_the_closed_form(decay):
-    """Of the params 1 ... n: sum d^(n - i) i / sum d^(n - i)."""
+    """The average of the params 1 ... n: sum d^(n - i) i / sum d^(n - i)."""
     n = 40
     state, _ = climb([0.0], n, validation=None, validate_every=None, ema_decay=decay)
     weights = decay ** np.arange(n - 1, -1.0, -1)
@@ -562,7 +562,7 @@ def test_there_is_one_trace_per_shape():
     mle.run(counted, optimizer, state, (X, Y), **options)
 
 
-# What jax itself can be asked to check
+# Checks by jax itself
 
 
 MODES = {
@@ -759,7 +759,7 @@ def test_validation_has_its_own_nll_and_the_best_follow_a_metric():
 
 
 def test_weights_of_examples_are_repetitions():
-    """With whole batches, whose order does not matter: weight 2 is the example twice, weight 0 is none."""
+    """Whole batches, whose order does not matter: weight 2 is the example twice, weight 0 is none."""
     optimizer, weights = OPTIMIZERS["sgd"], np.arange(SIZE) % 3
     repeated = np.repeat(np.arange(SIZE), weights)
     x = X.at[0].set(jnp.nan)  # of weight 0

@@ -31,7 +31,7 @@ def host(values):
 
 
 def test_contestants_train_the_same():
-    """Where one batch holds all examples the order is nothing: each loss and weight is the same but for rounding."""
+    """One batch holds all examples, so the order is nothing: each loss and weight is the same but for rounding."""
     t = loop.task(loop.EXAMPLES, epochs=4)
     want, params = loop.program(loop.scan_loop, t, 1)[0]()
     assert want.shape == (4,)
@@ -40,7 +40,7 @@ def test_contestants_train_the_same():
     for name, train in others.items():
         if train is not None:
             losses, trained = train()
-            # A mean of 1024 losses of about 2.5; a step of Adam is the same size however small the gradient, so that
+            # A mean of 1024 losses of about 2.5. A step of Adam is the same size however small the gradient. So
             # rounding may turn single steps of a weight round, by no more than the rate each.
             np.testing.assert_allclose(losses, want, rtol=64 * U, err_msg=name)
             trained = trained.values() if isinstance(trained, dict) else trained

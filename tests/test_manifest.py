@@ -1,4 +1,4 @@
-"""The manifest tells how the numbers came about, and its identity changes with whatever can change them."""
+"""The manifest tells how the numbers came about, and its identity changes with everything that can change them."""
 
 import json
 import os

@@ -43,7 +43,7 @@ def differentiated(loss, rate, start, num_steps):
 def test_theory_is_gradient_descent_on_the_definition(loss, start):
     got = one_neuron.theory(loss, 0.005 if loss == SCRIPT else 0.15, start, 100)
     want = differentiated(loss, 0.005 if loss == SCRIPT else 0.15, start, 100)
-    # 1 - a has lost z / ln 2 of 53 bits at a start z = 4, and 100 steps add their roundings: 100 e^4 2^-53 = 6e-13.
+    # 1 - a has lost z / ln 2 of 53 bits at a start z = 4. 100 steps add their roundings: `100 e^4 2^-53 = 6e-13`.
     np.testing.assert_allclose(np.array(got), want, rtol=1e-12, atol=0)
 
 
@@ -51,8 +51,8 @@ def test_theory_is_gradient_descent_on_the_definition(loss, start):
 def test_training_is_the_theory_in_float32(loss):
     got = one_neuron.train(loss, np.float32(0.15), np.array([2.0, 2.0], np.float32), 300)
     want = one_neuron.theory(loss, 0.15, (2.0, 2.0), 300)
-    # 300 steps, each of which rounds w and b (up to 2: half an ulp is 2^-24) and so z, twice: 300 * 2^-23 in z, and a
-    # slope of C and a in z of at most 1.
+    # Each of 300 steps rounds w and b (up to 2: half an ulp is 2^-24) and so z, twice: 300 * 2^-23 in z. The gradient
+    # of C and a in z is at most 1.
     np.testing.assert_allclose(np.array(got), np.array(want), rtol=0, atol=300 * 2.0**-23)
 
 

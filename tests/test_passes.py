@@ -1,8 +1,8 @@
-"""How often a program reads and writes arrays of the size of the logits, on a GPU, whose time that is.
+"""How often a program reads and writes arrays of the size of the logits: that is its time on a GPU.
 
-What is counted is the program that jax lowers for CUDA, before XLA. XLA makes one kernel of what is elementwise, and of
-sums of an array that do not wait for each other. So a pass is a step of waiting: a sum or maximum over classes waits
-for the passes that make its operand, and a result of the logits' size for those that make its numbers per row.
+The test counts in the program that jax lowers for CUDA, before XLA. XLA makes one kernel of elementwise operations and
+of sums of an array that do not wait for each other. So a pass is a step of waiting. A sum or maximum over classes waits
+for the passes that make its operand. A result of the logits' size waits for those that make its numbers per row.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Equal figures give equal bytes, which stand inside a page beside each other."""
+"""Equal figures give equal bytes, and stand next to each other inside a page."""
 
 import re
 import subprocess

@@ -19,7 +19,7 @@ W = jnp.asarray(_rng.normal(size=SIZE), jnp.float32)
 
 
 def linear(params, x, key):
-    """Its gradient is x, whatever the params are."""
+    """Its gradient is x, for any params."""
     return x.astype(params["w"].dtype) @ params["w"]
 
 
@@ -56,7 +56,7 @@ def test_the_params_are_the_copy_rounded_bit_for_bit(num_steps, dtype):
 
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), lenient(optax.adam(0.01))], ids=["sgd", "adam"])
 def test_the_copy_is_trained_as_float32_params_are(optimizer):
-    """Where the gradient does not depend on the params; the start is a number that bfloat16 has."""
+    """The gradient does not depend on the params; the start is a number that bfloat16 has."""
     got, _ = train(mle.master_weights(optimizer), jnp.bfloat16)
     state = mle.init({"w": W.astype(jnp.bfloat16).astype(jnp.float32)}, optimizer, jax.random.key(0))
     want, _ = mle.run(linear, optimizer, state, X, num_steps=6, batch_size=1)

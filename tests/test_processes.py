@@ -55,7 +55,7 @@ def join(number, port, heartbeat=100):
 
 
 def train(number, port, folder, stops_after=None):
-    """In a process with two devices. The second gets a signal, if any, once this step is saved."""
+    """Trains in a process with two devices. The second gets a signal, if any, once this step is saved."""
     join(number, port)
     host._SECONDS_OF_A_CHUNK = 1e-5
     # Between two looks at the clock the first sees a second pass and the other none: its chunks would be long, and
@@ -167,7 +167,7 @@ def trained_on_shares(number, kind, spoilt_from=99, **options):
 
 
 def feed(number, port, folder, kind, ending):
-    """In a process of its own. What ends the training, if anything, comes to the second alone.
+    """Trains from batches in a new process. The end of the training, if any, comes to the second alone.
 
     The first one then waits for the other, until nothing has been heard of it for 10 seconds.
     """
@@ -229,7 +229,7 @@ def test_each_process_gives_its_share_of_the_batches_and_what_one_is_killed_in_g
 
 
 def logged(number, port, folder):
-    """In a process of its own: the log of the first fails after step 3."""
+    """Trains in a new process: the log of the first fails after step 3."""
     join(number, port)
     host._SECONDS_OF_A_CHUNK = 0.0
 
@@ -253,7 +253,7 @@ def test_a_log_that_fails_ends_both_with_what_was_reached_saved(tmp_path):
 
 
 def share_vocabulary(number, port, folder):
-    """In a process of its own: a loss whose tokens and classes lie on two processes, by the compiler and by name."""
+    """Runs in a new process: a loss whose tokens and classes lie on two processes, by the compiler and by name."""
     join(number, port)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     specs = PartitionSpec("data"), PartitionSpec(None, "model"), PartitionSpec("data")

@@ -1,4 +1,4 @@
-"""The page is made from the folder alone, is the same for the same results, and asks nothing of the network."""
+"""The page is made from the folder alone. Equal results give equal pages, and nothing asks the network."""
 
 import hashlib
 import json
@@ -141,7 +141,7 @@ def test_formulas_are_typeset_on_the_page_and_legible_elsewhere(folder):
         mathml.formula("e^-m / 2")
         == "<math><mrow><msup><mi>e</mi><mrow><mo>−</mo><mi>m</mi></mrow></msup><mo>/</mo><mn>2</mn></mrow></math>"
     )
-    for text in ("(T - 1) (", "a^", "sqrt", ")", "a_(b", ""):  # whatever is written, the page is whole
+    for text in ("(T - 1) (", "a^", "sqrt", ")", "a_(b", ""):  # for any text, the page is whole
         Outline(f"<p>{mathml.formula(text)}</p>")
 
 

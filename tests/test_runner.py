@@ -130,7 +130,7 @@ def test_a_signal_ends_a_run_though_xla_does_not_return(inside, number, status):
 
 @pytest.mark.parametrize("size", [500, 20_000, 60_000, 100_000])  # too small for the manifest, tables, record, next
 def test_a_full_disk_is_one_line_and_the_same_command_continues(capsys, size):
-    """The system refuses files beyond `size`, which takes the path of a full disk without a disk of its own."""
+    """The system refuses files beyond `size`: the path of a full disk without another disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

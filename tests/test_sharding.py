@@ -39,7 +39,7 @@ def lenient(optimizer):
     return optax.GradientTransformation(optimizer.init, update)
 
 
-# With an epsilon of 1 an update errs no more than its gradient. A usual one divides a gradient near 0 by itself.
+# An epsilon of 1 makes an update err no more than its gradient. A usual one divides a gradient near 0 by its size.
 ADAM = lenient(optax.adam(0.1, eps=1.0))
 OPTIONS = {"num_steps": 12, "batch_size": 16}
 VALIDATED = {"validate_every": 6, "ema_decay": 0.9}
@@ -253,7 +253,7 @@ def test_one_step_stays_where_it_was():
 
 
 def test_what_was_traced_with_explicit_axes_has_them_still():
-    """In a program of the caller's own, and where all that is made lies on a mesh."""
+    """They have them in the caller's program, and if all that is made lies on a mesh."""
     trained = jax.jit(lambda params, data: ran(params, data, validation=data, **VALIDATED))
     with jax.set_mesh(mesh()):
         state, history = trained(placed(COLUMNS), spread((X, Y), "d"))
@@ -264,8 +264,10 @@ def test_what_was_traced_with_explicit_axes_has_them_still():
 
 
 def test_full_batches_spread_over_a_mesh_are_fitted_as_they_are_on_one_device():
-    """Each fit ends within tolerance / curvature of the optimum. The covariance errs by the condition of the Hessian,
-    9, times the roundings of sums over 48 examples, of which 60 are seen."""
+    """Each fit ends within tolerance / curvature of the optimum. The test sees 60 roundings.
+
+    The covariance errs by the condition of the Hessian, 9, times the roundings of sums over 48 examples.
+    """
 
     def linear(params, batch, key):
         return jnp.square(batch[0] @ params - batch[1]) / 2

@@ -15,7 +15,7 @@ CONFIG = speed.Config(functions=FUNCTIONS, shapes=[[4, 3]], dtypes=["float32"], 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_contestants_compute_the_same(function):
-    """In the usual regime, where the peers keep their digits too: logits of spread 3."""
+    """The usual regime, in which the peers keep their digits too: logits of spread 3."""
     x, (*both, fields) = speed.inputs([4, 3], "float32"), speed.CALLS[function]
     for mode in speed.MODES:
         programs = [speed.program(call, mode, fields, x) for call in both]

@@ -22,7 +22,7 @@ def test_the_interval_of_a_normal_mean_is_that_of_the_t_distribution(confidence)
     low, high = stats.bca_interval(values, confidence=confidence, seed=1)
     error = values.std(ddof=1) / math.sqrt(400)
     want = scipy_stats.t.interval(confidence, 399, loc=3, scale=error)
-    # A quantile of 9 999 resamples is itself random, with a standard error of sqrt(.025 * .975 / 9999) / pdf = .027.
+    # A quantile of 9 999 resamples is itself random. Its standard error is `sqrt(.025 * .975 / 9999) / pdf = .027`.
     assert np.abs(np.subtract((low, high), want)).max() <= 0.1 * error
 
 

@@ -16,7 +16,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_an_error_of_its_type(name, pytestconfig):
-    """In a run without `--jaxtyping-packages` any other will do."""
+    """Without `--jaxtyping-packages` any other error will do."""
     checked = pytestconfig.option.jaxtyping_packages is not None
     with pytest.raises(TypeCheckError if checked else (TypeError, ValueError)):
         WRONG[name]()

@@ -1,4 +1,4 @@
-"""What checks the types in `make test`: beartype, for which an int is a float too (PEP 484)."""
+"""The type checker of `make test`: beartype, for which an int is a float too (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 

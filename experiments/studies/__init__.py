@@ -22,7 +22,7 @@ from experiments.results import Progress, Record
 
 @runtime_checkable  # which checkers of types need
 class Study(Protocol):
-    """What the harness expects of a module in this folder."""
+    """The interface that the harness expects of a module in this folder."""
 
     Config: type[msgspec.Struct]
     """Frozen, without defaults: the file is the whole record. Ranges stand in `Annotated[..., msgspec.Meta(...)]`."""

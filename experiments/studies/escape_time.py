@@ -1,23 +1,23 @@
 """Escape time: how many steps it takes to leave a confidently wrong start.
 
-Two free logits start at margin m0 = z_rival - z_truth, and gradient steps bring it to 0. With tau = lr * steps for a
-clock, small steps follow the flow dm/dtau = g_truth - g_rival, which takes the time T from m0 to 0:
+Two free logits start at margin m0 = z_rival - z_truth, and gradient steps bring it to 0. The clock is tau = lr * steps.
+Small steps follow the flow dm/dtau = g_truth - g_rival, which takes the time T from m0 to 0:
 
     softmax + cross-entropy   dm/dtau = -2 / (1 + e^-m)          T = (m0 + 1 - e^-m0) / 2
     softmax + squared error   dm/dtau = -4 e^-m / (1 + e^-m)^3   T = (e^m0 + 3 m0 - 3 e^-m0 - e^-2m0 / 2 + 5/2) / 4
     linear + squared error    dm/dtau = -(1 + m)                 T = ln(1 + m0)
 
-linear, exponential and logarithmic in m0. Both softmax arms know the margin alone. The linear output knows the level of
-the logits as well: its margin decays towards that of the one-hot target, -1, so that passing 0 is an event on the way,
-and its mean logit moves independently. It starts at the target's mean, 1/2, and the two logits halve the way between
-them. The steps are then
+T is linear, exponential and logarithmic in m0. Both softmax arms know the margin alone. The linear output knows the
+level of the logits as well. Its margin decays towards that of the one-hot target, -1, so 0 is an event on the way. Its
+mean logit moves independently. It starts at the target's mean, 1/2, and the two logits halve the way between them. The
+steps are then
 
     SGD       T / lr
     momentum  T (1 - beta) / lr: a geometric sum of past gradients, once it has filled
     Adam      m0 / (2 lr) + eps T / lr: each logit moves by lr g / (g + eps), if the second moment follows g^2
 
 Adam is sign descent, linear in m0, plus eps times SGD. Under softmax + squared error, g = 2 e^-m far out. Then dT/dm0
-reaches twice the linear slope 1 / (2 lr) at the knee m0 = ln(2 / eps): up to there Adam hides the saturation.
+reaches twice the linear rate 1 / (2 lr) at the knee m0 = ln(2 / eps): up to there Adam hides the saturation.
 
 Sources: Solla, Levin and Fleisher (1988); Hui and Belkin (2021); Kingma and Ba (2015); compensated sums: Knuth, The Art
 of Computer Programming 2, 4.2.2.
@@ -138,9 +138,9 @@ def start(arm: str, rule: str, momentum: float, lanes: Lanes) -> State:
 def add(z: Float[Array, "*n"], lost: Float[Array, "*n"], update: Float[Array, "*n"]) -> tuple[Array, Array]:
     """z + lost + update as a rounded sum and what its rounding lost (Knuth's two-sum, exact for any sizes).
 
-    Without it a start is not left at all once lr * g < ulp(z) / 2, as z + lr * g is then z. Under softmax + squared
-    error at lr = .01 this is so from 2 lr e^-m0 = 2^-22 on (logits of m0 / 2 in [4, 8) have an ulp of 2^-21), that is
-    from m0 = 11.34.
+    Without it a start is not left at all once `lr * g < ulp(z) / 2`, as `z + lr * g` is then z. An example is softmax +
+    squared error at lr = .01. The condition holds from `2 lr e^-m0 = 2^-22` on, that is from m0 = 11.34. Logits of
+    m0 / 2 in [4, 8) have an ulp of 2^-21.
     """
     update = update + lost
     total = z + update
@@ -267,13 +267,13 @@ def deviation(config: Config, curves: Curves, arm: str, rule: str, rate: float) 
 
 
 def growth(curve: dict[str, np.ndarray], rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """dT/dm0 in units of the linear slope 1 / (2 lr), between neighbouring starts."""
+    """dT/dm0 in units of the linear rate 1 / (2 lr), between neighbouring starts."""
     margin = curve["margin"]
     return (margin[1:] + margin[:-1]) / 2, 2 * rate * np.diff(curve["steps"]) / np.diff(margin)
 
 
 def knee(margin: np.ndarray, slope: np.ndarray) -> float:
-    """The margin beyond which the slope stays above 2, interpolated in log slope; infinite where there is none."""
+    """The margin beyond which the growth stays above 2, interpolated in its logarithm; infinite if there is none."""
     low = np.flatnonzero(~(slope >= 2))
     if low.size == 0 or low[-1] + 1 == slope.size:
         return math.inf
@@ -352,7 +352,7 @@ def time_figure(config: Config, curves: Curves) -> Plot:
 
 
 def knee_figure(config: Config, curves: Curves) -> Plot:
-    """What one more nat of margin costs Adam under squared error, for each eps."""
+    """Figure of the steps that one more nat of margin costs Adam under squared error, for each eps."""
     rates = config.learning_rates
     figure, axes = plots.figure(columns=len(rates), height=3.6)
     fine = np.linspace(0.25, config.max_margin, 300)
@@ -408,7 +408,7 @@ def tables(config: Config, curves: Curves) -> list[Table]:
 
 
 def against_flow(config: Config, curves: Curves) -> list[str]:
-    """What the flow leaves out."""
+    """The effects that the flow leaves out."""
     coarse, fine = max(config.learning_rates), min(config.learning_rates)
     off = {arm: np.abs(deviation(config, curves, arm, "SGD", coarse)).max(initial=0) for arm in ARMS}
     slow = deviation(config, curves, SOFTMAX_CE, "momentum", fine)

@@ -1,18 +1,18 @@
 """The gradient law: how the size of the gradient in the logits depends on the margin.
 
 Class 0 is the truth and class 1 the rival; the margin is m = z_rival - z_truth, so m > 0 is wrong and m < 0 is right.
-One class dominates (the rival for m > 0, the truth for m < 0) and the K - 1 others are level with each other. The arms
+One class dominates: the rival for m > 0, the truth for m < 0. The K - 1 others are level with each other. The arms
 are those of `experiments.arms`.
 
 Numbers of softmax + squared error are for L = ||p - y||^2 / 2: the Brier score is 2 L, a mean over classes 2 L / K. The
-lower logits of a linear output are 0. A sigmoid has no rival, so each class is wrong (or right) by m log-odds alone,
-and the classes other than truth and rival are right by |m|.
+lower logits of a linear output are 0. A sigmoid has no rival. So each class is wrong (or right) by m log-odds alone.
+The classes other than truth and rival are right by |m|.
 
-If e^m >> K, the norm tends to sqrt 2 under softmax + cross-entropy, and to sqrt(K^2 + K + 2) e^-m under softmax +
-squared error: log norm has slope 0 and -1. For K = 2 the truth's entry of the latter is largest at m = ln 2, with 8/27.
-For uniform p the latter is 1 / K of the former.
+Let e^m >> K. The norm tends to sqrt 2 under softmax + cross-entropy, and to `sqrt(K^2 + K + 2) e^-m` under softmax +
+squared error. The logarithm of the norm then changes by 0 and by -1 per nat. For K = 2 the truth's entry of the latter
+is largest at m = ln 2, with 8/27. For uniform p the latter is 1 / K of the former.
 
-Measured are float32 derivatives through jprob on the device. The theory is NumPy float64 from the closed forms.
+The measurements are float32 derivatives through jprob on the device. The theory is NumPy float64 from the closed forms.
 
 Sources: Solla, Levin and Fleisher (1988); Golik, Doetsch and Ney (2013); Hui and Belkin (2021).
 """
@@ -36,7 +36,7 @@ from experiments.results import Progress, Record
 from jprob import bernoulli, categorical
 
 USUAL = "softmax + squared error, usual code"
-SLOPES = {SOFTMAX_CE: (0.0, 0.01), SOFTMAX_SE: (-1.0, 0.02)}  # arm -> slope claimed, half-width allowed
+SLOPES = {SOFTMAX_CE: (0.0, 0.01), SOFTMAX_SE: (-1.0, 0.02)}  # arm -> value claimed, half-width allowed
 HALF_SPACING = 2.0**-24
 PEAK_MARGINS = np.arange(0.0, 2.0, 1e-3)
 
@@ -130,7 +130,7 @@ Curves = dict[tuple[str, str, int], dict[str, np.ndarray]]
 
 
 def slope(margin: np.ndarray, norm: np.ndarray, low: float, high: float) -> float:
-    """Least-squares slope of log norm over low <= m <= high; minus infinity where a gradient is 0."""
+    """Least-squares derivative of log norm in m over low <= m <= high; minus infinity where a gradient is 0."""
     inside = (margin >= low) & (margin <= high)
     if not np.all(norm[inside] > 0):
         return -math.inf
@@ -143,7 +143,7 @@ def _wrong_slope(curves: Curves, arm: str, k: int) -> float:
 
 
 def slope_hypothesis(curves: Curves, config: Config, arm: str) -> Hypothesis:
-    """The slope of one arm, for every number of classes."""
+    """The derivative of log norm of one arm, for every number of classes."""
     claimed, width = SLOPES[arm]
     slopes = {k: _wrong_slope(curves, arm, k) for k in config.num_classes}
     claim = {
@@ -160,7 +160,7 @@ def slope_hypothesis(curves: Curves, config: Config, arm: str) -> Hypothesis:
 
 
 def against_slope(curves: Curves, config: Config, arm: str) -> list[str]:
-    """What limits the claim on the slope of an arm."""
+    """The limits of the claim on the derivative of log norm of an arm."""
     k = config.num_classes[0]
     linear = curves["law", LINEAR_SE, k]
     if arm == SOFTMAX_CE:
@@ -311,7 +311,7 @@ def slope_table(curves: Curves, config: Config) -> Table:
 
 
 def abstract(curves: Curves, config: Config) -> list[str]:
-    """The slopes, next to what the theory says of them."""
+    """The derivatives of log norm, next to those of the theory."""
     square, entropy = ([_wrong_slope(curves, arm, k) for k in config.num_classes] for arm in (SOFTMAX_SE, SOFTMAX_CE))
     return [
         "If a prediction is confidently wrong by a margin $m$ in the logits, the gradient of softmax + squared error "
@@ -322,7 +322,7 @@ def abstract(curves: Curves, config: Config) -> list[str]:
 
 
 def report(config: Config, records: Sequence[Record]) -> Section:
-    """The law for every arm, with its figure, slopes and exceptions."""
+    """The law for every arm, with its figure, rates and exceptions."""
     curves: Curves = {
         (str(r.settings["part"]), str(r.settings["arm"]), int(r.settings["num_classes"])): {
             name: np.asarray(value) for name, value in r.values.items()

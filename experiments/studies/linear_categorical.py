@@ -1,16 +1,17 @@
 """A large vocabulary: what `linear_categorical.cross_entropy` costs next to the loss that keeps its logits.
 
-Value and both gradients of the mean loss of N tokens, from hidden [N, H] and kernel [H, V]. The contestants: jprob; the
-plain form, optax's loss of `hidden @ kernel` with float32 logits; tokamax and torch's `linear_cross_entropy`, where
-they are installed; and the three products alone, without any loss, which is what nobody can do without. In one round
-everyone runs in turn. The memory is that of XLA's temporaries, what a program needs beyond its arguments and results,
-and on Linux the growth of the resident size while it runs, results included, which tells of torch too.
+The task is the value and both gradients of the mean loss of N tokens. Its inputs are hidden [N, H] and kernel [H, V].
+The contestants: jprob; the plain form, optax's loss of `hidden @ kernel` with float32 logits; tokamax and torch's
+`linear_cross_entropy`, if they are installed; and the three products alone, without any loss, which nobody can do
+without. Each round runs everyone in turn. The memory is that of XLA's temporaries, what a program needs beyond its
+arguments and results. On Linux the growth of the resident size while it runs is measured too, results included. That
+tells of torch as well.
 
-How both grow with N and V: in float32, one of the two at a time, jprob and the plain form are timed where the logits
-are no larger than the config allows each, and compiled for their memory beyond.
+The growth of both with N and V is measured in float32, one of the two at a time. jprob and the plain form are timed
+up to the size of logits that the config allows each. Beyond that they are compiled for their memory.
 
-Where it matters: a model of words, trained on the source files that Python ships, once by each of the two losses from
-the same weights in the same order.
+The practical case is a model of words, trained on the source files that Python ships. It trains once by each of the two
+losses, from the same weights in the same order.
 """
 
 import ctypes
@@ -59,7 +60,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Each cell is [tokens, vocabulary].
 
     `growth_tokens` grow at the vocabulary of `growth_cell`, and `growth_vocabularies` at its tokens. A contestant is
-    timed where the N x V logits in float32 have at most `timed_mebibytes`, the plain form at most `plain_mebibytes`.
+    timed if the N x V logits in float32 have at most `timed_mebibytes`. The limit of the plain form is
+    `plain_mebibytes`.
 
     The model reads `context` words of `width` numbers each, and takes `steps` steps on batches of so many tokens.
     """
@@ -106,13 +108,13 @@ def ours(hidden, kernel, labels):
 
 
 def plain(hidden, kernel, labels):
-    """With all logits in memory."""
+    """The plain form, with all logits in memory."""
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
     return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def tokamax(hidden, kernel, labels):
-    """In chunks, where this version has that for every device."""
+    """The loss of tokamax in chunks, if this version has that for every device."""
     loss = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
     importlib.import_module("absl.flags").FLAGS(["experiments"])  # or it takes this process's options for its own
     chunked = "chunked_xla" in str(inspect.signature(loss))
@@ -120,13 +122,13 @@ def tokamax(hidden, kernel, labels):
 
 
 def products(hidden, kernel, labels):
-    """What no loss can do without: the logits, and two products with something of their size."""
+    """The products that no loss can do without: the logits, and two products with something of their size."""
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype)
     return logits[0, 0], (jnp.dot(logits, kernel.T), jnp.dot(hidden.T, logits))
 
 
 class Program(NamedTuple):
-    """What runs to its end, and the bytes of its temporaries; not every compiler tells."""
+    """A compiled program, and the bytes of its temporaries; not every compiler tells."""
 
     run: Callable[[], object]
     temporaries: int | None
@@ -199,7 +201,7 @@ def measure_cell(tokens: int, vocabulary: int, dtype: str, width: int, rounds: i
 
 
 def growth_cells(config: Config) -> list[tuple[int, int]]:
-    """Of both lines, each once."""
+    """The cells of both lines, each once."""
     tokens, vocabulary = config.growth_cell
     lines = [(n, vocabulary) for n in config.growth_tokens], [(tokens, v) for v in config.growth_vocabularies]
     return list(dict.fromkeys(itertools.chain(*lines)))
@@ -298,7 +300,7 @@ def cell_name(record: Record) -> str:
 
 
 def no_slower(records: Sequence[Record], base: str, limit: float) -> Hypothesis:
-    """In no cell does jprob take more than so many times what another takes."""
+    """jprob takes no more than so many times what another takes, in any cell."""
     medians, worst, verdict = timing.judge(records, "jprob", base, limit)
     than = "the plain form" if base == "plain" else "its three products alone"
     return Hypothesis(
@@ -311,7 +313,7 @@ def no_slower(records: Sequence[Record], base: str, limit: float) -> Hypothesis:
 
 
 def lean(records: Sequence[Record]) -> Hypothesis:
-    """The temporaries of jprob are a small part of those of the plain form, where its logits are the larger array."""
+    """The temporaries of jprob are a small part of the plain form's, if the logits are the larger array."""
     large = [r for r in records if np.asarray(r.settings["tokens"]) >= LARGE]
     shares = [number(r, "bytes_plain") / number(r, "bytes_jprob") for r in large]
     known = bool(shares) and bool(np.all(np.isfinite(shares)))
@@ -337,7 +339,7 @@ class Line(NamedTuple):
 
     @property
     def sizes(self) -> np.ndarray:
-        """Of what grows."""
+        """The sizes of the axis that grows."""
         return np.array([size(record, self.name) for record in self.records], float)
 
 
@@ -403,7 +405,7 @@ def proportional(both: Sequence[Line]) -> Hypothesis:
 
 
 def exponent(line: Line) -> float:
-    """The slope of log time on log size; NaN where fewer than two sizes were timed."""
+    """The exponent of size in a fit of log time on log size; NaN where fewer than two sizes were timed."""
     seconds = np.array([median_seconds(r, "jprob") for r in line.records])
     timed = np.isfinite(seconds)
     if timed.sum() < 2:
@@ -475,7 +477,7 @@ def growth_figure(both: Sequence[Line], label: str, value: Callable[[Record, str
 
 
 def mebibytes(record: Record, name: str) -> float:
-    """Of temporaries."""
+    """Mebibytes of temporaries."""
     return number(record, f"bytes_{name}") / 2**20
 
 

@@ -1,16 +1,16 @@
 """The training loop: what `mle.run` costs next to a hand-written `lax.scan`, and saves next to other loops.
 
-Everyone trains the same small network (64-128-10, ReLU) on 1024 digits with Adam, from the same initial weights, each
-epoch in a new order. The contestants: `mle.run`, which also records the norms and skips what is not finite; the
-`lax.scan` that a person would write instead; a Python loop over a jitted `mle.step`; the loop of torch on the CPU,
-where it is installed; and scikit-learn's `MLPClassifier.partial_fit`. The first two train any number of seeds at once
-under `vmap`; the others train one, and are compared by the time of a step of one seed.
+Everyone trains the same small network (64-128-10, ReLU) on 1024 digits with Adam, from the same initial weights. Each
+epoch has a new order. The contestants: `mle.run`, which also records the norms and skips what is not finite; the
+`lax.scan` that a person would write instead; a Python loop over a jitted `mle.step`; the loop of torch on the CPU, if
+it is installed; and scikit-learn's `MLPClassifier.partial_fit`. The first two train any number of seeds at once under
+`vmap`. The others train one, and are compared by the time of a step of one seed.
 
-What `run` and `fit` cost is measured next to a Python loop by hand over a jitted step, which donates its params and
-state: bytes alive at most, programs compiled, and time.
+The costs of `run` and `fit` are measured next to a Python loop by hand. That loop runs over a jitted step, which
+donates its params and state. The costs are bytes alive at most, programs compiled, and time.
 
-In one round every contestant trains once, in an order that moves on from round to round, so that a disturbance of the
-machine meets them all. What is compared is the ratio of two times of the same round, and its median over rounds.
+Every contestant trains once a round. The order moves on from round to round, so that a disturbance of the machine meets
+them all. The study compares the ratio of two times of the same round, and its median over rounds.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Task(NamedTuple):
-    """What everyone trains: data and initial weights as host arrays, and how long."""
+    """The task that everyone trains: data and initial weights as host arrays, and how long."""
 
     features: np.ndarray  # float32[examples, 64]
     labels: np.ndarray  # int32[examples]
@@ -129,7 +129,7 @@ def scan_loop(t: Task, params, examples, key):
 
 
 def program(loop, t: Task, seeds: int) -> tuple[Callable[[], object], float]:
-    """What trains that many seeds by one of these loops, compiled, and the seconds that took."""
+    """A compiled function that trains that many seeds by one of these loops, and the seconds of its compilation."""
     train = lambda params, examples, key: loop(t, params, examples, key)  # noqa: E731
     keys = jax.random.key(0)
     if seeds > 1:
@@ -339,7 +339,7 @@ def measure_cost(t: Task, num_steps: int, rounds: int) -> Record:
 
 
 def checkpoint_times(t: Task, rounds: int) -> dict[str, np.ndarray]:
-    """Of the shortest fit: without a checkpoint, with one saved at its end, and resumed where it has ended."""
+    """Times of the shortest fit: without a checkpoint, with one saved at its end, and resumed where it has ended."""
     taken = np.array([checkpoint_round(t) for _ in range(rounds + 1)])
     return dict(zip(("short", "saved", "resumed"), taken[1:].T, strict=True))  # the first round loads orbax
 
@@ -354,7 +354,7 @@ def checkpoint_round(t: Task) -> list[float]:
 
 
 def run(config: Config) -> Iterator[Record | Progress]:
-    """A record for each batch size and number of seeds, one of `fit`, and one of what it costs the machine."""
+    """A record for each batch size and number of seeds, one of `fit`, and one of its costs."""
     cells = list(itertools.product(config.batch_sizes, config.seeds))
     parts, t = len(cells) + 2, task(config.fit_batch_size, 1)
     for done, (batch_size, seeds) in enumerate(cells):
@@ -377,14 +377,14 @@ def name_of(record: Record) -> str:
 
 
 def scan_hypothesis(records: Sequence[Record]) -> Hypothesis:
-    """In no cell does `run` take more than 1.03 times what the scan takes."""
+    """`run` takes no more than 1.03 times what the scan takes, in any cell."""
     claim = f"mle.run is no slower than a hand-written lax.scan, up to a factor of {SLOWER}."
     against = [sentence for record in records if (sentence := slower_text(record))]
     return timing.hypothesis(claim, records, "run", "scan", SLOWER, NAMES, name_of)._replace(against=against)
 
 
 def faster_hypothesis(records: Sequence[Record], name: str) -> Hypothesis:
-    """In every cell the other takes at least so many times what `run` takes."""
+    """The other takes at least so many times what `run` takes, in every cell."""
     factor = FASTER[name]
     claim = f"A step of one seed takes {NAMES[name]} at least {factor:g} times as long as mle.run."
     if any(f"seconds_{name}" not in record.values for record in records):
@@ -461,7 +461,7 @@ def loop_table(records: Sequence[Record]) -> Table:
 
 
 def checkpoint_table(record: Record) -> Table:
-    """What a save and a resume take, at the median."""
+    """The times of a save and a resume, at the median."""
     short, saved, resumed = (
         1e3 * np.median(np.asarray(record.values[f"seconds_{name}"])) for name in ("short", "saved", "resumed")
     )
@@ -510,7 +510,7 @@ def slower_text(record: Record) -> str:
 
 
 def compile_text(record: Record, rival: str) -> str:
-    """What compiling is worth in steps of a loop that needs none."""
+    """The time of compiling, in steps of a loop that needs none."""
     seconds = float(np.asarray(record.values["compile_run"]))
     step = float(np.median(np.asarray(record.values[f"seconds_{rival}"])))
     return (
@@ -520,7 +520,7 @@ def compile_text(record: Record, rival: str) -> str:
 
 
 def abstract(loops: Sequence[Record], fit: Record) -> list[str]:
-    """What `run` and `fit` cost."""
+    """The costs of `run` and `fit`."""
     ratios = [np.median(timing.ratio(r, "run", "scan")) for r in loops]
     return [
         f"Training by mle.run takes {min(ratios):.2g} to {max(ratios):.2g} times as long as a lax.scan written by "

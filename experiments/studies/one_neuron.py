@@ -8,8 +8,9 @@ gradient steps in w and b. As x = 1 the two gradients are equal, d = dC/dw = dC/
 
 The sigmoid's derivative a (1 - a) is in the first gradient and cancels from the second. Squared error hardly moves
 while a is near 1. Nielsen (2015), chapter 3, shows this with rate .15 for squared error and .005 for cross-entropy. The
-scripts of that page (js/saturation3.js and 4, repository mnielsen/nnadl_site, commit dab1c22) step by 1 / (1 - a) under
-cross-entropy: that is dC/da without the derivative, and grows as e^z. Here the step is a; theirs is drawn, too.
+scripts of that page step by 1 / (1 - a) under cross-entropy: that is dC/da without the derivative, and grows as e^z.
+They are js/saturation3.js and 4, repository mnielsen/nnadl_site, commit dab1c22. Here the step is a; theirs is drawn,
+too.
 
 Measured are float32 steps on the device, with gradients by autodiff through jprob. The theory is the same recursion in
 Python's float64, with d written out by hand.
@@ -203,7 +204,7 @@ def figure(config: Config, paths: Paths) -> Plot:
 
 
 def table(config: Config, paths: Paths) -> Table:
-    """What is read off the curves."""
+    """The numbers that are read off the curves."""
     rows = []
     for (w, b, loss, rate), path in paths.items():
         steps = steps_to_half(path.output)

@@ -1,17 +1,17 @@
 """Speed: what exactness costs next to the peers, and next to a plain copy of the array.
 
 A call is that of a user: jprob's public function directly, the peer's under `jax.jit`. The gradient is that of the mean
-over rows, in the logits, under `jax.jit` for both. Every contestant runs once a round, in an order that moves on from
-round to round, so that a disturbance of the machine meets them all. The ratio of two times of the same round is
-compared, and its median over rounds, since times drift and ratios do not.
+over rows, in the logits, under `jax.jit` for both. Every contestant runs once a round. The order moves on from round to
+round, so that a disturbance of the machine meets them all. The study compares the ratio of two times of the same round,
+and its median over rounds. Times drift and ratios do not.
 
 A call of few logits costs mostly its dispatch. Up to QUEUED logits the calls of a sample are queued, as in a training
-loop, and only the last one is waited for. Larger calls are waited for one by one.
+loop. Only the last one is waited for. Larger calls are waited for one by one.
 
-The contestants: jprob; the peer, optax where it has the function and jax.nn where not; torch on the CPU, where it is
-installed and the device is a CPU; and a copy of the logits, which reads and writes each of them once and is the floor
-for anything that returns an array of that size. The memory is that of XLA's temporaries: what the program needs beyond
-its arguments and results. Last comes a whole training step written by hand, once with each cross-entropy.
+The contestants: jprob; the peer, optax where it has the function and jax.nn where not; torch on the CPU, if it is
+installed and the device is a CPU; and a copy of the logits. The copy reads and writes each of them once. It is the
+floor for anything that returns an array of that size. The memory is that of XLA's temporaries: the program's need
+beyond its arguments and results. Last comes a whole training step written by hand, once with each cross-entropy.
 """
 
 import importlib
@@ -196,7 +196,7 @@ def run(config: Config) -> Iterator[Record | Progress]:
 
 
 def kinds(config: Config) -> list[tuple[str, str]]:
-    """What is compared with the peer: each function and mode, and the training step."""
+    """The pairs that are compared with the peer: each function and mode, and the training step."""
     return [*itertools.product(config.functions, MODES), *([STEP] if STEP[0] in config.functions else [])]
 
 
@@ -212,7 +212,7 @@ def cells_of(records: Sequence[Record], function: str, mode: str) -> list[Record
 
 
 def not_slower(records: Sequence[Record], function: str, mode: str) -> Hypothesis:
-    """In no shape and dtype does jprob take more than 1.1 times what its peer takes."""
+    """jprob takes no more than 1.1 times what its peer takes, in any shape and dtype."""
     peer = PEERS[function]
     claim = f"{function}, {mode}: jprob is no slower than {peer}, up to a factor of {SLOWER}."
     names = {"jprob": "jprob", "peer": peer}

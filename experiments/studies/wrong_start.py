@@ -1,18 +1,18 @@
 """The wrong start: which initialisations make the vanishing gradient of squared error cost accuracy.
 
-A classifier of handwritten digits (64 pixels, 10 classes), linear or with one tanh layer, is trained from output
-weights drawn with a standard deviation s. The larger s, the larger the logits before the first step, and nine of ten
-are wrong: with s = 4 most examples start confidently wrong. The arms are three of `experiments.arms`.
+The model classifies handwritten digits (64 pixels, 10 classes), and is linear or has one tanh layer. Its output weights
+are drawn with a standard deviation s. The larger s, the larger the logits before the first step, and nine of ten are
+wrong: with s = 4 most examples start confidently wrong. The arms are three of `experiments.arms`.
 
-How many examples contribute to the first step is told by the participation ratio (sum g)^2 / (n sum g^2) of the norms g
-of their gradients in the logits: 1 if all pull alike, 1 / n if one does.
+The participation ratio `(sum g)^2 / (n sum g^2)` tells how many examples contribute to the first step. g is the norm of
+an example's gradient in the logits. The ratio is 1 if all pull alike, 1 / n if one does.
 
 Protocol: every seed draws its own split of the digits, its own initial weights and its own order of the batches. The
-arms are paired: equal seeds have equal draws. The learning rate is tuned for each arm, optimizer, model and s, by the
-mean validation accuracy of the selection seeds, over a half-decade grid. The grid is widened while the best rate lies
-at its edge, and rates within one standard error of the best are ties: the middle one is taken. Seeds that select are
-not seeds that report. A run that diverges counts as accuracy 0. Splits of one data set overlap, so that intervals and
-p-values are those of Nadeau and Bengio, with Holm's correction over all comparisons of the softmax arms. "No
+arms are paired: equal seeds have equal draws. The learning rate is tuned for each arm, optimizer, model and s. The
+criterion is the mean validation accuracy of the selection seeds, over a half-decade grid. The grid is widened while the
+best rate lies at its edge. Rates within one standard error of the best are ties: the middle one is taken. Seeds that
+select are not seeds that report. A run that diverges counts as accuracy 0. Splits of one data set overlap. So intervals
+and p-values are those of Nadeau and Bengio. Holm's correction covers all comparisons of the softmax arms. "No
 difference" means the two one-sided tests at half a point.
 
 Sources: Solla, Levin and Fleisher (1988); Nadeau and Bengio (2003); Glorot and Bengio (2010); Hui and Belkin (2021).
@@ -334,7 +334,7 @@ def wrong_hypothesis(pick: Seeds, config: Config, optimizer: str) -> Hypothesis:
 
 
 def against_wrong(pick: Seeds, config: Config, optimizer: str) -> list[str]:
-    """What speaks against "squared error saturates, so use cross-entropy"."""
+    """The case against "squared error saturates, so use cross-entropy"."""
     said = []
     for model in config.models:
         cell = {"model": model, "optimizer": optimizer}
@@ -395,7 +395,7 @@ def against_std(axis: Axes, pick: Seeds, config: Config, name: str, cell: Mappin
 
 
 def accuracy_figure(pick: Seeds, config: Config) -> Plot:
-    """What the start costs."""
+    """Figure of the accuracy that the start costs."""
     figure, axes = panels([cell_name(cell) for cell in cells(config)], "test accuracy (%)")
     for axis, cell in zip(axes, cells(config), strict=True):
         against_std(axis, pick, config, "test_accuracy", cell)

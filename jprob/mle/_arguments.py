@@ -1,4 +1,4 @@
-"""What `step`, `run` and `fit` demand of their arguments beyond floating-point arrays, said in one line."""
+"""Checks of the arguments of `step`, `run` and `fit` beyond floating-point arrays, each answered by one line."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def state(function: str, value: Any) -> None:
 
 
 def training(given: Any, validation: Any = None, validation_weights: Any = None, **counts: int | None) -> None:
-    """What a training is told, and the counts of the function that trains; `given` is a `Training`."""
+    """The options of a training, and the counts of the function that trains; `given` is a `Training`."""
     nlls = {"nll": given.nll, "validation_nll": given.validation_nll or given.nll}
     functions(given.function, **nlls, optimizer=given.optimizer, evaluation_params=given.evaluation_params)
     names = "batch_size", "micro_batches", "log_every", "validate_every", "patience", "ema_decay"

@@ -1,10 +1,9 @@
 """The order in which a run meets its examples: for any step the batch, without the order of the epoch around it.
 
 An epoch is shuffled by Hoang, Morris and Rogaway's swap-or-not (2012, An enciphering scheme based on a card shuffle,
-CRYPTO). A round pairs each place x with pivot - x, modulo the number of examples, and swaps a pair or not, as a hash of
-the higher of the two says. However often that is done, it is a permutation; where a place ends up follows from that
-place alone. So a batch costs its own examples and not a sort of all, and a run in small pieces costs what it does in
-one.
+CRYPTO). A round pairs each place x with pivot - x, modulo the number of examples. A hash of the higher place of a pair
+says whether to swap the pair. Any number of rounds is a permutation. The end of a place follows from that place alone.
+So a batch costs its own examples and no sort of all. A run in small pieces costs no more than one.
 """
 
 import functools
@@ -25,8 +24,8 @@ def batches(
 ) -> Int[Array, "num_steps batch_size"]:
     """The numbers of the examples in the batches from `step` on, int32.
 
-    Every number in [0, size) comes once an epoch, in an order that follows from the key and the number of the epoch.
-    The number `size`, which no example has, fills up the last batch of an epoch.
+    Every number in [0, size) comes once an epoch. The order follows from the key and the number of the epoch. The
+    number `size`, which no example has, fills up the last batch of an epoch.
     """
     steps = step + jnp.arange(num_steps, dtype=jnp.int32)[:, None]
     epochs, batch = jnp.divmod(steps, -(-size // batch_size))

@@ -1,12 +1,13 @@
 """Checkpoints of `fit` on disk; the only file that knows orbax.
 
-A checkpoint is a folder named after its step. It is written aside and renamed at the end, so that it is there as a
-whole or not at all. In it lie the arrays of state and history, by orbax, a description of the run that they belong to,
-and a seal, the sums of all files, by which a checkpoint that was damaged later is known before it is read.
+A checkpoint is a folder named after its step. The folder is written under another name and renamed at the end. So a
+checkpoint is there as a whole or not at all. The folder holds the arrays of state and history, by orbax, and a
+description of their run. Its seal holds the sums of all files. A checkpoint that was damaged later is known by its seal
+before it is read.
 
-Of several processes each writes its share of the arrays, and the first all else. They go from one part of that to the
-next together: one that fails alone would leave the others waiting for it. So what orbax does about that, in managers
-and checkpointers that meet within, is not used.
+Each of several processes writes its share of the arrays, and the first all else. They go from one part of that to the
+next together: one that fails alone would leave the others waiting for it. So the managers and checkpointers of orbax,
+which meet within, are not used.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ _UNFINISHED, _LOCK = ".unfinished", ".lock"
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
       step: `state.step` as a number.
@@ -227,7 +228,7 @@ def latest(store: Store, template: State) -> Saved | None:
       template: a state of this run: it says which arrays to expect, and on which devices to put them.
 
     Returns:
-      What was saved, bit for bit; None where the folder holds no checkpoint.
+      The `Saved` checkpoint, bit for bit; None if the folder holds no checkpoint.
 
     Raises:
       ValueError: the checkpoint belongs to another run; the message names the first difference.
@@ -325,10 +326,10 @@ def _locked(directory):
 
 @contextlib.contextmanager
 def _quiet():
-    """What fails is raised here, in one line.
+    """Silences orbax: its failures are raised here, in one line.
 
-    orbax logs it too; and it closes its event loop when one array has failed, of which the others, still being written
-    or read, complain by way of the hook.
+    orbax logs them too, and closes its event loop when one array has failed. The other arrays are still being written
+    or read, and complain by way of the hook.
     """
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     levels = [logger.level for logger in loggers]
@@ -344,7 +345,7 @@ def _quiet():
 
 
 def _attempt(store, step, read, *arguments):
-    """What `read` gives; None where it fails, whatever with, and then this checkpoint does not count as sound."""
+    """The result of `read`; None if it fails, with any error. The checkpoint then does not count as sound."""
     try:
         with _quiet(), processes.together():
             return read(store, step, *arguments)
@@ -379,7 +380,7 @@ def _refuse_another_run(store, step, there):
 
 
 def _arrays(store, step, template, lengths):
-    """The state and the history. Of an array of the history the description has the length and the dtype."""
+    """The state and the history. The description has the length and the dtype of each array of the history."""
     history = jax.tree.map(lambda x: np.empty(*x), History(**lengths), is_leaf=lambda x: isinstance(x, list))
     targets = {"state": jax.tree.map(_target, _leaves(template)), "history": _leaves(history)}
     args = _orbax().args.StandardRestore(targets)
@@ -499,7 +500,7 @@ def _holds_some(folder):
 
 
 def _remove(folder):
-    """What is left of it, when the process is killed meanwhile or the system keeps it, goes at the next start."""
+    """Removes a folder. A rest stays if the process is killed or the system keeps it; it goes at the next start."""
     leaving = folder.with_name(f"{folder.name}-removed{_UNFINISHED}")
     folder.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Where batches come from: a function of the step, or anything that is iterated. Arrays need no source.
+"""Sources of batches: a function of the step, or anything that is iterated. Arrays need no source.
 
-A source that can tell its position is resumed exactly: one with `state_dict` and `load_state_dict`, as torchdata has
-them, or one whose iterator has `get_state` and `set_state`, as Grain has them.
+A source that can tell its position is resumed exactly. Such a source has `state_dict` and `load_state_dict`, as in
+torchdata, or its iterator has `get_state` and `set_state`, as in Grain.
 """
 
 import base64
@@ -96,7 +96,7 @@ class Iterated:
         raise ValueError("fit: data must give batches each time they are iterated, got none")
 
     def position(self) -> Any:
-        """Where the next batch comes from, in values of JSON; None if the source cannot tell."""
+        """The position of the next batch, in values of JSON; None if the source cannot tell."""
         if self.by_iterator:
             state = self._begun().get_state()
             is_bytes = isinstance(state, bytes)

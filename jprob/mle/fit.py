@@ -32,7 +32,7 @@ _NUMBERS = 2**16  # of examples, whose order is computed at a time
 
 
 class Result(NamedTuple):
-    """What `fit` returns.
+    """The result of `fit`.
 
     Attributes:
       state: where training ended.
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `log` is given.
+    """The argument of `log`.
 
     Attributes:
       step: steps taken.
@@ -93,38 +93,39 @@ def fit(
 ) -> Result:
     """Trains like `run`, with progress, checkpoints and clean interruption.
 
-    With `checkpoint_dir` the same call goes on from the newest checkpoint there, however the last one ended, and comes
-    to the bits of a run that was never stopped; `num_steps` and `patience` may have changed. Ctrl-C ends training after
-    the current chunk, saves, and raises KeyboardInterrupt with the `Result` as its attribute `result`; a second Ctrl-C
-    interrupts at once.
-    SIGTERM ends training likewise, saves, and exits with code 143.
+    The same call with `checkpoint_dir` resumes from the newest checkpoint there, however the last call ended. The
+    result is that of a run that was never stopped, bit for bit. `num_steps` and `patience` may have changed. Ctrl-C
+    ends training after the current chunk, saves, and raises KeyboardInterrupt with the `Result` as its attribute
+    `result`. A second Ctrl-C interrupts at once. SIGTERM ends training likewise, saves, and exits with code 143.
 
-    What was placed on devices stays there, spread as it was, on axes of either kind as for `run`; an array that `nll`
-    closes over must not lie on explicit ones. If `jax.distributed` joins several processes, all of them make the same
-    call, with params or data on a mesh over all devices and one `checkpoint_dir` that all see: the first prints, and a
-    signal to any one ends all. A checkpoint goes on in any placement, and any number of processes.
+    Arrays that were placed on devices stay there, spread as they were, on axes of either kind as for `run`. An array
+    that `nll` closes over must not lie on explicit ones. If `jax.distributed` joins several processes, all of them make
+    the same call. The params or the data are then on a mesh over all devices, and all see one `checkpoint_dir`. The
+    first process prints, and a signal to any one ends all. A checkpoint resumes in any placement, and with any number
+    of processes.
 
     Args:
       nll: `nll(params, batch, key) -> losses`, as for `step`, or returning an `Output`.
       optimizer: an optax gradient transformation.
       params: initial parameters, any pytree of floating-point arrays.
-      data: all examples, as for `run`. Or batches, if the examples are too many for the device: a function
-        `batch_at(step) -> batch`, an iterable of batches, which is iterated again at its end, or an iterator, at whose
-        end training ends. Arrays of other libraries are converted. A source with `state_dict` and `load_state_dict`
-        (torchdata), or whose iterator has `get_state` and `set_state` (Grain), is resumed at the next batch. Of several
-        processes each gives its share of a batch, as `jax.make_array_from_process_local_data` takes it.
+      data: all examples, as for `run`. Use batches if the examples are too many for the device: a function
+        `batch_at(step) -> batch`, an iterable or an iterator. An iterable is iterated again at its end. The end of an
+        iterator ends training. Arrays of other libraries are converted. A source is resumed at the next batch if it has
+        `state_dict` and `load_state_dict` (torchdata). So is one whose iterator has `get_state` and `set_state`
+        (Grain). Each of several processes gives its share of a batch, as for
+        `jax.make_array_from_process_local_data`.
       key: random key of the run.
       num_steps: steps from the first one on, a multiple of `log_every` and of `validate_every`.
       batch_size: examples per step; if `data` are batches, it is for validation alone.
-      model_state: what the model updates itself, as for `init`.
+      model_state: state that the model updates itself, as for `init`.
       weights: how much each example of arrays counts, as for `run`.
       log_every: steps that make a row of history. Only between rows is training shown, saved and stopped.
       validation: examples to validate with, as for `run`.
       validation_weights: how much each of them counts.
-      validation_nll: what to validate, as for `run`: with dropout off and running statistics in use.
+      validation_nll: function to validate, as for `run`: with dropout off and running statistics in use.
       validate_every: steps from one validation to the next, a multiple of `log_every`.
       evaluation_params: from a state to the params to score, as for `run`.
-      monitor: what the best params and `patience` follow, as for `run`.
+      monitor: value that the best params and `patience` follow, as for `run`.
       monitor_mode: "min" or "max", as for `run`.
       patience: training ends after so many validations in a row that are not better than the best.
       micro_batches: parts to cut each batch into, as for `run`.
@@ -134,11 +135,11 @@ def fit(
         `checkpoint`. `load_params` reads it.
       save_every_seconds: time between checkpoints. There is one more at the end.
       max_to_keep: how many checkpoints stay: the last ones, and the one with the best validation score.
-      config: what else tells this run from others, in values of JSON. A checkpoint with other ones is refused.
+      config: further values that tell this run from others, in JSON. A checkpoint with other ones is refused.
       log: called with a `Report` after each chunk, about three times a second, on process 0. A bool that is true ends
-        training in order; an error ends it with what was reached saved.
+        training in order; an error ends it with the result so far saved.
       progress: "auto" for a bar if stderr is a terminal and rich is installed, else a line every few seconds; "none"
-        for neither. Where training resumes, what it skips and why it stops is told on stderr in either case.
+        for neither. Messages on resuming, skipping and stopping go to stderr in either case.
 
     Returns:
       A `Result`. Its state is that of `run`; so is its history, which ends where patience does.
@@ -147,11 +148,11 @@ def fit(
       ValueError: a fault of the arguments, or a checkpoint of another run, whose first difference is named.
       FloatingPointError: `max_skipped` is reached. The step and the leaf of the gradient are named; the state before
         is saved, and is the attribute `result`.
-      RuntimeError: the source of batches failed. What was reached is saved, and is the attribute `result`.
-      OSError: the folder cannot be written, its disk is full, be it for one process of several, or no checkpoint in it
-        can be read.
+      RuntimeError: the source of batches failed. The result so far is saved, and is the attribute `result`.
+      OSError: the folder cannot be written, its disk is full, or no checkpoint in it can be read. The first two may
+        happen to one process of several.
       ImportError: `checkpoint_dir` is given and orbax is not installed.
-      KeyboardInterrupt: Ctrl-C, if `fit` is called in the main thread. Its attribute `result` is what was reached.
+      KeyboardInterrupt: Ctrl-C, if `fit` is called in the main thread. Its attribute `result` is the result so far.
       SystemExit: with code 143 on SIGTERM, likewise.
 
     >>> x = jnp.array([1.0, 2.0, 6.0])
@@ -313,7 +314,7 @@ class _Batches:
         return self._fetched(), None
 
     def position(self) -> Any:
-        """Where the next batch comes from."""
+        """The position in the source of the next batch."""
         with jax.sharding.use_abstract_mesh(self.outer):
             return self.source.position()
 
@@ -370,7 +371,7 @@ class _Pace:
 
     @property
     def rows_per_second(self) -> float | None:
-        """Of all chunks whose time is known."""
+        """Rows per second of all chunks whose time is known."""
         return self.rows / self.seconds if self.rows else None
 
 
@@ -390,7 +391,7 @@ def _resumed(plan, feed, store, state):
 
 
 class _Reached:
-    """What training has come to: the last state that it may be taken up from, and the history so far."""
+    """The result so far: the last state from which training may resume, and the history up to it."""
 
     def __init__(self, store: checkpoint.Store | None, saved: checkpoint.Saved) -> None:
         self.store, self.saved, self.told = store, saved, ""
@@ -410,7 +411,7 @@ class _Reached:
         return f"saved in {self.store.directory}"
 
     def result(self, reason: str) -> Result:
-        """What `fit` returns, or an error has as its attribute."""
+        """The `Result` that `fit` returns, or that an error has as its attribute."""
         history, state = jax.tree.map(jnp.asarray, joined(self.pieces[: self.num_good])), self.saved.state
         why = f": {self.told}" if self.told else ""
         skipped = f"{state.skipped} of {self.saved.step} steps skipped{why}" if state.skipped else ""
@@ -545,9 +546,10 @@ def _first_skipped(training, feed, state, piece, first):
 def _diagnosis(
     training: Training, feed: Any, state: State, steps: Sequence[int], last_good: checkpoint.Saved | None = None
 ) -> str:
-    """What is not finite in the first of these steps where something is, by the params of the state, or nothing.
+    """The names of what is not finite, in the first of these steps that has any; empty if none has.
 
-    A step that is skipped changes no params, so that these are those of the step. Its batch is asked for again.
+    The params are those of the state. A step that is skipped changes none, so these are those of the step. Its batch is
+    asked for again.
     """
     try:
         for step in steps:
@@ -560,7 +562,7 @@ def _diagnosis(
 
 
 def _not_finite(training, state, batch, weights):
-    """What is not finite in a step, and what the checks of jprob say of its batch; nothing if all is finite."""
+    """The names of what is not finite in a step, and the faults that jprob's checks find; else nothing."""
     _, metrics = _step(training, state, batch, weights)
     if weights is not None:
         batch = objective.without_weightless(batch, weights)
@@ -580,7 +582,7 @@ def _not_finite(training, state, batch, weights):
 
 
 def _description(training, state, arrays, held_out, config):
-    """What a checkpoint must have in common with the run that goes on from it."""
+    """The properties that a checkpoint must have in common with the run that resumes from it."""
     marked = partial(checkpoint.describe, fingerprint=True)
     names = ("batch_size", "log_every", "validate_every", "micro_batches", "ema_decay")
     return {
@@ -595,7 +597,7 @@ def _description(training, state, arrays, held_out, config):
 
 
 def _versions(optimizer, state):
-    """What may differ from the run before, and is told: the packages, and the program of the optimizer's update."""
+    """Differences that are allowed but told: the packages, and the program of the optimizer's update."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.optimizer_state, state.params))
 
     def update(optimizer_state, params):
@@ -617,7 +619,7 @@ def _flat(name, value):
 
 
 def _tell_of_the_others(error, store):
-    """What can be done, before jax, in many words, ends those that are left once one has gone."""
+    """Tells about the other processes, before jax ends those that are left once one has gone."""
     saved = "nothing is saved"
     if store and store.sound:
         saved = f"they go on from step {max(store.sound)}, saved in {store.directory}"

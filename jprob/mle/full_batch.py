@@ -1,12 +1,12 @@
 """Maximum likelihood for small problems: the optimum itself, and how far the data determine it.
 
-Where all examples fit into one batch and the params into a few hundred numbers, the negative log-likelihood is a
-function without noise: `fit_full_batch` descends to where its gradient is rounding, with no learning rate to tune, and
-`covariance` reads off its curvature there how far the params would move with other data.
+Use these functions if all examples fit into one batch and the params into a few hundred numbers. The negative
+log-likelihood is then a function without noise. `fit_full_batch` descends to where its gradient is rounding, with no
+learning rate to tune. `covariance` reads off its curvature there how far the params would move with other data.
 
 Both take the same `nll(params, batch, key)` as `run`, and call it with all of the data at once. A prior is a part of
-it: -log prior(params) / n, added to each example, n their total weight, makes the optimum the most probable params, and
-an L2 penalty |params|^2 / (2 C), as scikit-learn has it, is the Gaussian prior of variance C.
+`nll`: add -log prior(params) / n to each example, n their total weight. The optimum is then the most probable params.
+An L2 penalty |params|^2 / (2 C), as in scikit-learn, is the Gaussian prior of variance C.
 """
 
 from functools import partial
@@ -25,13 +25,13 @@ from .objective import Nll, Objective, num_examples, without_weightless
 
 # Pairs of steps that L-BFGS remembers: with 50, ill-conditioned problems take about half the steps of the usual 10.
 _MEMORY = 50
-# Steps in a row that find neither a lower loss nor a smaller gradient. Sound descent has had up to 15 of them, once the
-# loss no longer tells two points apart and the gradient still does.
+# Steps in a row that find neither a lower loss nor a smaller gradient. Sound descent has had up to 15 of them: the loss
+# no longer tells two points apart, and the gradient still does.
 _PATIENCE = 20
 
 
 class FullBatchFit(NamedTuple):
-    """Where a fit ended.
+    """The result of a fit.
 
     Attributes:
       params: the fitted params, in the structure and dtypes of the initial ones.
@@ -73,12 +73,12 @@ def fit_full_batch(
 ) -> FullBatchFit:
     """Minimises the mean negative log-likelihood of all data by L-BFGS with a line search.
 
-    Each step searches along the quasi-Newton direction for a point that satisfies the strong Wolfe conditions (or, near
-    the optimum, where a loss can no longer show that it fell, Hager and Zhang's condition on its slope). A search that
-    finds none moves nothing and starts the memory afresh. The fit ends where the norm of the gradient is at most the
-    tolerance; after `max_steps`; or after 20 steps in a row that reach neither a lower loss nor a smaller gradient:
-    rounding allows no more. `converged` tells the first end from the others. `jax.vmap` fits many at once, over data,
-    weights or initial params; whoever is done changes no more.
+    Each step searches along the quasi-Newton direction for a point that satisfies the strong Wolfe conditions. Near the
+    optimum a loss can no longer show that it fell. Hager and Zhang's condition on its derivative stands in there. A
+    search that finds no point moves nothing and clears the memory. The fit ends when the norm of the gradient is at
+    most the tolerance; after `max_steps`; or after 20 steps in a row that reach neither a lower loss nor a smaller
+    gradient. Rounding allows no more then. `converged` tells the first end from the others. `jax.vmap` fits many at
+    once, over data, weights or initial params. A fit that has ended changes no more.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats, with a
@@ -88,21 +88,22 @@ def fit_full_batch(
       weights: how often each example counts, not negative. Examples of weight 0 are ignored. A negative one makes the
         loss NaN, so that the start is returned; `jprob.checkify` names it.
       gradient_tolerance: the norm to reach, in nats per unit of the params, not negative. float32 reaches about 1e-6
-        where features and params are of the order of 1; what one reaches is the noise of the gradient, u times the
-        mean size of an example's own.
-      max_steps: how many line searches to make at most, static; each evaluates loss and gradient once or twice, at
-        most 20 times.
-      key: what `nll` is given in every evaluation, so that it is one function; `jax.random.key(0)` where none is.
+        where features and params are of the order of 1. The limit is the noise of the gradient, u times the mean size
+        of an example's own.
+      max_steps: number of line searches at most, static. Each evaluates loss and gradient once or twice, at most 20
+        times.
+      key: the key that `nll` is given in every evaluation, so that it is one function; by default
+        `jax.random.key(0)`.
 
     Returns:
-      Where it ended, in the dtype of the params. An error g of the gradient leaves one of H^-1 g in the params, H the
-      Hessian of the loss. A start where loss or gradient is not finite is returned as it is, not converged. Where the
-      loss has no minimum (classes that a plane separates) its gradient vanishes far out, and with it any tolerance
-      above 0 is met by params that only `max_steps` and the tolerance bound.
+      A `FullBatchFit`, in the dtype of the params. An error g of the gradient leaves one of H^-1 g in the params, H the
+      Hessian of the loss. A start where loss or gradient is not finite is returned as it is, not converged. A loss may
+      have no minimum, as for classes that a plane separates. Its gradient vanishes far out. Any tolerance above 0 is
+      then met by params that only `max_steps` and the tolerance bound.
 
     Raises:
-      ValueError: the params are not float32 or float64, the arrays of `data` differ in their leading axis or hold no
-        example, `weights` are not one number per example, `nll` does not return one value per example, or an option is
+      ValueError: the params are not float32 or float64; the arrays of `data` differ in their leading axis or hold no
+        example; `weights` are not one number per example; `nll` does not return one value per example; or an option is
         out of range.
       TypePromotionError: under x64 with strict promotion, since optax's L-BFGS adds an int32 to an int64. Use
         `jax.numpy_dtype_promotion("standard")` around the call.
@@ -134,14 +135,14 @@ def covariance(
 ) -> Covariance:
     """Covariance of maximum-likelihood estimates, and the standard error of each, from the data they were fitted to.
 
-    With H the Hessian of the summed negative log-likelihood and g_i the gradient of that of example i:
+    H is the Hessian of the summed negative log-likelihood, and g_i the gradient of that of example i:
 
         fisher    H^-1, the inverse of the observed Fisher information: right where the model is
         sandwich  H^-1 (sum_i g_i g_i^T) H^-1: right also where the model is not, for the params of the distribution
-                  nearest to the truth, as long as the examples are independent
+                  nearest to the truth; it needs independent examples
 
     Both are for large n, where the estimates are normal about the params they estimate. They differ where the model is
-    wrong. With a prior in `nll`, `fisher` is the covariance of Laplace's approximation to the posterior.
+    wrong. If `nll` has a prior, `fisher` is the covariance of Laplace's approximation to the posterior.
 
     Args:
       nll: `nll(params, batch, key) -> Array[batch]`, the negative log-likelihood of each example, in nats, twice
@@ -151,13 +152,13 @@ def covariance(
       kind: which of the two.
       weights: how often each example counts, not negative: weight 2 is the example twice, so that doubling all weights
         halves the covariance.
-      key: what `nll` is given; `jax.random.key(0)` where none is.
+      key: the key that `nll` is given; by default `jax.random.key(0)`.
 
     Returns:
-      `Covariance(standard_errors, matrix)`, in the dtype of the params. NaN throughout where H is not positive definite
-      in floating point: these params are no minimum, or the data do not determine them all (collinear features, the
-      common shift of softmax logits, no examples); rounding may also leave such an H barely positive, and then some
-      standard errors come out larger than the others by 1 / sqrt(u). The relative error is about k u, k the condition
+      `Covariance(standard_errors, matrix)`, in the dtype of the params. NaN throughout if H is not positive definite in
+      floating point. These params are then no minimum, or the data do not determine them all: collinear features, the
+      common shift of softmax logits, no examples. Rounding may also leave such an H barely positive. Some standard
+      errors then come out larger than the others by 1 / sqrt(u). The relative error is about k u, k the condition
       number of H scaled to a unit diagonal. Takes the memory of the gradients of all examples, n P numbers.
 
     Raises:
@@ -180,7 +181,7 @@ def covariance(
 
 
 class _Search(NamedTuple):
-    """What the fit carries from one line search to the next."""
+    """The numbers that the fit carries from one line search to the next."""
 
     flat: Array
     loss: Array
@@ -200,7 +201,7 @@ def _fitted(nll, max_steps, params, data, weights, key, tolerance):
     loss, solver = Objective("fit_full_batch", nll).mean, optax.lbfgs(memory_size=_MEMORY)
 
     def objective(flat):
-        # One dtype throughout, that of the params, whatever nll makes of them.
+        # One dtype throughout, that of the params, for any dtype that nll returns.
         return loss(unravel(flat), None, data, key, weights)[0].astype(flat.dtype)
 
     def goes_on(search):
@@ -209,7 +210,7 @@ def _fitted(nll, max_steps, params, data, weights, key, tolerance):
         return finite & in_time & (search.gradient_norm > tolerance)
 
     def one(search):
-        # Under vmap, whoever is done searches on with the others, in vain; without a gradient, that ends at once.
+        # Under vmap a search that is done runs on with the others; without a gradient it ends at once.
         gradient = jnp.where(goes_on(search), search.gradient, 0)
         return _line_search(solver, objective, search._replace(gradient=gradient))
 
@@ -263,7 +264,7 @@ def _flat(function, params):
     for leaf in jax.tree.leaves(params):
         if getattr(leaf, "dtype", None) not in (jnp.float32, jnp.float64):
             raise ValueError(f"{function}: params must be float32 or float64 arrays, got {_checks.describe(leaf)}")
-    # In one dtype, since strict promotion refuses two.
+    # All in one dtype, since strict promotion refuses two.
     dtype = _accurate.compute_dtype(*jax.tree.leaves(params))
     flat, unravel = ravel_pytree(jax.tree.map(lambda p: p.astype(dtype), params))
     return flat, lambda flat: jax.tree.map(lambda x, p: x.astype(p.dtype), unravel(flat), params)

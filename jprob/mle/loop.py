@@ -1,8 +1,9 @@
 """The training loop as pure functions: no input or output, no callbacks, nothing but arrays in and arrays out.
 
-`step` takes one step and `run` takes many; all that they carry is a `State`. A step whose loss, gradient or update is
-not finite changes no number of the params, the model state, the optimizer or the average, and is counted. The program
-holds only what is asked for: validation, averaging, micro-batches, weights, a short last batch.
+`step` takes one step and `run` takes many; all that they carry is a `State`. A step is skipped if its loss, gradient or
+update is not finite. A skipped step is counted, and changes no number of the params, the model state, the optimizer or
+the average. The program holds only what is asked for: validation, averaging, micro-batches, weights, a short last
+batch.
 """
 
 import inspect
@@ -27,7 +28,7 @@ _SMALL = 2**14  # numbers of a leaf
 
 
 class Training(NamedTuple):
-    """What `step`, `run` and `fit` are told besides their arrays; static, a part of the key of their programs.
+    """The arguments of `step`, `run` and `fit` besides their arrays; static, a part of the key of their programs.
 
     Attributes:
       function: which of them it is, for messages.
@@ -39,9 +40,9 @@ class Training(NamedTuple):
       log_every: steps that make a row of history.
       validate_every: steps from one validation to the next; None without validation.
       patience: validations in a row that may be no better than the best, or None.
-      validation_nll: what is validated; None for `nll`.
+      validation_nll: function that is validated; None for `nll`.
       evaluation_params: from a state to the params that are scored.
-      monitor: "loss" or the name of a metric: what the best params and patience follow.
+      monitor: "loss" or the name of a metric, which the best params and patience follow.
       monitor_mode: "min" if lower is better, "max" if higher is.
       places: how the data lie, as `sharding.places` has it.
       validation_places: how the validation data lie.
@@ -104,10 +105,10 @@ def step(
       the step counts as taken and as skipped; params, model state, optimizer state and average keep their bits.
 
     Raises:
-      ValueError: the arrays of `batch` differ in their leading axis or hold no example, `weights` is not one number per
-        example, `nll` or `optimizer` is not hashable, `nll` does not return losses or an `Output`, `micro_batches` does
-        not divide the batch, `ema_decay` is out of range or missing though the state has an average, the state is
-        not one of this optimizer, or the optimizer changes the types of it.
+      ValueError: the arrays of `batch` differ in their leading axis or hold no example; `weights` is not one number per
+        example; `nll` or `optimizer` is not hashable; `nll` does not return losses or an `Output`; `micro_batches` does
+        not divide the batch; `ema_decay` is out of range, or missing though the state has an average; the state is not
+        one of this optimizer, or the optimizer changes the types of it.
 
     >>> from jprob.mle import init
     >>> nll = lambda mean, x, key: jnp.square(x - mean) / 2
@@ -166,16 +167,16 @@ def run(
 
     Every example comes once an epoch, in an order that follows from the key and the number of the epoch. An epoch ends
     with a short batch if `batch_size` does not divide the data; that batch counts its own examples alone. The position
-    in the epoch follows from `state.step`, so that runs of a and of b steps one after the other are the run of a + b
-    steps, bit for bit. `jax.vmap` trains many members at once, over keys, params, injected hyperparameters or data;
-    each has its own order and its own early stop.
+    in the epoch follows from `state.step`. So a run of a steps and then of b steps is that of a + b, bit for bit.
+    `jax.vmap` trains many members at once, over keys, params, injected hyperparameters or data; each has its own order
+    and its own early stop.
 
-    It is one program, which runs where its arguments lie. Data spread over a mesh by their leading axis give batches
-    spread alike, if `batch_size` is a multiple of the devices there; params may be spread, too, and keys under `vmap`.
-    Nothing else changes but roundings. If the axes of the mesh are explicit, `nll` sees them as automatic, as it does
-    in `step`: `jax.sharding.explicit_axes` lets it see them as they are. What comes out has them explicit. An array
-    that `nll` closes over must not lie on explicit axes: leave it unplaced, place it on automatic ones, or make it a
-    part of the params or the data.
+    A run is one program, which runs where its arguments lie. Data may be spread over a mesh by their leading axis.
+    Batches are then spread alike, if `batch_size` is a multiple of the devices there. Params may be spread, too, and
+    keys under `vmap`. Nothing else changes but roundings. If the axes of the mesh are explicit, `nll` sees them as
+    automatic, as in `step`. Use `jax.sharding.explicit_axes` to let it see them as they are. Results have them
+    explicit. An array that `nll` closes over must not lie on explicit axes: leave it unplaced, place it on automatic
+    ones, or make it a part of the params or the data.
 
     Args:
       nll: `nll(params, batch, key) -> losses`, as for `step`. It is static like the optimizer: the same function again
@@ -194,13 +195,13 @@ def run(
       validation: examples to validate with, a pytree like `data`. They are scored in batches of
         `batch_size / micro_batches`, with the same key each time.
       validation_weights: how much each of them counts.
-      validation_nll: what to validate, static: a function like `nll`, with dropout off and running statistics in use.
+      validation_nll: function to validate, static: one like `nll`, with dropout off and running statistics in use.
         Its new model state is dropped. None validates `nll` itself.
       validate_every: steps from one validation to the next, counted from the start of this run, static; a multiple of
         `log_every`.
       evaluation_params: from a state to the params to score, static. By default the average if one is kept, else the
         params (of a lookahead, the slow ones). Use it for optimizers that evaluate elsewhere, such as schedule-free.
-      monitor: what the best params and `patience` follow, static: "loss", or the name of a metric.
+      monitor: value that the best params and `patience` follow, static: "loss", or the name of a metric.
       monitor_mode: "min" if lower is better, "max" if higher is, static.
       patience: stop after so many validations in a row that were not better than the best, static. Nothing of the state
         changes any more then, nor does it in later runs with this patience. A NaN is never better.
@@ -213,9 +214,9 @@ def run(
       optimizer lie where they lay, spread as they were; the average and the best of the params, as these.
 
     Raises:
-      ValueError: the arrays of `data` or of `validation` differ in their leading axis or hold no example, a number is
-        not positive or not a multiple as said above, `validation` and `validate_every` do not come together or
-        `patience` without them, no metric is called `monitor`, or whatever `step` raises.
+      ValueError: the arrays of `data` or of `validation` differ in their leading axis or hold no example; a number is
+        not positive or not a multiple as said above; `validation` and `validate_every` do not come together, or
+        `patience` without them; no metric is called `monitor`; or as for `step`.
 
     >>> from jprob.mle import init
     >>> x = jnp.array([1.0, 2.0, 6.0])
@@ -405,7 +406,7 @@ def _update(training: Training, state: State, batch: PyTree, weights: Array | No
                 raise
             fault = f"optimizer asks for what a step does not have: {error}".splitlines()[0]
             raise ValueError(f"{training.function}: {fault}") from None
-        # In one dtype, since strict promotion refuses the sum of two.
+        # All in one dtype, since strict promotion refuses the sum of two.
         sums = optax.apply_updates(*jax.tree.map(wide, (state.params, updates)))
         params = jax.tree.map(lambda p, new: new.astype(p.dtype), state.params, sums)
         average = state.average if training.ema_decay is None else _averaged(state.average, params, training.ema_decay)
@@ -415,7 +416,7 @@ def _update(training: Training, state: State, batch: PyTree, weights: Array | No
     objective.same_types(training.function, "an optimizer state", "the optimizer", old, new)
     measured = Metrics(means.loss, _norm(gradient), _norm(updates), state.skipped, means.weight, means.metrics)
     # A branch that computes the new state writes it over the old one. A finished state next to the old one would take
-    # the memory of both, and on a CPU half as long again for a small model.
+    # the memory of both. On a CPU it takes half as long again for a small model.
     again = _is_cheap(jax.make_jaxpr(updated)(gradient).jaxpr)
     new = jax.lax.cond(_finite(measured), lambda: updated(gradient)[0] if again else new, lambda: old)
     params, model_state, optimizer_state, average = new
@@ -447,7 +448,7 @@ def _norm(tree):
     small = [x.ravel() for x in leaves if x.size <= _SMALL]
     leaves = [x for x in leaves if x.size > _SMALL] + ([jnp.concatenate(small)] if small else [])
     square = sum(jnp.tensordot(x, x, x.ndim, precision="highest") for x in leaves)
-    # XLA makes |x| of the root of one square, which is finite although the square, as in Adam's state, is not.
+    # XLA makes |x| of the root of one square: finite although the square, as in Adam's state, is not.
     return jnp.where(jnp.isfinite(square), jnp.sqrt(square), square)
 
 

@@ -1,7 +1,7 @@
-"""What `nll` gives, checked, and its weighted mean over the examples: the objective of a step, a run and a validation.
+"""The objective of a step, a run and a validation: the checked results of `nll` and their weighted mean.
 
-Sums over examples are kept as (sum of weight times value, sum of weights). So any split into micro-batches or over
-devices gives the mean of the whole batch, also where the weights are those of tokens.
+Sums over examples are kept as (sum of weight times value, sum of weights). Any split into micro-batches or over
+devices gives the mean of the whole batch, also for weights of tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Nll = Callable[..., Any]  # (params, batch, key) or (params, batch, key, model_s
 
 
 class Output(NamedTuple):
-    """What `nll` may return instead of losses alone.
+    """The result that `nll` may return instead of losses alone.
 
     Attributes:
       losses: negative log-likelihoods in nats, [batch, ...]: one per example, token or pixel.
@@ -80,7 +80,7 @@ class Objective(NamedTuple):
     def mean(
         self, params: PyTree, model_state: PyTree, batch: PyTree, key: Key[Array, ""], weights: Array | None
     ) -> tuple[Float[Array, ""], tuple[Sums, PyTree]]:
-        """The mean loss; and beside it the sums, and the new model state."""
+        """The mean loss; next to it the sums, and the new model state."""
         sums, after = self.sums(params, model_state, batch, key, weights)
         return sums.loss / or_one(sums.weight), (sums, after)
 

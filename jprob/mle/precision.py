@@ -37,9 +37,9 @@ def master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTra
 
     Returns:
       An optax gradient transformation with the state `MasterWeights`; its `update` needs the params. Its updates are in
-      float32 at least: what leads from the rounded params to the new copy, so that their norm, `update_norm` in the
-      metrics, includes what the last rounding left over. The copy is that of float32 training to a rounding of each
-      step, and `optax.apply_updates` gives the copy rounded.
+      float32 at least. They lead from the rounded params to the new copy. So their norm, `update_norm` in the metrics,
+      includes what the last rounding left over. The copy is that of float32 training to a rounding of each step.
+      `optax.apply_updates` gives the copy rounded.
 
     Raises:
       ValueError: `update` is not given the params.
@@ -64,7 +64,7 @@ def master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTra
         updates = jax.tree.map(wide, updates)
         updates, optimizer_state = optimizer.update(updates, state.optimizer_state, state.params, **extra)
         updates = jax.tree.map(lambda p, copy, u: (copy + u) - wide(p), params, state.params, updates)
-        # By the sum that gives the new params, since p + (c - p) may differ from c by a rounding.
+        # The same sum gives the new params: p + (c - p) may differ from c by a rounding.
         copy = jax.tree.map(lambda p, u: wide(p) + u, params, updates)
         return updates, MasterWeights(copy, optimizer_state)
 

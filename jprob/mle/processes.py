@@ -1,4 +1,4 @@
-"""What several processes of one training do together: all fail where one fails, and go by the first one's numbers."""
+"""Agreement of the processes of one training: all fail if one fails, and all go by the first one's numbers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What fails in one process fails in all of them, rather than leaving the others to wait for it."""
+    """Makes all processes fail if one fails, rather than leaving the others to wait for it."""
     if jax.process_count() == 1:
         yield
         return

@@ -1,7 +1,8 @@
 """Meshes and placement: data are placed, and jit follows.
 
-What was placed on devices is trained on there, and comes back as it lay. Explicit axes of a mesh are automatic in
-between, by `_placement`: minibatches may be taken and cut in any way, and `nll` meets no types with a sharding.
+Arrays that were placed on devices are trained on there, and come back as they lay. Explicit axes of a mesh are
+automatic in between, by `_placement`: minibatches may be taken and cut in any way, and `nll` meets no types with a
+sharding.
 """
 
 from typing import Any
@@ -30,9 +31,10 @@ def layout(tree: PyTree) -> PyTree:
 
 
 def in_one_place(state: PyTree, data: PyTree) -> PyTree:
-    """The state with what was not placed put where something was: on all devices of a mesh, else on one device.
+    """The state with its unplaced arrays put where the placed ones are: on all devices of a mesh, else on one device.
 
-    The first chunk would bring it there, and the second need a program of its own, since its arguments lie elsewhere.
+    The first chunk would bring them there. The second would then need another program, since its arguments lie
+    elsewhere.
     """
     placed = [x.sharding for x in jax.tree.leaves((state, data)) if is_placed(x)]
     on_meshes = [NamedSharding(x.mesh, PartitionSpec()) for x in placed if isinstance(x, NamedSharding)]
@@ -46,7 +48,7 @@ def in_one_place(state: PyTree, data: PyTree) -> PyTree:
 def places(data: PyTree) -> tuple[tuple[NamedSharding | None, int], ...]:
     """How each array is spread by its leading axis, and in how many parts, for `spread`.
 
-    Of its arguments, a program knows that only where axes are explicit.
+    A program knows that of its arguments only where axes are explicit.
     """
 
     def place(x):
@@ -72,12 +74,12 @@ def spread(batch: PyTree, places: tuple[tuple[NamedSharding | None, int], ...]) 
 
 
 def put_back(before: PyTree, after: PyTree, mesh: Mesh | AbstractMesh | None = None) -> PyTree:
-    """What came out, spread as what went in: the compiler is free to choose otherwise.
+    """The results, spread as the arguments were: the compiler is free to choose otherwise.
 
     Args:
       before: arrays that lie as those of `after` are to, if they were placed.
-      after: what came out, in the same structure.
-      mesh: the mesh with explicit axes, if there is one: all that came out goes back to it.
+      after: the results, in the same structure.
+      mesh: the mesh with explicit axes, if there is one: all results go back to it.
     """
 
     def move(old, new):

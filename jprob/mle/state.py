@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and what it measures on the way."""
+"""The state that a training run carries from step to step, and its measurements."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -36,18 +36,18 @@ class State(NamedTuple):
 
     Attributes:
       params: the parameters being fitted.
-      model_state: what the model updates itself, such as the running statistics of batch norm. `nll` receives it as a
-        fourth argument and returns the new one. None for a model without state.
-      optimizer_state: what the optimizer remembers of earlier steps.
-      step: batches consumed so far, skipped ones included, int32, so at most 2^31 - 1. It says where in its epoch the
-        run is, and which random numbers come next.
+      model_state: state that the model updates itself, such as the running statistics of batch norm. `nll` receives it
+        as a fourth argument and returns the new one. None for a model without state.
+      optimizer_state: the state of the optimizer.
+      step: batches consumed so far, skipped ones included, int32, so at most 2^31 - 1. The step says where in its epoch
+        the run is, and which random numbers come next.
       key: the run's random key. It never changes: what is drawn depends on the key and on the step alone.
       skipped: how many of the steps were skipped because something was not finite, int32.
       average: None unless an average of the params is kept. Then `average.ema` is their exponential average over the
-        `average.count` steps since that were not skipped, in float32 at least. It is free of the bias of its start:
-        sum d^(n - i) p_i / sum d^(n - i), with decay d, over the params p_1 ... p_n after these steps.
+        `average.count` steps since that were not skipped, in float32 at least. The average is free of the bias of its
+        start: sum d^(n - i) p_i / sum d^(n - i), with decay d, over the params p_1 ... p_n after these steps.
       best: None until validation data are first given; then the best params since.
-      validations_since_best: int32. With `patience`, training ends when it reaches that number.
+      validations_since_best: int32. Training with `patience` ends when it reaches that number.
     """
 
     params: PyTree
@@ -62,7 +62,7 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step measured.
+    """Measurements of one step.
 
     Attributes:
       loss: weighted mean of the losses of its batch, before the update, in nats; in float32 at least.
@@ -83,7 +83,7 @@ class Metrics(NamedTuple):
 
 
 class History(NamedTuple):
-    """What a run measured: a row for every `log_every` steps, a score for every `validate_every`.
+    """Measurements of a run: a row for every `log_every` steps, a score for every `validate_every`.
 
     A row sums up those of its steps that were not skipped. If all were, the row is the last one as it was: a NaN stays
     visible. Rows and scores after an early stop are inf, with no step skipped; a row that was measured has an
@@ -122,14 +122,15 @@ def init(
     Args:
       params: initial parameters, any pytree of floating-point arrays.
       optimizer: an optax gradient transformation.
-      key: random key of the run: it orders the data and seeds whatever `nll` draws.
-      model_state: what the model updates itself, any pytree of arrays. `nll` then receives it as a fourth argument.
-      average: whether to keep an average of the params from the start, so that the state has one structure throughout
-        and `step(ema_decay=...)` may be the body of a scan. Otherwise the first step with a decay adds it.
+      key: random key of the run: it orders the data and seeds every draw of `nll`.
+      model_state: state that the model updates itself, any pytree of arrays. `nll` then receives it as a fourth
+        argument.
+      average: whether to keep an average of the params from the start. The state then has one structure throughout, and
+        `step(ema_decay=...)` may be the body of a scan. Otherwise the first step with a decay adds it.
 
     Returns:
-      A `State` with the params as given, step 0, and no best. It holds the arrays of the params and the key themselves:
-      copy what you still need before you donate the state.
+      A `State` with the params as given, step 0, and no best. The state holds the arrays of the params and the key
+      themselves: copy what you still need before you donate the state.
 
     Raises:
       ValueError: a leaf of `params` is not a floating-point array, or one of `model_state` is not an array.
@@ -195,10 +196,10 @@ def slow(params: PyTree) -> PyTree:
 
 
 def key_for_nll(key: Key[Array, ""], number: Int[Array, ""] | int) -> Key[Array, ""]:
-    """What `nll` draws from in the step of this number: a key of the kind of `key`, made by threefry.
+    """The key for `nll` in the step of this number: a key of the kind of `key`, made by threefry.
 
-    Another implementation may fold, under `vmap`, into the first key alone. To unwrap a key does not use it up, so that
-    one state may be trained from twice.
+    Another implementation may fold, under `vmap`, into the first key alone. To unwrap a key does not use it up, so one
+    state may be trained from twice.
     """
     words = jax.random.key_data(key)
     threefry = jax.random.wrap_key_data(jnp.resize(words, (2,)), impl="threefry2x32")

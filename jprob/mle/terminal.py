@@ -1,4 +1,4 @@
-"""What `fit` tells a person: a bar for a terminal, lines for a log."""
+"""Messages of `fit` for a person: a bar for a terminal, lines for a log."""
 
 import contextlib
 import importlib.util

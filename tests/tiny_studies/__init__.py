@@ -1,4 +1,4 @@
-"""Four small studies in place of the real ones, so that the harness is tested by itself."""
+"""Four small studies that stand in for the real ones, so that tests see the harness alone."""
 
 import os
 import sys
@@ -40,7 +40,7 @@ MANIFEST = {  # the least of one
     "seconds": {},
 }
 
-# What a process runs instead of `python -m experiments` to find these studies.
+# The command that a process runs instead of `python -m experiments` to find these studies.
 COMMAND = [
     sys.executable,
     "-c",
@@ -50,7 +50,7 @@ COMMAND = [
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Puts these studies in the place of the real ones, and works in `folder`, with configs/coin.toml in it."""
+    """Replaces the real studies by these, and works in `folder`, with configs/coin.toml in it."""
     monkeypatch.setattr(studies, "__path__", [str(FOLDER)])
     monkeypatch.chdir(folder)
     (folder / "configs").mkdir()
@@ -58,7 +58,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """In which a process finds the project from any folder."""
+    """Environment in which a process finds the project from any folder."""
     tests = FOLDER.parent
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
 

@@ -12,7 +12,7 @@ from experiments.results import Progress, Record
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where to hang."""
+    """The place to hang."""
 
     inside: Literal["compilation", "execution"]
 

@@ -1,21 +1,21 @@
 """Accuracy: how many digits of a probability function, and of its gradient, survive in each library.
 
-A formula can be stable and lose every digit all the same: logsumexp(z) - z_y never overflows, but where the model is
-confident it is a difference of two nearly equal numbers. So each function is called where it is hard, not only where it
-is usual, and every entry of its value and of its gradient is compared with the truth:
+A formula can be stable and lose every digit all the same. logsumexp(z) - z_y never overflows; for a confident model it
+is a difference of two nearly equal numbers. So each function is called where it is hard, not only where it is usual.
+Every entry of its value and of its gradient is compared with the truth:
 
     error = |got - true| / max(|true|, smallest normal number) / u,    u = 2^-24 in float32, 2^-8 in bfloat16
 
-with u half the spacing at 1 of the dtype of the inputs, the same unit for every library: 1 u is the rounding of a
-result to that dtype, 1/u is "no digit", and more is counted as that. An error below the smallest normal number is none.
-What is measured is the largest error of all entries and examples of a regime.
+u is half the spacing at 1 of the dtype of the inputs, the same unit for every library. 1 u is the rounding of a result
+to that dtype. 1/u is "no digit", and more is counted as that. An error below the smallest normal number is none. The
+study measures the largest error of all entries and examples of a regime.
 
-The truth is the definition in mpmath at 120 digits, with gradients in closed form, of the inputs as the dtype holds
-them. Each comes with its size, the sum of the magnitudes of its terms: where they cancel (p - t for a soft target t),
-the bounds of jprob are relative to the size, as its docstrings say, while the error above never is.
+The truth is the definition in mpmath at 120 digits, with gradients in closed form. Its inputs are those that the dtype
+holds. Each truth comes with its size, the sum of the magnitudes of its terms. Terms may cancel, as p - t does for a
+soft target t. The bounds of jprob are then relative to the size, as its docstrings say. The error above never is.
 
-A peer's function is its own where it has one, called in the form its documentation recommends for logits, and else the
-usual line made of its primitives. A new peer is one entry in LIBRARIES.
+The function of a peer is its own if it has one. The call is the one that its documentation recommends for logits.
+Otherwise it is the usual line made of its primitives. A new peer is one entry in LIBRARIES.
 """
 
 import itertools

@@ -196,7 +196,7 @@ def in_torch(call: Callable, function: Function, batch: Batch, dtype: str) -> Re
 
 
 class Library(NamedTuple):
-    """Where a library's functions come from, and how they are evaluated."""
+    """The origin of a library's functions, and how they are evaluated."""
 
     module: str
     functions: Callable[[], dict[str, Callable]]
@@ -219,7 +219,7 @@ def installed(name: str) -> bool:
 
 
 def measure(library: str, call: Callable, function: Function, batch: Batch, dtype: str) -> Results | None:
-    """What the library returns; None where it refuses the dtype or the shapes."""
+    """The results of the library; None if it refuses the dtype or the shapes."""
     try:
         return LIBRARIES[library].evaluate(call, function, batch, dtype)
     except (TypeError, ValueError, NotImplementedError, RuntimeError):

@@ -72,7 +72,7 @@ def _finite(off: float, dtype: str) -> float:
 
 
 def broken(rows: Rows) -> list[Line]:
-    """Where jprob leaves its bound."""
+    """The lines in which jprob leaves its bound."""
     return [(*key, part) for key, cells in rows.items() for part in PARTS if not cells[OURS][f"{part} share"] <= 1]
 
 
@@ -104,7 +104,7 @@ def advantages(rows: Rows, peer: str) -> dict[Line, tuple[float, float]]:
 
 
 def margin_of(dtype: str) -> float:
-    """What a difference may be for it to be noise: 16 u of float32, and one rounding to a narrower dtype."""
+    """The largest difference that is noise: 16 u of float32, and one rounding to a narrower dtype."""
     u = UNITS[dtype]
     return 16 * SINGLE / u + (u > SINGLE)
 
@@ -222,7 +222,7 @@ def heat_map(dtype: str, rows: Rows, here: Sequence[str]) -> Plot:
 
 
 def against_bound(rows: Rows) -> list[str]:
-    """Where jprob leaves its bound, and where its bound allows a large error."""
+    """The places where jprob leaves its bound, and those where its bound allows a large error."""
     off, out = lines_of(rows, OURS), broken(rows)
     said = [f"jprob leaves its bound in {named(line)}: {shown(off[line], line[0])}." for line in out]
     wide = {line: e for line, e in off.items() if e > 200 * SINGLE / UNITS[line[0]] + 1 and line not in out}

@@ -1,4 +1,4 @@
-"""What a config of this study says."""
+"""The config of this study."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from .regimes import Several, Sizes
 
 
 class Config(Sizes, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is compared, in which dtypes, on inputs of these sizes."""
+    """The functions and libraries to compare, the dtypes, and the sizes of the inputs."""
 
     dtypes: Annotated[list[Literal["float32", "bfloat16"]], Several]
     functions: Annotated[list[str], msgspec.Meta(min_length=1)]

@@ -19,7 +19,7 @@ class Entry(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """What a function should return for one example, and its gradient in each argument, one after the other."""
+    """The true value of a function for one example, and its gradient in each argument, one after the other."""
 
     value: list[Entry]
     gradient: list[Entry]
@@ -182,7 +182,7 @@ def gaussian_entropy(scale: Real) -> Truth:
 
 
 def mvn_log_prob(x: Row, loc: Row, tril: tuple[Row, ...]) -> Truth:
-    """With W = L^-1, r = W (x - loc) and g = W^T r: slopes -g, g, and g_i r_j - [i = j] / L_ii."""
+    """Let W = L^-1, r = W (x - loc), g = W^T r. The gradients are -g, g, and `g_i r_j - [i = j] / L_ii`."""
     n, inverse = range(len(x)), cast(Any, mpmath.matrix(tril)) ** -1
     r = [total([inverse[i, j] * (x[j] - loc[j]) for j in n]) for i in n]
     columns = [[inverse[j, i] for j in n] for i in n]
