@@ -47,12 +47,12 @@ def class_loss(z, labels, axis):
 @class_loss.defjvp
 def _class_loss_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
-    loss, residual = _loss_and_residual(z, labels, axis)
+    loss, residual = loss_and_residual(z, labels, axis)
     return loss, _accurate.total(residual * dz, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _loss_and_residual(z, labels, axis):
+def loss_and_residual(z, labels, axis):
     """The loss, and p - y: p_j for the others, and minus their sum for y, never p_y - 1."""
     top = _accurate.finite_maximum(z, axis)
     # The gradient takes the place of these exponentials in memory. To compute them again costs a CPU more.
@@ -64,10 +64,10 @@ def _loss_and_residual(z, labels, axis):
     return jnp.log1p(below) - gap, jnp.where(is_class(z, labels, axis), at_label, exponentials * share)
 
 
-@_loss_and_residual.defjvp
-def _loss_and_residual_jvp(axis, primals, tangents):
+@loss_and_residual.defjvp
+def loss_and_residual_jvp(axis, primals, tangents):
     (z, labels), (dz, _) = primals, tangents
-    loss, residual = _loss_and_residual(z, labels, axis)
+    loss, residual = loss_and_residual(z, labels, axis)
     p = _accurate.probs(z, axis)
     return (loss, residual), (_accurate.total(residual * dz, axis), p * _accurate.centred(p, dz, axis))
 

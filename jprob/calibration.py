@@ -3,7 +3,7 @@
 A classifier gives its predicted class the probability c, its confidence. A calibrated classifier is right in a share c
 of these predictions. `reliability` sorts examples by confidence into bins and sums what each bin needs. Tables of
 batches add up, field by field, to that of the whole: `jax.tree.map(jnp.add, a, b)`. Tables of devices do too:
-`jax.lax.psum(table, axis_name)`. These metrics follow from the sums:
+`jax.lax.psum(table, axis_name)`. Options bin by equal weight, or each class apart. These metrics follow from the sums:
 
 - `expected_calibration_error`, the mean gap between confidence and accuracy.
 - `maximum_calibration_error`, the largest gap.
@@ -30,7 +30,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Integer, Real
 
-from . import _accurate, _checks, _placement, _weights
+from . import _accurate, _categorical, _checks, _placement, _weights
 
 # Steps of Newton's method. 20 000 random sets with logits from 1e-8 to 1e8 and weights from 1e-25 to 1 were tried. They
 # need at most 28 in float32 and 20 in float64; usual ones need 6.
@@ -56,12 +56,14 @@ class BrierDecomposition(NamedTuple):
     within_bin: Float[Array, "*batch"]  # variance of c in its bin - 2 covariance of c and correctness there
 
 
-@_checks.public(static=("num_bins",))
+@_checks.public(static=("num_bins", "class_wise", "equal_mass"))
 def reliability(
     logits: Float[Array, "*shape K"],
     labels: Integer[Array, "*shape"],
     *,
     num_bins: int = 15,
+    class_wise: bool = False,
+    equal_mass: bool = False,
     weights: Real[Array, "*shape"] | Bool[Array, "*shape"] | None = None,
 ) -> Reliability:
     """Reliability table: the sums of weight, confidence, hits and squared error in each bin of confidence.
@@ -75,20 +77,25 @@ def reliability(
         summed.
       labels: integer classes in [0, K), in the logits' shape without the last axis.
       num_bins: B, static.
+      class_wise: static. True makes a table of each class k, with c the probability of k and "the label is k" in the
+        place of a hit.
+      equal_mass: static. True makes bins of equal weight, from the order of the confidences. Confidences that tie share
+        a bin. The edges differ from batch to batch, so these tables do not add up.
       weights: one weight per example, not negative, in the labels' shape; a mask is one. None counts each once.
 
     Returns:
-      A `Reliability` of arrays [B], at least float32. A row of NaN or without a possible class belongs to no bin, and
-      makes every sum NaN. A label outside [0, K) makes the hits and the squared error of its bin NaN. A negative weight
-      makes all sums of its bin NaN. None of them counts if its weight is 0. Counts are exact below 2**24 a bin. Each
-      sum has a relative error of at most (32 + 2 R + 2 sqrt(n)) u. A confidence within (16 + R) u of an edge may fall
-      on its other side. Gradients in logits and weights are those within the bins.
+      A `Reliability` of arrays [B], or [K, B] if class-wise, at least float32. A row of NaN or without a possible class
+      belongs to no bin, and makes every sum NaN. A label outside [0, K) makes the hits and the squared error of its bin
+      NaN. A negative weight makes all sums of its bin NaN. None of them counts if its weight is 0. Counts are exact
+      below 2**24 a bin. Each sum has a relative error of at most (32 + 2 R + 2 sqrt(n)) u. A confidence within
+      (16 + R) u of an edge may fall on its other side. Gradients in logits and weights are those within the bins.
 
     Raises:
       ValueError: the logits are not floating-point, the labels are not integers, or a shape differs; or the weights are
-        not real numbers, or `num_bins` is not an integer in [1, 2**24].
+        not real numbers, or `num_bins` is not an integer in [1, 2**24]; or an option is not True or False.
 
-    Source: Guo et al. (2017), On Calibration of Modern Neural Networks.
+    Source: Guo et al. (2017), On Calibration of Modern Neural Networks; Nixon et al. (2019), Measuring Calibration in
+    Deep Learning.
 
     >>> logits = jnp.log(jnp.array([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6]]))
     >>> table = reliability(logits, jnp.array([0, 0, 0]), num_bins=2)
@@ -96,24 +103,45 @@ def reliability(
     [0. 3.] [0.        2.1999998] [0. 2.]
     """
     _checks.size("reliability", "num_bins", num_bins, 2**24)
-    return _placement.automatic(partial(_reliability, num_bins), logits, labels, weights)
+    for name, value in {"class_wise": class_wise, "equal_mass": equal_mass}.items():
+        if value not in (True, False):
+            raise ValueError(f"reliability: {name} must be True or False, got {value!r}")
+    return _placement.automatic(partial(_reliability, num_bins, class_wise, equal_mass), logits, labels, weights)
 
 
-def _reliability(num_bins, logits, labels, weights):
+def _reliability(num_bins, class_wise, equal_mass, logits, labels, weights):
     z, y, w = _examples("reliability", logits, labels, weights)
-    confidence = jnp.max(_accurate.softmax(z, 1), axis=1)
-    hit = jax.lax.argmax(z, 1, y.dtype) == y
-    # For a hit the error is 1 - c. As the sum of the other classes it keeps its digits near c = 1.
-    error = jnp.where(hit, jnp.squeeze(_accurate.top_complement(z, 1), 1), confidence)
-    valid = (y >= 0) & (y < z.shape[1])
+    valid, label, w = ((y >= 0) & (y < z.shape[1]))[:, None], y[:, None], w[:, None]
+    p = _accurate.softmax(z, 1)
+    if class_wise:
+        confidence, hit = p, _categorical.is_class(z, label, 1)
+        error = _categorical.loss_and_residual(z, jnp.where(valid, label, 0), 1)[1]
+    else:
+        confidence, hit = jnp.max(p, axis=1, keepdims=True), jax.lax.argmax(z, 1, y.dtype)[:, None] == label
+        # For a hit the error is 1 - c. As the sum of the other classes it keeps its digits near c = 1.
+        error = jnp.where(hit, _accurate.top_complement(z, 1), confidence)
     correct = jnp.where(valid, hit.astype(z.dtype), jnp.nan)
     squared_error = jnp.where(valid, jnp.square(error), jnp.nan)
-    values = jnp.stack([jnp.ones_like(confidence), confidence, correct, squared_error], axis=1)
-    known = jnp.isfinite(confidence)
-    index = jnp.where(known, jnp.ceil(confidence * num_bins) - 1, 0).astype(jnp.int32)
-    values = _accurate.multiply_no_nan(w[:, None], jnp.where(known[:, None], values, 0))
-    sums = _weights.sum_by(jnp.clip(index, 0, num_bins - 1), values, num_bins)
-    return Reliability(*jnp.where(jnp.all(known | (w == 0)), sums, jnp.nan).T)
+    values = jnp.stack([jnp.ones_like(confidence), confidence, correct, squared_error], axis=-1)
+    known, forecasts = jnp.isfinite(confidence), confidence.shape[1]
+    index = jnp.ceil(confidence * num_bins) - 1
+    if equal_mass:
+        ranked = jnp.where(known & (w > 0), confidence, jnp.inf)
+        index = jnp.floor(jax.vmap(_mass_below, (1, None), 1)(ranked, jnp.where(w > 0, w, 0)[:, 0]) * num_bins)
+    index = jnp.clip(jnp.where(known, index, 0).astype(jnp.int32), 0, num_bins - 1)
+    values = _accurate.multiply_no_nan(w[..., None], jnp.where(known[..., None], values, 0))
+    index += num_bins * jnp.arange(forecasts, dtype=index.dtype)[None]
+    sums = _weights.sum_by(index.ravel(), values.reshape(-1, 4), num_bins * forecasts)
+    sums = jnp.where(jnp.all(known | (w == 0)), sums, jnp.nan).T
+    return Reliability(*sums.reshape(4, forecasts, num_bins) if class_wise else sums)
+
+
+def _mass_below(x, w):
+    """The share of the weight of smaller entries, the same for entries that tie."""
+    order = jnp.argsort(x)
+    mass = jnp.cumsum(w[order])
+    first = jnp.searchsorted(x[order], x)
+    return _weights.ratio((mass - w[order])[first], mass[-1]) if x.size else x
 
 
 @_checks.public()

@@ -68,8 +68,8 @@ def perplexity(nll, weights):
     return metrics.perplexity(nll, weights=weights)
 
 
-def reliability(logits, labels, weights):
-    return jnp.stack(calibration.reliability(logits, labels, num_bins=4, weights=weights))
+def reliability(logits, labels, weights, **options):
+    return jnp.stack(calibration.reliability(logits, labels, num_bins=4, weights=weights, **options))
 
 
 def fit_temperature(logits, labels, weights):
@@ -229,6 +229,9 @@ CASES = {
     "calibration.reliability": Case(reliability, (SET_Z[0], SET_CLASS[0], SET_WEIGHT[0]), (0, 2), per_example=False),
     "calibration.reliability, sets": Case(jnp.vectorize(reliability, signature="(n,k),(n),(n)->(f,b)"),
                                           (SET_Z, SET_CLASS, SET_WEIGHT), (0, 2)),
+    "calibration.reliability, of each class": Case(
+        jnp.vectorize(partial(reliability, class_wise=True, equal_mass=True), signature="(n,k),(n),(n)->(f,k,b)"),
+        (SET_Z, SET_CLASS, SET_WEIGHT), (0, 2)),
     "calibration.expected_calibration_error": Case(of_table(calibration.expected_calibration_error), TABLE, (0, 1, 2)),
     "calibration.maximum_calibration_error": Case(of_table(calibration.maximum_calibration_error), TABLE, (0, 1, 2)),
     "calibration.brier_decomposition": Case(of_table(calibration.brier_decomposition), TABLE, (0, 1, 2, 3)),

@@ -69,6 +69,42 @@ def test_all_follows_its_definition(num_bins, weighted):
     close(parts.reliability - parts.resolution + parts.uncertainty + parts.within_bin, parts.score)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_table_of_each_class_follows_its_definition(weighted):
+    z, labels, w = examples()
+    w = w if weighted else jnp.ones_like(w)
+    table = calibration.reliability(z, labels, class_wise=True, weights=w)
+    for k in range(z.shape[1]):
+        c = np.asarray(jax.nn.softmax(z))[:, k]
+        o = np.asarray(labels == k).astype(float)
+        for got, value in zip(table, (np.ones_like(c), c, o, (c - o) ** 2), strict=True):
+            np.testing.assert_allclose(got[k], np.bincount(bins_of(c, 15), w * value, 15), rtol=1e-5, atol=0)
+    # Probabilities of a class are compared with its share, so that a sure and right model has no error.
+    sure = calibration.reliability(20 * jax.nn.one_hot(labels, 5), labels, class_wise=True)
+    np.testing.assert_allclose(calibration.expected_calibration_error(sure), 0, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_bins", [1, 4, 7])
+def test_bins_of_equal_mass_hold_equal_weight(num_bins):
+    z, labels, _ = examples(n=56)
+    table = calibration.reliability(z, labels, num_bins=num_bins, equal_mass=True)
+    np.testing.assert_array_equal(table.weight, np.full(num_bins, 56 / num_bins))
+    c, o = (np.sort(x) if i == 0 else x for i, x in enumerate(forecasts(z, labels)))
+    np.testing.assert_allclose(table.confidence, c.reshape(num_bins, -1).sum(1), rtol=1e-5)
+    assert table.correct.sum() == o.sum()
+    # Any order and any padding give the same table, and confidences that tie share a bin.
+    order = np.random.default_rng(0).permutation(56)
+    chex.assert_trees_all_close(
+        calibration.reliability(z[order], labels[order], num_bins=num_bins, equal_mass=True), table, rtol=1e-5
+    )
+    padded = jnp.concatenate([z, jnp.full((3, 5), jnp.nan)]), jnp.concatenate([labels, jnp.full(3, -1)])
+    mask = jnp.arange(59) < 56
+    masked = calibration.reliability(*padded, num_bins=num_bins, equal_mass=True, weights=mask)
+    chex.assert_trees_all_close(masked, table, rtol=1e-5)
+    ties = calibration.reliability(jnp.zeros((8, 2)), jnp.zeros(8, int), num_bins=num_bins, equal_mass=True)
+    np.testing.assert_array_equal(ties.weight, [8] + [0] * (num_bins - 1))
+
+
 @pytest.mark.usefixtures("optimized")
 def test_a_confident_model_keeps_the_digits_of_its_error():
     z = jnp.array([[20.0, 0.0]])

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jprob import bernoulli, categorical, gaussian
+from jprob import bayes, bernoulli, categorical, gaussian, linear_categorical
 
 U = 2.0**-24
 CLASSES = 5
@@ -47,6 +47,37 @@ OF_LOGITS = {
     "gradient of cross_entropy": jax.jit(jax.grad(lambda z: categorical.cross_entropy(z, jnp.array(1)))),
 }
 DIVERGENCES = {"kl": categorical.kl_divergence, "js": categorical.js_divergence}
+
+
+# Log-probabilities, and probabilities, of rows of logits and labels.
+LOG_PROBS = {
+    "log_softmax": lambda z, y: categorical.log_softmax(z),
+    "log_prob": lambda z, y: categorical.log_prob(y, z),
+    "fused log_prob": lambda z, y: linear_categorical.log_prob(y, z, jnp.eye(z.shape[1], dtype=z.dtype)),
+    "bernoulli.log_prob": lambda z, y: bernoulli.log_prob(jnp.broadcast_to(y[:, None] % 2, z.shape), z),
+    "gaussian.log_cdf": lambda z, y: gaussian.log_cdf(z),
+    "gaussian.log_interval_prob": lambda z, y: gaussian.log_interval_prob(z, z + jnp.abs(z[:, :1])),
+    "bayes.log_posterior": lambda z, y: bayes.log_posterior(z, z[::-1]),
+}
+PROBS = {
+    "softmax": lambda z, y: categorical.softmax(z),
+    "tempered softmax": lambda z, y: categorical.softmax(z, temperature=0.3),
+    "bernoulli.prob": lambda z, y: bernoulli.prob(z),
+    "gaussian.cdf": lambda z, y: gaussian.cdf(z),
+    "gaussian.interval_prob": lambda z, y: gaussian.interval_prob(z, z + jnp.abs(z[:, :1])),
+}
+
+
+@pytest.mark.parametrize("name", LOG_PROBS | PROBS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_no_probability_is_above_1(name, dtype):
+    rng = np.random.default_rng(0)
+    low, high = (-jnp.inf, 0) if name in LOG_PROBS else (0, 1)
+    with jax.enable_x64(dtype == "float64"):
+        for classes in (1, 3, 1000):
+            z = rng.normal(0, 1, (200, classes)) * rng.choice([1e-3, 1.0, 10.0, 60.0], (200, 1))
+            out = (LOG_PROBS | PROBS)[name](jnp.asarray(z, dtype), jnp.asarray(rng.integers(0, classes, 200)))
+            assert ((out >= low) & (out <= high)).all()
 
 
 def span(*rows):
