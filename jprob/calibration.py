@@ -77,8 +77,7 @@ def reliability(
         summed.
       labels: integer classes in [0, K), in the logits' shape without the last axis.
       num_bins: B, static.
-      class_wise: static. True makes a table of each class k, with c the probability of k and "the label is k" in the
-        place of a hit.
+      class_wise: static. True makes a table of each class k, with c the probability of k. A hit is then a label of k.
       equal_mass: static. True makes bins of equal weight, from the order of the confidences. Confidences that tie share
         a bin. The edges differ from batch to batch, so these tables do not add up.
       weights: one weight per example, not negative, in the labels' shape; a mask is one. None counts each once.
