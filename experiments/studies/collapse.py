@@ -132,7 +132,7 @@ def usual(z: Float[Array, "n k"], labels: Int[Array, " n"]) -> Float[Array, " n"
 def log_odds(z: Float[Array, "n k"], labels: Int[Array, " n"]) -> Float64[Array, " n"]:
     """log(p_y / (1 - p_y)) = z_y - logsumexp of the others, in float64: nothing cancels but the logits themselves."""
     z = z.astype(jnp.float64)
-    own = jnp.arange(z.shape[-1])[None] == labels[:, None]
+    own = jnp.arange(z.shape[-1], dtype=labels.dtype)[None] == labels[:, None]
     others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, z), axis=-1)
     return jnp.take_along_axis(z, labels[:, None], axis=-1)[:, 0] - others
 
@@ -307,6 +307,11 @@ def departures(pick: Pick, training: str, loss: str, rules: Rules) -> tuple[np.n
     return np.where(leaves, at, highest), leaves
 
 
+def moment_wall(b2: float) -> float:
+    """Log-odds from which Adam's share of a square, (1 - b2) e^-2 odds, underflows."""
+    return MOMENT + math.log(1 - b2) / 2
+
+
 def spikes(nll: np.ndarray, rules: Rules, log_every: int) -> np.ndarray:
     """Where the nll of one seed rises above `spike_rise` times its least in the window before; a NaN is above."""
     window = rules.spike_window // log_every
@@ -398,10 +403,11 @@ def gradient_hypothesis(pick: Pick, config: Config) -> Hypothesis:
 
 def agreement_hypothesis(pick: Pick, config: Config) -> Hypothesis:
     """The exact float32 loss trains as float64 does."""
-    rules, texts, any_left, against = config.rules, [], False, []
+    rules, texts, any_left, any_there, against = config.rules, [], False, False, []
     for t in config.trainings:
         at, left = departures(pick, t.name, "jprob", rules)
         any_left |= left.any()
+        any_there |= bool(np.any(pick("log_odds", t.name, "float64").max(axis=1, initial=0) >= rules.exact_to))
         texts.append(f"{t.name} {span(at)}" + ("" if left.any() else ", the highest reached"))
         if "nudged" in t.losses:
             at, left = departures(pick, t.name, "nudged", rules)
@@ -411,8 +417,8 @@ def agreement_hypothesis(pick: Pick, config: Config) -> Hypothesis:
         f"jprob's float32 loss trains as float64 does, to {rules.agreement:.0%} of the nll, up to log-odds of "
         f"{rules.exact_to:g}.",
         "mean log-odds at which the nll departs: " + "; ".join(texts),
-        f"a seed departs below {rules.exact_to:g}",
-        decided(not any_left),
+        f"a seed departs below {rules.exact_to:g}; undecided if none reaches it",
+        "undecided" if not (any_left or any_there) else decided(not any_left),
         against,
     )
 
@@ -520,8 +526,9 @@ def moment_hypothesis(pick: Pick, config: Config) -> Hypothesis | None:
         + "; ".join(f"{name} {span(values) if values else 'none'}" for name, values in found.items()),
         f"a seed fails more than {tolerance:g} from {MOMENT:.2f}; undecided while none fails",
         decided(all(abs(odds - MOMENT) <= tolerance for odds in all_of)) if all_of else "undecided",
-        [f"{lost} of {2 * len(cells)} trainings had parameters with a first moment and a second moment of 0. The form "
-         "is that of a gradient $e^-m$; a mean over many examples gives a parameter that few of them move less."],
+        [f"{lost} of {2 * len(cells)} trainings had parameters whose second moment was 0 and whose first was not. The "
+         f"square enters with the weight $1 - b2$, which moves the wall to {moment_wall(config.adam_b2):.1f}; and the "
+         "gradient of a parameter is a mean over examples, few of which may move it."],
     )  # fmt: skip
 
 
