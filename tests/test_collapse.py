@@ -69,18 +69,21 @@ def test_the_losses_are_one_function_where_nothing_rounds():
         np.testing.assert_allclose(gradient, slope, rtol=0, atol=16 * U)
 
 
+@pytest.mark.parametrize("num_classes", [2, 97])
 @pytest.mark.parametrize("margin", [5.0, 20.0, 36.0, 60.0])
-def test_float64_and_jprob_keep_what_the_usual_loss_loses(margin):
+def test_float64_and_jprob_keep_what_the_usual_loss_loses(margin, num_classes):
     """Against -s / (1 + s) with s = (K - 1) e^-m, in Python's floats. Float64's usual form ends at 36.7."""
-    (z, labels), s = right_by(margin, 97), 96 * math.exp(-margin)
+    others = num_classes - 1
+    (z, labels), s = right_by(margin, num_classes), others * math.exp(-margin)
     value, gradient = value_and_gradient("float64", z, labels)
     np.testing.assert_allclose(value, math.log1p(s), rtol=1e-12)
     assert gradient[0, 0] == pytest.approx(-s / (1 + s), rel=U)  # cast to float32
     value, gradient = value_and_gradient("jprob", z, labels)
     np.testing.assert_allclose(value, math.log1p(s), rtol=(16 + margin) * U)
-    np.testing.assert_allclose(gradient[0], np.r_[-s, np.full(96, s / 96)] / (1 + s), rtol=(16 + margin) * U)
+    np.testing.assert_allclose(gradient[0], np.r_[-s, np.full(others, s / others)] / (1 + s), rtol=(16 + margin) * U)
     value, gradient = value_and_gradient("usual", z, labels)
-    assert (value[0] == 0) == (gradient[0, 0] == 0) == (margin > 24 * math.log(2) + math.log(96))
+    assert (value[0] == 0) == (margin >= 20)
+    assert (gradient[0, 0] == 0) == (margin > 24 * math.log(2) + math.log(others))
 
 
 def test_a_gradient_that_lost_its_true_class_no_longer_sums_to_0():
