@@ -11,7 +11,8 @@ import pytest
 from experiments import results
 from experiments.results import Record
 from experiments.studies import collapse
-from experiments.studies.collapse import Comparison, Rules, Training
+from experiments.studies.collapse import losses, section
+from experiments.studies.collapse.settings import Comparison, Rules, Training
 
 U = 2.0**-24
 ADAM = Training(
@@ -50,7 +51,7 @@ CONFIG = collapse.Config(
 def value_and_gradient(loss, z, labels):
     with jax.enable_x64(True):
         y = jnp.asarray(labels)
-        value, pull = jax.vjp(lambda z: collapse.LOSSES[loss](z, y), jnp.asarray(z, jnp.float32))
+        value, pull = jax.vjp(lambda z: losses.LOSSES[loss](z, y), jnp.asarray(z, jnp.float32))
         return np.asarray(value, np.float64), np.asarray(pull(jnp.ones_like(value))[0], np.float64)
 
 
@@ -110,7 +111,7 @@ def test_the_gradient_of_the_true_class_ends_at_the_wall(loss, bits):
 def test_log_odds_are_those_of_the_softmax():
     z = np.array([[3.0, 1.0, 0.5], [40.0, 0.0, -2.0], [-700.0, 0.0, 0.0]], np.float32)
     with jax.enable_x64(True):
-        got = collapse.log_odds(jnp.asarray(z), jnp.array([1, 0, 0], jnp.int32))
+        got = losses.log_odds(jnp.asarray(z), jnp.array([1, 0, 0], jnp.int32))
     want = [1 - np.logaddexp(3.0, 0.5), 40 - np.logaddexp(0.0, -2.0), -700 - math.log(2)]
     np.testing.assert_allclose(got, want, rtol=1e-14)
 
@@ -121,9 +122,9 @@ def test_adams_second_moment_fails_where_the_square_of_a_gradient_underflows(b2)
     optimizer = collapse.optimizer_of(ADAM, b2)
     margin = np.arange(38.0, 46.0, 0.01)
     gradient = jnp.asarray(np.exp(-margin), jnp.float32)
-    assert pytest.approx(43.668, abs=1e-3) == collapse.MOMENT
+    assert pytest.approx(43.668, abs=1e-3) == losses.MOMENT
     squares = np.asarray(jax.jit(jnp.square)(gradient))
-    assert margin[squares == 0].min() == pytest.approx(collapse.MOMENT, abs=0.02)
+    assert margin[squares == 0].min() == pytest.approx(losses.MOMENT, abs=0.02)
 
     @jax.jit
     def steps(gradient):
@@ -134,8 +135,8 @@ def test_adams_second_moment_fails_where_the_square_of_a_gradient_underflows(b2)
 
     with jax.numpy_dtype_promotion("standard"):
         moves = np.abs(np.asarray(steps(gradient)))
-    last = collapse.moment_wall(b2)
-    assert last == pytest.approx(collapse.MOMENT + math.log(1 - b2) / 2)
+    last = losses.moment_wall(b2)
+    assert last == pytest.approx(losses.MOMENT + math.log(1 - b2) / 2)
     np.testing.assert_allclose(moves[margin < last - 0.1], 1e-3, rtol=0.1)  # Adam's rate, however small the gradient
     assert moves[margin > last + 0.02].min() > 1e6  # e^-m / 1e-30
 
@@ -155,7 +156,7 @@ def test_a_spike_is_a_fast_rise():
     rules = CONFIG.rules  # ten times within 2 measurements
 
     def at(*nll):
-        return collapse.spikes(np.array(nll, float), rules, CONFIG.log_every).tolist()
+        return section.spikes(np.array(nll, float), rules, CONFIG.log_every).tolist()
 
     assert at(1, 0.1, 0.01, 0.001) == []
     assert at(1, 9, 81, 729) == [2], "81 is more than ten times 1, and what follows is the same spike"
@@ -256,19 +257,19 @@ def test_the_claim_of_agreement_has_each_verdict():
 def test_two_verdicts_of_a_difference():
     rules, few = CONFIG.rules, np.array([5, 4, 6, 5, 5, 4, 5, 6])
     none = np.zeros(8)
-    assert collapse.vanish(few, none, 0.01, 0.05) == "holds"
-    assert collapse.vanish(few, none, 0.2, 0.05) == "undecided"
-    assert collapse.vanish(none, none, 1.0, 0.05) == "undecided"
-    assert collapse.vanish(few, np.eye(8)[0], 0.01, 0.05) == "falsified"
-    assert collapse.better(10.0 + 0.1 * few, 0.01, rules, 1.5) == "holds"
-    assert collapse.better(-10.0 - 0.1 * few, 0.01, rules, 1.5) == "falsified"
-    assert collapse.better(0.01 * few, 0.3, rules, 1.5) == "falsified", "it is equivalent to none"
-    assert collapse.better(10.0 * (few - 5), 0.9, rules, 1.5) == "undecided"
+    assert section.vanish(few, none, 0.01, 0.05) == "holds"
+    assert section.vanish(few, none, 0.2, 0.05) == "undecided"
+    assert section.vanish(none, none, 1.0, 0.05) == "undecided"
+    assert section.vanish(few, np.eye(8)[0], 0.01, 0.05) == "falsified"
+    assert section.better(10.0 + 0.1 * few, 0.01, rules, 1.5) == "holds"
+    assert section.better(-10.0 - 0.1 * few, 0.01, rules, 1.5) == "falsified"
+    assert section.better(0.01 * few, 0.3, rules, 1.5) == "falsified", "it is equivalent to none"
+    assert section.better(10.0 * (few - 5), 0.9, rules, 1.5) == "undecided"
 
 
 def test_holms_family_is_that_of_the_config():
     config = msgspec.structs.replace(CONFIG, num_steps=10 * (N - 1))
-    tests = collapse.compare(collapse.curves_of(simulated()), config)
+    tests = section.compare(section.curves_of(simulated()), config)
     assert list(tests) == [("spikes", "Adam"), ("spikes", "AdamW"), ("accuracy", "AdamW")]
     differences, p = tests["spikes", "Adam"]
     np.testing.assert_array_equal(differences, 1)
@@ -299,7 +300,7 @@ def test_parts_are_configs_that_cover_the_whole():
 
 
 def test_it_runs_small_and_reports():
-    arms = msgspec.structs.replace(ADAM, learning_rate=1e-2, losses=list(collapse.LOSSES))
+    arms = msgspec.structs.replace(ADAM, learning_rate=1e-2, losses=list(losses.LOSSES))
     config = msgspec.structs.replace(CONFIG, trainings=[arms], family=CONFIG.family[:1], seeds=2)
     with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
         items = list(collapse.run(config))
@@ -315,6 +316,6 @@ def test_it_runs_small_and_reports():
     last = {r.settings["loss"]: r.values["nll"][-1] for r in records if r.settings["seed"] == 0}
     assert last["jprob"] < 0.9 * first["jprob"]
     assert last["jprob"] == pytest.approx(last["float64"], rel=1e-4)
-    section = collapse.report(config, records)
-    assert section.hypotheses[0].verdict == "holds"
-    assert len(section.tables[0].rows) == 6
+    found = collapse.report(config, records)
+    assert found.hypotheses[0].verdict == "holds"
+    assert len(found.tables[0].rows) == 6
