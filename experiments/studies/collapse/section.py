@@ -28,20 +28,28 @@ def curves_of(records: Sequence[Record]) -> Pick:
     return pick
 
 
-def departures(pick: Pick, training: str, loss: str, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds of float64 at which the nll of each seed leaves float64's, and whether it does below `exact_to`.
-
-    The log-odds are the mean over the examples. A seed that does not leave counts with the highest below `exact_to`.
-    """
+def deviation(pick: Pick, training: str, loss: str, rules: Rules) -> tuple[Seeds, Seeds]:
+    """How far the nll is from float64's, relative to it, and the mean log-odds of float64, NaN from `exact_to` on."""
     got, want = pick("nll", training, loss), pick("nll", training, "float64")
     odds = pick("log_odds", training, "float64")
-    near = np.abs(got - want) <= rules.agreement * want  # False where one is NaN
     below = np.cumprod(odds < rules.exact_to, axis=1, dtype=bool)
-    left = ~near & below
-    highest = np.where(below, odds, -np.inf).max(axis=1)
-    at = odds[np.arange(len(odds)), np.argmax(left, axis=1)]
-    leaves = np.any(left, axis=1, keepdims=True)[:, 0]
-    return np.where(leaves, at, highest), leaves
+    off = np.nan_to_num(np.abs(got - want) / want, nan=np.inf)
+    return np.where(below, off, np.nan), np.where(below, odds, np.nan)
+
+
+def departures(pick: Pick, training: str, loss: str, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds at which each seed leaves float64, and whether it does; one that stays counts with the highest."""
+    off, odds = deviation(pick, training, loss, rules)
+    left = off > rules.agreement
+    at, leaves = odds[np.arange(len(odds)), np.argmax(left, axis=1)], np.sum(left, axis=1) > 0
+    return np.where(leaves, at, np.nanmax(odds, axis=1)), leaves
+
+
+def departure_text(pick: Pick, training: str, loss: str, rules: Rules) -> str:
+    """For people: where the seeds leave, how many do, and how far they are off at most."""
+    at, left = departures(pick, training, loss, rules)
+    where = f"{span(at[left])} ({left.sum()} of {left.size} seeds)" if left.any() else f"none up to {span(at)}"
+    return f"{where}, off by at most {np.nanmax(deviation(pick, training, loss, rules)[0]):.2g}"
 
 
 def spikes(nll: np.ndarray, rules: Rules, log_every: int) -> np.ndarray:
@@ -135,24 +143,19 @@ def gradient_hypothesis(pick: Pick, config: Config) -> Hypothesis:
 
 def agreement_hypothesis(pick: Pick, config: Config) -> Hypothesis:
     """The exact float32 loss trains as float64 does."""
-    rules, texts, any_left, any_there, against = config.rules, [], False, False, []
-    for t in config.trainings:
-        at, left = departures(pick, t.name, "jprob", rules)
-        any_left |= left.any()
-        any_there |= bool(np.any(pick("log_odds", t.name, "float64").max(axis=1, initial=0) >= rules.exact_to))
-        texts.append(f"{t.name} {span(at)}" + ("" if left.any() else ", the highest reached"))
-        if "nudged" in t.losses:
-            at, left = departures(pick, t.name, "nudged", rules)
-            word = "leaves" if left.any() else "does not leave, up to"
-            against.append(f"{t.name}: float64 itself, from output weights one bit larger, {word} {span(at)}.")
+    rules, cells = config.rules, [t.name for t in config.trainings]
+    any_left = any(departures(pick, name, "jprob", rules)[1].any() for name in cells)
+    reached = any((pick("log_odds", name, "float64") >= rules.exact_to).any() for name in cells)
     return Hypothesis(
         f"jprob's float32 loss trains as float64 does, to {rules.agreement:.0%} of the nll, up to log-odds of "
         f"{rules.exact_to:g}.",
-        "mean log-odds at which the nll departs: " + "; ".join(texts),
+        "mean log-odds at which the nll departs: "
+        + "; ".join(f"{name} {departure_text(pick, name, 'jprob', rules)}" for name in cells),
         f"a seed departs below {rules.exact_to:g}; undecided if none reaches it",
-        "undecided" if not (any_left or any_there) else decided(not any_left),
-        against,
-    )
+        decided(not any_left) if any_left or reached else "undecided",
+        [f"{t.name}: float64 itself departs from float64 if its output weights start one bit larger: "
+         f"{departure_text(pick, t.name, 'nudged', rules)}." for t in config.trainings if "nudged" in t.losses],
+    )  # fmt: skip
 
 
 def departure_hypothesis(pick: Pick, config: Config) -> Hypothesis:
@@ -165,7 +168,7 @@ def departure_hypothesis(pick: Pick, config: Config) -> Hypothesis:
             texts.append(f"{t.name} reaches {span(reached)} only, and does not count")
             continue
         at, left = departures(pick, t.name, "usual", rules)
-        texts.append(f"{t.name} {span(at)}")
+        texts.append(f"{t.name} {departure_text(pick, t.name, 'usual', rules)}")
         verdicts.append(bool(np.all(left & (low <= at) & (at <= high))))
     return Hypothesis(
         f"The usual float32 loss trains as float64 does, to {rules.agreement:.0%} of the nll, up to log-odds of "
