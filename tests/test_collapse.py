@@ -108,6 +108,16 @@ def test_the_gradient_of_the_true_class_ends_at_the_wall(loss, bits):
     assert value_and_gradient(exact, *right_by(wall + 60))[1][0, 0] < 0
 
 
+@pytest.mark.parametrize("margin", [3.0, 30.0, 80.0, 84.0, 85.5])
+def test_the_measure_of_a_gradient_allows_what_float32_flushes(margin):
+    """58 classes whose probabilities straddle the smallest normal number, e^-87.3; a lost digit is no flush."""
+    z = np.array([[margin] + [0.0] * 3 + [-1.2] * 55], np.float32)
+    with jax.enable_x64(True):
+        z, labels = jnp.asarray(z), jnp.array([0], jnp.int32)
+        assert losses.gradients("jprob", z, labels)["error"] <= 1
+        assert (losses.gradients("usual", z, labels)["error"] > 1e3) == (margin > 3)
+
+
 def test_log_odds_are_those_of_the_softmax():
     z = np.array([[3.0, 1.0, 0.5], [40.0, 0.0, -2.0], [-700.0, 0.0, 0.0]], np.float32)
     with jax.enable_x64(True):

@@ -28,28 +28,29 @@ def curves_of(records: Sequence[Record]) -> Pick:
     return pick
 
 
-def deviation(pick: Pick, training: str, loss: str, rules: Rules) -> tuple[Seeds, Seeds]:
-    """How far the nll is from float64's, relative to it, and the mean log-odds of float64, NaN from `exact_to` on."""
+def deviation(pick: Pick, training: str, loss: str, limit: float) -> tuple[Seeds, Seeds]:
+    """How far the nll is from float64's, relative to it, and float64's highest log-odds so far; NaN from a limit on."""
     got, want = pick("nll", training, loss), pick("nll", training, "float64")
-    odds = pick("log_odds", training, "float64")
-    below = np.cumprod(odds < rules.exact_to, axis=1, dtype=bool)
+    odds = np.fmax.accumulate(pick("log_odds", training, "float64"), axis=1)
+    below = odds < limit
     off = np.nan_to_num(np.abs(got - want) / want, nan=np.inf)
     return np.where(below, off, np.nan), np.where(below, odds, np.nan)
 
 
 def departures(pick: Pick, training: str, loss: str, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     """Log-odds at which each seed leaves float64, and whether it does; one that stays counts with the highest."""
-    off, odds = deviation(pick, training, loss, rules)
+    off, odds = deviation(pick, training, loss, rules.exact_to)
     left = off > rules.agreement
     at, leaves = odds[np.arange(len(odds)), np.argmax(left, axis=1)], np.sum(left, axis=1) > 0
     return np.where(leaves, at, np.nanmax(odds, axis=1)), leaves
 
 
 def departure_text(pick: Pick, training: str, loss: str, rules: Rules) -> str:
-    """For people: where the seeds leave, how many do, and how far they are off at most."""
+    """For people: where the seeds leave, how many do, and how far they are off before Adam may fail."""
     at, left = departures(pick, training, loss, rules)
     where = f"{span(at[left])} ({left.sum()} of {left.size} seeds)" if left.any() else f"none up to {span(at)}"
-    return f"{where}, off by at most {np.nanmax(deviation(pick, training, loss, rules)[0]):.2g}"
+    most = np.nanmax(deviation(pick, training, loss, min(rules.exact_to, rules.spikes_below))[0])
+    return f"{where}, off by at most {most:.2g} below {min(rules.exact_to, rules.spikes_below):g}"
 
 
 def spikes(nll: np.ndarray, rules: Rules, log_every: int) -> np.ndarray:
@@ -279,10 +280,10 @@ def training_figure(pick: Pick, config: Config, trainings: Sequence[Training]) -
                 nll, odds = (np.median(pick(name, training.name, loss), axis=0) for name in ("nll", "log_odds"))
             top.plot(steps, np.where(nll > 0, nll, np.nan), **style)
             bottom.plot(steps, odds, **style)
-        top.set(title=training.name, yscale="log", ylim=(1e-20, 1e3), ylabel="" if i else "training nll")
+        top.set(title=training.name, yscale="log", ylim=(1e-20, 1e3), ylabel="training nll")
         for level in (BITS["usual"] * math.log(2), MOMENT):
             bottom.axhline(level, **plots.THEORY)
-        bottom.set(xlabel="step", ylim=(-5, 60), ylabel="" if i else "mean log-odds")
+        bottom.set(title=training.name, xlabel="step", ylim=(-5, 60), ylabel="mean log-odds")
     plots.legend(figure, *axes[0].get_legend_handles_labels())
     return Plot(
         figure,
