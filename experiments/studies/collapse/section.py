@@ -62,11 +62,22 @@ def spikes(nll: np.ndarray, rules: Rules, log_every: int) -> np.ndarray:
     return np.flatnonzero(high & ~np.roll(high, 1))
 
 
+def num_below(pick: Pick, training: str, loss: str, config: Config) -> np.ndarray:
+    """How many measurements of each seed come before its mean log-odds first reach `spikes_below`."""
+    odds = pick("log_odds", training, loss)
+    return np.cumprod(~(odds >= config.rules.spikes_below), axis=1).sum(axis=1)
+
+
+def final(pick: Pick, name: str, training: str, loss: str, config: Config) -> np.ndarray:
+    """The last of them."""
+    curves = pick(name, training, loss)
+    return curves[np.arange(len(curves)), num_below(pick, training, loss, config) - 1]
+
+
 def num_spikes(pick: Pick, training: str, loss: str, config: Config) -> np.ndarray:
-    """Spikes of each seed before its mean log-odds first reach `spikes_below`."""
-    rules, nll, odds = config.rules, pick("nll", training, loss), pick("log_odds", training, loss)
-    below = np.cumprod(~(odds >= rules.spikes_below), axis=1).sum(axis=1)
-    return np.array([np.sum(spikes(x, rules, config.log_every) < end) for x, end in zip(nll, below, strict=True)])
+    """Spikes of each seed below log-odds of `spikes_below`."""
+    ends, curves = num_below(pick, training, loss, config), pick("nll", training, loss)
+    return np.array([len(spikes(x[:end], config.rules, config.log_every)) for x, end in zip(curves, ends, strict=True)])
 
 
 def failures(pick: Pick, training: str, loss: str, config: Config) -> list[float]:
@@ -126,9 +137,9 @@ def gradient_hypothesis(pick: Pick, config: Config) -> Hypothesis:
              for loss in ("jprob", "usual")}  # fmt: skip
     moved = []
     for t in config.trainings:
-        moves, sums = (pick(name, t.name, "jprob")[:, -1] for name in ("weight_mean_moved", "class_sum"))
-        start = pick("weight_mean", t.name, "jprob")[:, 0]
-        moved.append(f"{t.name} {np.median(moves / start):.0%} ({np.nanmax(sums):.0e})")
+        moves, sums = (final(pick, name, t.name, "jprob", config) for name in ("weight_mean_moved", "class_sum"))
+        ratio = np.median(moves / pick("weight_mean", t.name, "jprob")[:, 0])
+        moved.append(f"{t.name} {ratio:.2g} times ({np.max(sums):.0e})")
     return Hypothesis(
         "At every moment of every training, jprob's float32 gradient in the logits is that of float64.",
         f"largest deviation of an example: {worst['jprob']:.2f} times the bound $(16 + R) u$; the usual loss "
@@ -137,8 +148,9 @@ def gradient_hypothesis(pick: Pick, config: Config) -> Hypothesis:
         "logits and $u = 2^-24$",
         decided(worst["jprob"] <= 1),
         ["Gradients that sum to 0 over the classes do not keep the mean over classes of the output weights where it "
-         "was. Under jprob's loss it moved, relative to its norm at the start (in brackets the largest sum of a "
-         "gradient, relative to its largest entry): " + "; ".join(moved) + "."],
+         f"was. Under jprob's loss it moved by multiples of its norm at the start, below log-odds of "
+         f"{config.rules.spikes_below:g} (in brackets the largest sum of a gradient, relative to its largest entry): "
+         + "; ".join(moved) + "."],
     )  # fmt: skip
 
 
@@ -300,21 +312,20 @@ def table(pick: Pick, config: Config, counts: Callable[[str, str], np.ndarray]) 
     rows = []
     for training in config.trainings:
         for loss in training.losses:
-            with np.errstate(invalid="ignore"):
-                last = {name: float(np.median(pick(name, training.name, loss)[:, -1])) for name in (
-                    "nll", "own_loss", "log_odds", "dead", "weight_mean", "feature_mean", "cosine")}  # fmt: skip
+            names = "nll", "own_loss", "log_odds", "dead", "class_sum", "weight_mean", "feature_mean", "cosine"
+            last = {name: float(np.median(final(pick, name, training.name, loss, config))) for name in names}
             rows.append([
                 training.name, LABELS[loss], f"{last['nll']:.1e}", f"{last['own_loss']:.1e}", f"{last['log_odds']:.1f}",
-                f"{last['dead']:.0%}", f"{np.nanmax(pick('class_sum', training.name, loss)):.0e}",
+                f"{last['dead']:.0%}", f"{last['class_sum']:.0e}",
                 f"{last['weight_mean']:.2f}", f"{last['feature_mean']:.3g}", f"{last['cosine']:.2f}",
                 f"{counts(training.name, loss).sum()}", f"{pick('skipped', training.name, loss)[:, -1].sum():.0f}",
                 f"{pick('accuracy', training.name, loss).max(axis=1).mean():.1f}",
             ])  # fmt: skip
     return Table(
-        "Medians of the seeds after the last step. No gradient: examples whose true class has gradient 0. Sum over "
-        "classes: the largest of a training, relative to the largest entry of its gradient. Spikes "
-        f"(below log-odds of {config.rules.spikes_below:g}) and skipped steps: sums over seeds. Test accuracy: the "
-        "highest of a training, mean over seeds.",
+        f"Medians of the seeds at the last measurement below mean log-odds of {config.rules.spikes_below:g}. No "
+        "gradient: examples whose true class has gradient 0. Sum over classes: of the gradient of an example, relative to its "
+        "largest entry, at worst. Spikes, and the skipped steps of the whole training: sums over seeds. Test accuracy: "
+        "the highest of a training, mean over seeds.",
         header,
         rows,
     )
