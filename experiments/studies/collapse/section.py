@@ -323,9 +323,9 @@ def table(pick: Pick, config: Config, counts: Callable[[str, str], np.ndarray]) 
             ])  # fmt: skip
     return Table(
         f"Medians of the seeds at the last measurement below mean log-odds of {config.rules.spikes_below:g}. No "
-        "gradient: examples whose true class has gradient 0. Sum over classes: of the gradient of an example, relative to its "
-        "largest entry, at worst. Spikes, and the skipped steps of the whole training: sums over seeds. Test accuracy: "
-        "the highest of a training, mean over seeds.",
+        "gradient: examples whose true class has gradient 0. Sum over classes: of the gradient of an example, relative "
+        "to its largest entry, at worst. Spikes, and the skipped steps of the whole training: sums over seeds. Test "
+        "accuracy: the highest of a training, mean over seeds.",
         header,
         rows,
     )
