@@ -251,7 +251,8 @@ def accuracy_hypothesis(pick: Pick, config: Config, training: Training, d: np.nd
     return Hypothesis(
         f"{training.name}: jprob's loss generalises better than the usual one.",
         f"highest test accuracy of a training, jprob less usual, in points: {d.mean():+.1f} [{low:+.1f}, {high:+.1f}], "
-        f"$p$ (Holm) {p:.3f}; means " + "; ".join(f"{LABELS[loss]} {value:.1f}" for loss, value in best.items()),
+        f"{np.sum(d > 0)} of {d.size} seeds positive, $p$ (Holm) {p:.3f}; means "
+        + "; ".join(f"{LABELS[loss]} {value:.1f}" for loss, value in best.items()),
         f"the difference is significantly below 0, or equivalent to 0 within {config.rules.same_accuracy:g} point; "
         f"undecided while neither it nor a lead is significant at {config.rules.alpha:g}",
         better(d, p, config.rules, overlap(config)),
