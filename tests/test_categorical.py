@@ -245,7 +245,7 @@ def test_kl_has_the_digits_its_inputs_determine(dtype):
         assert oracles.error(dp, slope, tiny(dtype), max(map(abs, slope))) <= bound, case
 
 
-@pytest.mark.parametrize("weight", [0.5, 0.875, 2.0**-20])
+@pytest.mark.parametrize("weight", [0.5, 2.0**-20])
 def test_js_has_the_digits_its_inputs_determine(dtype, weight):
     batch, w = each_pair(dtype), oracles.mpf(weight)
     program = value_and_slopes(functools.partial(categorical.js_divergence, weight=jnp.array(weight)), (0, 1))

@@ -29,7 +29,7 @@ RULES = [
     "gaussian.log_prob, log_scale", "gaussian.prob", "gaussian.prob, log_scale", "gaussian.cdf", "gaussian.log_cdf",
     "gaussian.quantile", "gaussian.interval_prob", "gaussian.kl_divergence", "gaussian.cross_entropy", "gaussian.nll",
     "gaussian.nll, log_scale", "expectation.mean", "expectation.variance", "bayes.log_evidence",
-    "bayes.gaussian_posterior", "linear_categorical.cross_entropy", "calibration.fit_temperature", "gaussian.fit",
+    "bayes.gaussian_posterior", "linear_categorical.cross_entropy", "calibration.fit_temperature", "calibration.reliability, of each class", "gaussian.fit",
     "gaussian.log_interval_prob", "mvn.fit", "mvn.log_prob", "mvn.kl_divergence", "mvn.scale_tril, covariance",
 ]  # fmt: skip
 # One of each module, for laws that are laws of its code and not of each function.
@@ -541,7 +541,7 @@ WRONG = {
     "cross_entropy: kernel must be [H, V] with hidden [..., H], got": lambda: linear.cross_entropy(EYE, Z, I),
     "log_prob: kernel must be [V, H] with hidden [...": lambda: linear.log_prob(I, EYE, Z.T, transposed_kernel=True),
     "cross_entropy: expected at least one class, got kernel": lambda: linear.cross_entropy(EYE, EYE[:, :0], I),
-    "cross_entropy: labels must be integer classes, got float32[3]": lambda: linear.cross_entropy(EYE, EYE, X),
+    "cross_entropy: floating-point labels must have the shape [3, 3]": lambda: linear.cross_entropy(EYE, EYE, X),
     "cross_entropy: labels must have the shape [3] of hidden without": lambda: linear.cross_entropy(EYE, EYE, I[:2]),
     "cross_entropy: weights must have the shape [3] of": lambda: linear.cross_entropy(EYE, EYE, I, weights=X[:2]),
     "entropy: bias must have the shape [3] of the classes of kernel": lambda: linear.entropy(EYE, EYE, bias=X[:2]),

@@ -728,12 +728,22 @@ def verbs(x, w, b, x2, w2, b2, log_probs, y, top, **how):
         "cross_entropy": linear.cross_entropy(x, w, y, bias=b, **loss, **how),
         "log_prob": linear.log_prob(y, x, w, bias=b, **how),
         "entropy": linear.entropy(x, w, bias=b, base=2, **how),
-        "log_prob_and_entropy": sum(linear.log_prob_and_entropy(y, x, w, bias=b, **how)),
         "kl_divergence": linear.kl_divergence(x, w, x2, w2, p_bias=b, q_bias=b2, base=2, **how),
-        "js_divergence": linear.js_divergence(x, w, x2, w2, p_bias=b, q_bias=b2, weight=0.9, base=2, **how),
         "distillation_loss": distilled(x2, w2, teacher_bias=b2),
         "distillation_loss, top": distilled(top_log_probs=log_probs, top_indices=top),
     }
+
+
+def test_js_of_a_sharded_vocabulary():
+    def squares(*args, **how):
+        x, w, b, x2, w2, b2 = args
+        return jnp.sum(jnp.square(linear.js_divergence(x, w, x2, w2, p_bias=b, q_bias=b2, weight=0.9, **how)))
+
+    def local(*args):
+        return jax.lax.psum(squares(*args, axis_name="model"), "data")
+
+    both = [jax.value_and_grad(f, range(6)) for f in (over_devices(local, MODELS_SPECS, P()), squares)]
+    close(*quick(lambda *args: [f(*args) for f in both])(*MODELS), 256 * U)
 
 
 def second_derivatives(function):
