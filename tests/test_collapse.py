@@ -99,7 +99,7 @@ def test_a_gradient_that_lost_its_true_class_no_longer_sums_to_0():
 
 @pytest.mark.parametrize(("loss", "bits"), [("usual", 24), ("usual16", 8)])
 def test_the_gradient_of_the_true_class_ends_at_the_wall(loss, bits):
-    """Of two classes, 1 + e^-m is 1 from m = bits ln 2 on."""
+    """Two classes: 1 + e^-m is 1 from m = bits ln 2 on."""
     wall = bits * math.log(2)
     room = 0.01 if bits == 24 else 0.04  # logits near 5.5 are multiples of 2^-5 in bfloat16
     assert value_and_gradient(loss, *right_by(wall - room))[1][0, 0] < 0

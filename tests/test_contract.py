@@ -29,7 +29,8 @@ RULES = [
     "gaussian.log_prob, log_scale", "gaussian.prob", "gaussian.prob, log_scale", "gaussian.cdf", "gaussian.log_cdf",
     "gaussian.quantile", "gaussian.interval_prob", "gaussian.kl_divergence", "gaussian.cross_entropy", "gaussian.nll",
     "gaussian.nll, log_scale", "expectation.mean", "expectation.variance", "bayes.log_evidence",
-    "bayes.gaussian_posterior", "linear_categorical.cross_entropy", "calibration.fit_temperature", "calibration.reliability, of each class", "gaussian.fit",
+    "bayes.gaussian_posterior", "linear_categorical.cross_entropy", "calibration.fit_temperature",
+    "calibration.reliability, of each class", "gaussian.fit",
     "gaussian.log_interval_prob", "mvn.fit", "mvn.log_prob", "mvn.kl_divergence", "mvn.scale_tril, covariance",
 ]  # fmt: skip
 # One of each module, for laws that are laws of its code and not of each function.

@@ -9,13 +9,13 @@ from experiments import plots
 from experiments.results import Record
 from experiments.studies import efficiency
 
-CONFIG = efficiency.Config(slopes=[1.0, 8.0], num_examples=[500], flipped=0.05, replications=400)
+CONFIG = efficiency.Config(coefficients=[1.0, 8.0], num_examples=[500], flipped=0.05, replications=400)
 
 
-@pytest.mark.parametrize(("slope", "want"), [(1e-3, 1.0), (1.0, 0.92), (8.0, 0.56)])
-def test_the_efficiency_is_that_of_the_sandwich(slope, want):
-    """As the slope falls, p (1 - p) becomes constant, and squared error a least squares that loses nothing."""
-    assert efficiency.theory(slope) == pytest.approx(want, abs=0.005)
+@pytest.mark.parametrize(("coefficient", "want"), [(1e-3, 1.0), (1.0, 0.92), (8.0, 0.56)])
+def test_the_efficiency_is_that_of_the_sandwich(coefficient, want):
+    """As the coefficient falls, p (1 - p) becomes constant, and squared error a least squares that loses nothing."""
+    assert efficiency.theory(coefficient) == pytest.approx(want, abs=0.005)
 
 
 @pytest.mark.parametrize("flipped", [0.0, 0.05])
@@ -33,9 +33,9 @@ def test_a_limit_is_the_minimum_of_the_expected_loss(loss, flipped):
         return np.sum(efficiency.DENSITY * each)
 
     found = minimize(expected, [1.0], method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-15}).x[0]
-    assert efficiency.limit(loss, 2.0, flipped).slope == pytest.approx(found, abs=1e-4)
+    assert efficiency.limit(loss, 2.0, flipped).coefficient == pytest.approx(found, abs=1e-4)
     if not flipped:
-        assert efficiency.limit(loss, 2.0, flipped).slope == pytest.approx(2.0, abs=1e-6)
+        assert efficiency.limit(loss, 2.0, flipped).coefficient == pytest.approx(2.0, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def records():
 
 
 def test_fits_vary_as_the_limit_says(records):
-    """Of 400 fits the mean errs by a standard error and the deviation by 1 / sqrt(800): four of each are allowed."""
+    """The mean of 400 fits errs by a standard error, the deviation by 1 / sqrt(800). Four of each are allowed."""
     assert len(records) == 4
     for settings, values in records:
         for loss in efficiency.LOSSES:
             assert values[f"{loss}, converged"] == 1
-            if settings["slope"] == 1.0:
+            if settings["coefficient"] == 1.0:
                 want = efficiency.limit(loss, 1.0, settings["flipped"])
                 error = np.sqrt(want.variance / 500)
-                assert values[loss].mean() == pytest.approx(want.slope, abs=4 * error / 20 + 0.02)
+                assert values[loss].mean() == pytest.approx(want.coefficient, abs=4 * error / 20 + 0.02)
                 assert values[loss].std() == pytest.approx(error, rel=4 / np.sqrt(800) + 0.05)
 
 
@@ -66,9 +66,9 @@ def test_verdicts_follow_the_fits(records):
         """Squared error with the given efficiency, and nearer or farther by a factor with flipped labels."""
 
         def change(settings, values):
-            slope, ce = settings["slope"], values["cross-entropy"]
-            factor = flipped_gain if settings["flipped"] else (clean_ratio or efficiency.theory(slope)) ** -0.5
-            return values | {"squared error": slope + (ce - slope) * factor}
+            coefficient, ce = settings["coefficient"], values["cross-entropy"]
+            factor = flipped_gain if settings["flipped"] else (clean_ratio or efficiency.theory(coefficient)) ** -0.5
+            return values | {"squared error": coefficient + (ce - coefficient) * factor}
 
         return change
 

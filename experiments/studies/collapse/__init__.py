@@ -1,8 +1,8 @@
 """Collapse: does the rounding of the usual cross-entropy stop a training and make its loss spike?
 
-A network learns addition modulo p (two one-hot numbers in, two layers of ReLU, p logits out) by full batches, far
-beyond the step at which it is right about every training example. The arms start from the same draws and differ in the
-loss alone:
+A network learns addition modulo p by full batches. It has two one-hot numbers as input, two layers of ReLU, and p
+logits. The training goes far beyond the step at which every training example is right. The arms start from the same
+draws and differ in the loss alone:
 
     usual      logsumexp(z) - z_y in float32, by autodiff, as in optax and torch
     jprob      `categorical.cross_entropy` in float32
@@ -10,11 +10,11 @@ loss alone:
     nudged     the float64 loss from output weights one bit larger: what rounding elsewhere does to a training
     usual16, jprob16    the two float32 losses on logits rounded to bfloat16
 
-The log-odds of an example are log(p_y / (1 - p_y)), and its negative log-likelihood (nll) is softplus of minus them.
-Both are computed in float64 for every arm. In the usual loss 1 + e^-odds rounds to 1 from log-odds of 24 ln 2 = 16.64
-on (23 ln 2 = 15.94 by another count of roundings; 8 ln 2 = 5.55 in bfloat16). Then the gradient of the true class is
-exactly 0, and the gradient no longer sums to 0 over the classes. Adam's second moment underflows if the square of a
-gradient is below 2^-126, and e^-odds is from log-odds of 63 ln 2 = 43.67 on.
+The log-odds of an example are `log(p_y / (1 - p_y))`. Its negative log-likelihood (nll) is softplus of minus them.
+Both are computed in float64 for every arm. The usual loss rounds 1 + e^-odds to 1 from log-odds of `24 ln 2 = 16.64`
+on. Another count of roundings gives `23 ln 2 = 15.94`; bfloat16 has `8 ln 2 = 5.55`. The gradient of the true class is
+then exactly 0. The sum of the gradient over the classes is no longer 0. Adam's second moment underflows if the square
+of a gradient is below 2^-126. The gradient e^-odds is so small from log-odds of `63 ln 2 = 43.67` on.
 
 Protocol: hypotheses, thresholds and the family of tests stand in the config. Learning rates are set there too and are
 the same for all losses: nothing is selected. Every seed draws its own split and its own initial weights. Holm's
@@ -80,7 +80,7 @@ def optimizer_of(training: Training, b2: float) -> optax.GradientTransformation:
 
 
 def measured(loss: str, state: mle.State, start, train, test) -> dict[str, Array]:
-    """What is written down of a moment in a training."""
+    """The numbers that are recorded at a moment of a training."""
     h, labels = features(state.params, train[0]), train[1]
     z = h @ state.params["output"]
     odds = log_odds(z, labels)

@@ -54,7 +54,7 @@ def departure_text(pick: Pick, training: str, loss: str, rules: Rules) -> str:
 
 
 def spikes(nll: np.ndarray, rules: Rules, log_every: int) -> np.ndarray:
-    """Where the nll of one seed rises above `spike_rise` times its least in the window before; a NaN is above."""
+    """Moments at which the nll of one seed is above `spike_rise` times its least in the window before, or NaN."""
     window = rules.spike_window // log_every
     least = np.array([np.min(nll[max(0, i - window) : i], initial=np.inf) for i in range(nll.size)])
     high = ~(nll <= rules.spike_rise * least)
@@ -112,14 +112,14 @@ def overlap(config: Config) -> float:
 
 
 def vanish(usual_spikes: np.ndarray, exact_spikes: np.ndarray, p: float, alpha: float) -> str:
-    """Of "the usual loss spikes and the exact one does not"."""
+    """The verdict of "the usual loss spikes and the exact one does not"."""
     if exact_spikes.sum() > 0:
         return "falsified"
     return "holds" if usual_spikes.sum() > 0 and p <= alpha else "undecided"
 
 
 def better(differences: np.ndarray, p: float, rules: Rules, overlap: float) -> str:
-    """Of "the exact loss is more accurate"; equivalence within `same_accuracy` falsifies it too."""
+    """The verdict of "the exact loss is more accurate"; equivalence within `same_accuracy` falsifies it too."""
     if p <= rules.alpha:
         return decided(differences.mean() > 0)
     return "falsified" if stats.equivalence(differences, rules.same_accuracy, overlap) <= rules.alpha else "undecided"
@@ -132,7 +132,7 @@ def span(values: Sequence[float] | np.ndarray) -> str:
 
 
 def gradient_hypothesis(pick: Pick, config: Config) -> Hypothesis:
-    """In the states that a training goes through, without its history."""
+    """Gradients in the states that a training goes through, without its history."""
     worst = {loss: max(float(np.nanmax(pick("error", t.name, loss))) for t in config.trainings)
              for loss in ("jprob", "usual")}  # fmt: skip
     moved = []
@@ -196,7 +196,7 @@ def departure_hypothesis(pick: Pick, config: Config) -> Hypothesis:
 
 
 def wall_hypothesis(pick: Pick, config: Config, loss: LossName) -> Hypothesis | None:
-    """Where the gradient of the true class ends."""
+    """The log-odds at which the gradient of the true class ends."""
     cells = [t.name for t in config.trainings if loss in t.losses]
     if not cells:
         return None

@@ -1,4 +1,4 @@
-"""What a config of this study says: the trainings, and the rules of the verdicts."""
+"""The config of this study: the trainings, and the rules of the verdicts."""
 
 from typing import Annotated, Literal
 
