@@ -1,0 +1,104 @@
+"""What all pages share: controls, numbers, charts and code in one look, for any width, light or dark."""
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import marimo as mo
+import numpy as np
+
+# Those of experiments.plots, lighter where a dark background would swallow them.
+PALETTE = ("#3D78B4", "#D9532F", "#1B9E77", "#56B4E9", "#D9A520", "#8C8C8C")
+BLUE, RED, GREEN, SKY, GOLD, GREY = PALETTE
+COLOURED = alt.Scale(range=list(PALETTE))
+
+
+def intro(title: str, sentences: str, formula: str) -> mo.Html:
+    """The head of a page: its title, three sentences and one formula."""
+    return mo.md(f"# {title}\n\n{sentences}\n\n$$\n{formula}\n$$\n\n[All explorers](../)")
+
+
+def slider(label: str, low: float, high: float, step: float, value: float) -> Any:
+    """A slider with a name, whose value is the number that it shows and that a screen reader says."""
+    return mo.ui.slider(low, high, step, value, label=label, show_value=True, full_width=True)
+
+
+def choice(label: str, options: Sequence[str], value: str | None = None) -> Any:
+    """One of a few words."""
+    return mo.ui.dropdown(options, value=value or options[0], label=label, full_width=True)
+
+
+def panel(controls: Any) -> mo.Html:
+    """All controls of a page, in as many columns as the width takes."""
+    return mo.Html(f'<div class="controls">{"".join(each.text for each in controls.elements.values())}</div>')
+
+
+def floats(values: Mapping[str, Any], names: Iterable[str]) -> np.ndarray:
+    """Values of controls as one array: of one dtype, whether the browser sent 1 or 1.0."""
+    return np.array([values[name] for name in names], np.float32)
+
+
+def text(value: Any) -> str:
+    """A number as a page shows it."""
+    if isinstance(value, str):
+        return value
+    if np.issubdtype(np.asarray(value).dtype, np.integer):
+        return f"{value:,}"
+    number = float(value)
+    if math.isnan(number):
+        return "NaN"
+    return f"{number:.4f}" if number == 0 or 1e-3 <= abs(number) < 1e5 else f"{number:.3e}"
+
+
+def output(name: str, value: Any, *, said: bool = False) -> str:
+    """A number that a program finds by its name; `said`: a screen reader says it when it changes."""
+    live = "" if said else ' aria-live="off"'
+    return f'<output data-name="{name}"{live}>{html.escape(text(value))}</output>'
+
+
+def numbers(labels: Mapping[str, str], shown: Mapping[str, Any]) -> str:
+    """The numbers of a page by their labels. The first is the one to say aloud."""
+    boxes = [
+        f"<div><span>{label}</span>{output(name, shown[name], said=at == 0)}</div>"
+        for at, (name, label) in enumerate(labels.items())
+    ]
+    return f'<div class="numbers">{"".join(boxes)}</div>'
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls where it is wider than the page. The first cell of a row names it."""
+    head = "".join(f'<th scope="col">{each}</th>' for each in header)
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{each}</td>" for each in rest)}</tr>' for first, *rest in rows
+    )
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def rows(**columns: Any) -> alt.InlineData:
+    """Data of a chart from columns; a number stands for a column of that number. JSON has no NaN and no infinity."""
+    arrays = np.broadcast_arrays(*map(np.asarray, columns.values()))
+    lists = [np.ravel(each).tolist() for each in arrays]
+    clean = [[None if isinstance(x, float) and not math.isfinite(x) else x for x in each] for each in lists]
+    return alt.InlineData([dict(zip(columns, row, strict=True)) for row in zip(*clean, strict=True)])
+
+
+def chart(drawn: Any, title: str, *, height: int = 240) -> str:
+    """A chart as wide as its place. It has no menu, whose links would lead off the machine."""
+    drawn = drawn.properties(width="container", height=height, title=title, background="transparent")
+    drawn = drawn.configure_view(stroke=None).configure_title(anchor="start", fontSize=13, fontWeight="normal")
+    drawn = drawn.configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal", gridOpacity=0.4)
+    drawn = drawn.configure_legend(orient="bottom", title=None, labelLimit=320, columns=2, labelFontSize=11)
+    drawn.usermeta = {"embedOptions": {"actions": False, "renderer": "svg"}}
+    return f'<figure aria-label="{html.escape(title)}">{mo.as_html(drawn).text}</figure>'
+
+
+def show(*parts: str, charts: Sequence[str] = ()) -> mo.Html:
+    """What changes with the controls: numbers and tables, then charts in one column or two."""
+    return mo.Html(f'{"".join(parts)}<div class="charts">{"".join(charts)}</div>')
+
+
+def code(program: str) -> mo.Html:
+    """The end of a page: the program that gives the numbers it shows."""
+    return mo.md(f"The code with these values:\n\n```python\n{program.strip()}\n```")

@@ -1,0 +1,246 @@
+"""The explorers show what plain jprob gives, compile once, work by keyboard, and send nothing off the machine."""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.explore import _page
+from experiments.explore.__main__ import index, pages
+
+ROOT = Path(__file__).parent.parent
+PAGES = list(pages())
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+--disable-component-update --disable-sync""".split()
+SHOTS = os.environ.get("EXPLORE_SHOTS")  # a folder for pictures of all pages
+
+
+def load(name):
+    return importlib.import_module(f"experiments.explore.{name}")
+
+
+def run(name, values=None):
+    """The HTML of the cells of a page, and what they define; with these values of the controls, if any are given."""
+    given = {} if values is None else {"controls": SimpleNamespace(value=values)}
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        outputs, defined = load(name).app.run(defs=given)
+    return [each.text for each in outputs if hasattr(each, "text")], defined
+
+
+def shown(cells):
+    """Name -> text of each number on a page."""
+    return dict(re.findall(r'<output data-name="(\w+)"[^>]*>([^<]*)</output>', "".join(cells)))
+
+
+def settings(control):
+    """The low end, the high end and a middle value of a control."""
+    if hasattr(control, "options"):
+        options = list(control.options)
+        return [options[0], options[-1], options[len(options) // 2]]
+    if not hasattr(control, "stop"):
+        return [False, True, False]
+    return [control.start, control.stop, middle(control)[0]]
+
+
+def middle(control):
+    """A value near the middle, and how to come there by keys from the low end."""
+    steps = round((control.stop - control.start) / control.step) // 2
+    tens, ones = divmod(steps, 10)
+    digits = len(str(control.step).partition(".")[2])
+    return round(control.start + steps * control.step, digits), ["PageUp"] * tens + ["ArrowRight"] * ones
+
+
+def by_plain_jprob(program, name):
+    """The number of that name, in the names that the program of a page has left."""
+    base, _, place = name.rpartition("_")
+    if name in program:
+        return program[name]
+    return program[base][int(place)] if place.isdigit() and base in program else None
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_shows_what_its_code_gives(name):
+    cells, defined = run(name)
+    controls = defined["controls"].elements
+    assert len(controls) == len({element.text for element in controls.values()})
+    for at in (None, 0, 1, 2):
+        values = {key: element.value if at is None else settings(element)[at] for key, element in controls.items()}
+        cells = run(name, values)[0] if at is not None else cells
+        program, out = {}, io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(load(name).code(values), name, "exec"), program)
+        found = shown(cells)
+        compared = {each: by_plain_jprob(program, each) for each in found}
+        compared = {each: value for each, value in compared.items() if value is not None}
+        assert compared
+        assert {each: _page.text(np.asarray(value)[()]) for each, value in compared.items()} == {
+            each: found[each] for each in compared
+        }
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_slider_compiles_nothing(name, caplog):
+    compute, controls = load(name).compute, run(name)[1]["controls"].elements
+    start = {key: element.value for key, element in controls.items()}
+    compute(start)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for key, element in controls.items():
+            for value in settings(element):
+                compute(start | {key: value})
+    assert not [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_opens_with_three_sentences_and_one_formula(name):
+    first = next(text for text in run(name)[0] if "<h1" in text)
+    paragraph = re.search(r'<span class="paragraph">(.*?)</span>', first, re.DOTALL)[1]
+    sentences = re.split(r"(?<=\.)\s+", re.sub(r"<.*?>", "", paragraph).strip())
+    assert len(sentences) == 3
+    assert all(len(sentence.split()) <= 20 for sentence in sentences)
+    assert first.count("<marimo-tex") == 1
+    assert f'href="{name}/"' in index()
+
+
+@contextlib.contextmanager
+def serving(*options):
+    """The address of a server, and its process."""
+    command = [sys.executable, "-m", "experiments.explore", "--no-browser", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env=os.environ | {"PYTHONPATH": "."}) as server:
+        try:
+            yield re.search(r"http://\S+/", server.stdout.readline())[0], server
+        finally:
+            server.kill()
+
+
+@pytest.mark.slow
+def test_a_port_in_use_picks_the_next_and_ctrl_c_ends_cleanly():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with serving("--port", str(port)) as (address, server):
+            assert address != f"http://127.0.0.1:{port}/"
+            time.sleep(1)
+            server.send_signal(signal.SIGINT)
+            said = server.communicate(timeout=20)[1]
+    assert server.returncode == 130
+    assert f"port {port} is in use" in said
+    assert "Traceback" not in said
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM.exists():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no browser: {CHROMIUM} is missing")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def address():
+    with serving("--port", "27180") as (address, _):
+        yield address
+
+
+READ = "Object.fromEntries([...document.querySelectorAll('output')].map(e => [e.dataset.name, e.textContent]))"
+
+
+def until(page, want):
+    """Waits until the page shows these numbers; returns the milliseconds that took."""
+    start, found = time.perf_counter(), None
+    while time.perf_counter() - start < 10:
+        found = page.evaluate(READ)
+        if found == want:
+            return 1e3 * (time.perf_counter() - start)
+        time.sleep(0.002)
+    assert found == want  # tells the difference
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def opened(browser, address, name, **options):
+    """A page in a window of its own, which asks nobody but the server, and reports no error."""
+    window = browser.new_context(**options)
+    page, asked, errors = window.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"{address}{name}/")
+    page.locator("output").first.wait_for(timeout=30_000)
+    yield page
+    window.close()
+    assert not [url for url in asked if not url.startswith((address, address.replace("http", "ws"), "data:", "blob:"))]
+    assert not errors
+
+
+def keys(control):
+    """(value, keys) for both ends and the middle of a slider, the words of a list, the two sides of a switch."""
+    if hasattr(control, "options"):
+        return [(option, None) for option in control.options]
+    if not hasattr(control, "stop"):
+        return [(True, ["Space"]), (False, ["Space"])]
+    value, presses = middle(control)
+    return [(control.stop, ["End"]), (control.start, ["Home"]), (value, ["Home", *presses])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_in_a_browser(browser, address, name, record_property):
+    cells, defined = run(name)
+    controls = defined["controls"].elements
+    values = {key: element.value for key, element in controls.items()}
+    start, steps = time.perf_counter(), []
+    with opened(browser, address, name, viewport={"width": 1280, "height": 900}) as page:
+        record_property("first_paint_s", round(time.perf_counter() - start, 2))
+        until(page, shown(cells))
+        for key, element in controls.items():
+            role = "combobox" if hasattr(element, "options") else "slider" if hasattr(element, "stop") else "switch"
+            widget = page.get_by_role(role, name=key, exact=True)
+            assert widget.count() == 1, key
+            before = values[key]
+            for value, presses in keys(element):
+                values[key] = value
+                want = shown(run(name, values)[0])
+                widget.focus()
+                for press in presses or []:
+                    page.keyboard.press(press)
+                if presses is None:
+                    widget.select_option(value)
+                steps.append(until(page, want))
+                assert role != "slider" or float(widget.get_attribute("aria-valuenow")) == pytest.approx(value)
+            values[key] = element.value if role == "combobox" else before if role == "switch" else value
+        code = page.locator("div.codehilite").last.inner_text()
+        assert code.split() == load(name).code(values).split()
+    print(f"{name}: slider step median {np.median(steps):.0f} ms, longest {max(steps):.0f} ms")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_fits_its_width(browser, address, name, width, scheme):
+    with opened(browser, address, name, viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
+        page.locator("figure svg").first.wait_for()
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert (page.evaluate("document.documentElement.className + document.body.className").count("dark") > 0) == (
+            scheme == "dark"
+        )
+        if SHOTS:
+            page.screenshot(path=Path(SHOTS) / f"{name}-{width}-{scheme}.png", full_page=True)
