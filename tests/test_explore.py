@@ -219,7 +219,8 @@ def test_a_page_in_a_browser(browser, address, name, record_property):
                 want = shown(run(name, values)[0])
                 widget.focus()
                 for press in presses or []:
-                    page.keyboard.press(press)
+                    page.keyboard.press(press, delay=20)
+                    page.wait_for_timeout(20)  # a person's keys come one at a time
                 if presses is None:
                     widget.select_option(value)
                 steps.append(until(page, want))
@@ -243,4 +244,7 @@ def test_a_page_fits_its_width(browser, address, name, width, scheme):
             scheme == "dark"
         )
         if SHOTS:
+            height = page.evaluate("Math.max(...[...document.querySelectorAll('*')].map(e => e.scrollHeight))")
+            page.set_viewport_size({"width": width, "height": height})
+            page.wait_for_timeout(500)
             page.screenshot(path=Path(SHOTS) / f"{name}-{width}-{scheme}.png", full_page=True)

@@ -20,14 +20,21 @@ def intro(title: str, sentences: str, formula: str) -> mo.Html:
     return mo.md(f"# {title}\n\n{sentences}\n\n$$\n{formula}\n$$\n\n[All explorers](../)")
 
 
-def slider(label: str, low: float, high: float, step: float, value: float) -> Any:
-    """A slider with a name, whose value is the number that it shows and that a screen reader says."""
-    return mo.ui.slider(low, high, step, value, label=label, show_value=True, full_width=True)
+def controls(**named: Any) -> Any:
+    """Controls by their labels: (low, high, step, value) is a slider, a list of words a choice, a truth value a switch.
 
-
-def choice(label: str, options: Sequence[str], value: str | None = None) -> Any:
-    """One of a few words."""
-    return mo.ui.dropdown(options, value=value or options[0], label=label, full_width=True)
+    A slider has even steps: its value is then the number that a screen reader says. Underscores stand for spaces.
+    """
+    made = {}
+    for name, given in named.items():
+        label = name.replace("_", " ")
+        if isinstance(given, bool):
+            made[label] = mo.ui.switch(given, label=label)
+        elif isinstance(given, list):
+            made[label] = mo.ui.dropdown(given, value=given[0], label=label, full_width=True)
+        else:
+            made[label] = mo.ui.slider(*given, label=label, show_value=True, full_width=True)
+    return mo.ui.dictionary(made)
 
 
 def panel(controls: Any) -> mo.Html:
@@ -94,9 +101,9 @@ def chart(drawn: Any, title: str, *, height: int = 240) -> str:
     return f'<figure aria-label="{html.escape(title)}">{mo.as_html(drawn).text}</figure>'
 
 
-def show(*parts: str, charts: Sequence[str] = ()) -> mo.Html:
-    """What changes with the controls: numbers and tables, then charts in one column or two."""
-    return mo.Html(f'{"".join(parts)}<div class="charts">{"".join(charts)}</div>')
+def show(first: str, *rest: str) -> mo.Html:
+    """What changes with the controls: numbers, then tables and charts in one column or two."""
+    return mo.Html(f'{first}<div class="charts">{"".join(f"<div>{each}</div>" for each in rest)}</div>')
 
 
 def code(program: str) -> mo.Html:

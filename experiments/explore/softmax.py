@@ -8,7 +8,6 @@ with app.setup:
     import altair as alt
     import jax
     import jax.numpy as jnp
-    import marimo as mo
     import numpy as np
 
     from experiments.explore import _page as page
@@ -50,7 +49,7 @@ def measure(logits, count, temperature, seed):
 @app.function
 def compute(values):
     """All that the page shows, by name."""
-    logits = page.floats(values, [f"logit {k + 1}" for k in range(8)]) + np.float32(1000 * values["shifted"])
+    logits = page.floats(values, [f"logit {k + 1}" for k in range(8)]) + np.float32(1000 * values["add 1000 to all logits"])
     count, seed = np.int32(values["classes"]), np.int32(values["seed"])
     found = jax.device_get(measure(logits, count, np.float32(values["temperature"]), seed))
     named = {f"{name}_{k}": found[name][k] for name in ("terms", "naive", "probs", "drawn") for k in range(count)}
@@ -60,7 +59,7 @@ def compute(values):
 @app.function
 def code(values):
     """The same by plain jprob."""
-    logits = [values[f"logit {k + 1}"] + 1000 * values["shifted"] for k in range(int(values["classes"]))]
+    logits = [values[f"logit {k + 1}"] + 1000 * values["add 1000 to all logits"] for k in range(int(values["classes"]))]
     return f"""
 import jax
 import jax.numpy as jnp
@@ -77,14 +76,12 @@ drawn = jnp.bincount(samples, length={len(logits)}) / {DRAWS}
 
 @app.cell(hide_code=True)
 def _():
-    controls = mo.ui.dictionary(
-        {f"logit {k + 1}": page.slider(f"logit {k + 1}", -5, 5, 0.1, START[k]) for k in range(8)}
-        | {
-            "classes": page.slider("classes", 2, 8, 1, 3),
-            "temperature": page.slider("temperature T", 0, 20, 0.1, 1),
-            "seed": page.slider("seed of the samples", 0, 20, 1, 0),
-            "shifted": mo.ui.switch(label="add 1000 to all logits"),
-        }
+    controls = page.controls(
+        **{f"logit_{k + 1}": (-5, 5, 0.1, START[k]) for k in range(8)},
+        classes=(2, 8, 1, 3),
+        temperature=(0, 20, 0.1, 1),
+        seed=(0, 20, 1, 0),
+        add_1000_to_all_logits=False,
     )
     page.panel(controls)
     return (controls,)
@@ -106,16 +103,14 @@ def bars(found):
 def _(controls):
     found = compute(controls.value)
     names = "terms", "naive", "probs", "drawn"
+    classes = [
+        [str(k + 1), page.text(found["logits"][k]), *(page.output(f"{n}_{k}", found[f"{n}_{k}"]) for n in names)]
+        for k in range(found["count"])
+    ]
     page.show(
         page.numbers({"bits": "entropy, bits"}, found),
-        page.table(
-            ["class", "logit", "e<sup>z/T</sup>", "naive p", "jprob p", "sampled"],
-            [
-                [str(k + 1), page.text(found["logits"][k]), *(page.output(f"{n}_{k}", found[f"{n}_{k}"]) for n in names)]
-                for k in range(found["count"])
-            ],
-        ),
-        charts=[bars(found)],
+        page.table(["class", "logit", "e<sup>z/T</sup>", "naive p", "jprob p", "sampled"], classes),
+        bars(found),
     )
     return
 
