@@ -24,8 +24,10 @@ from experiments.explore.__main__ import index, pages
 ROOT = Path(__file__).parent.parent
 PAGES = list(pages())
 CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync""".split()
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
 SHOTS = os.environ.get("EXPLORE_SHOTS")  # a folder for pictures of all pages
 
 
@@ -81,7 +83,8 @@ def test_a_page_shows_what_its_code_gives(name):
         values = {key: element.value if at is None else settings(element)[at] for key, element in controls.items()}
         cells = run(name, values)[0] if at is not None else cells
         program, out = {}, io.StringIO()
-        with contextlib.redirect_stdout(out):
+        # As a user runs it, who sets nothing.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(out):
             exec(compile(load(name).code(values), name, "exec"), program)
         found = shown(cells)
         compared = {each: by_plain_jprob(program, each) for each in found}
@@ -119,7 +122,9 @@ def test_a_page_opens_with_three_sentences_and_one_formula(name):
 def serving(*options):
     """The address of a server, and its process."""
     command = [sys.executable, "-m", "experiments.explore", "--no-browser", *options]
-    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env=os.environ | {"PYTHONPATH": "."}) as server:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env=os.environ | {"PYTHONPATH": "."}
+    ) as server:
         try:
             yield re.search(r"http://\S+/", server.stdout.readline())[0], server
         finally:

@@ -47,6 +47,14 @@ def floats(values: Mapping[str, Any], names: Iterable[str]) -> np.ndarray:
     return np.array([values[name] for name in names], np.float32)
 
 
+def flat(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Numbers by name: entry k of an array `probs` is `probs_k`."""
+    named = {}
+    for name, value in found.items():
+        named |= {f"{name}_{k}": x for k, x in enumerate(value)} if np.ndim(value) else {name: value}
+    return named
+
+
 def text(value: Any) -> str:
     """A number as a page shows it."""
     if isinstance(value, str):

@@ -49,7 +49,9 @@ def measure(logits, count, temperature, seed):
 @app.function
 def compute(values):
     """All that the page shows, by name."""
-    logits = page.floats(values, [f"logit {k + 1}" for k in range(8)]) + np.float32(1000 * values["add 1000 to all logits"])
+    logits = page.floats(values, [f"logit {k + 1}" for k in range(8)]) + np.float32(
+        1000 * values["add 1000 to all logits"]
+    )
     count, seed = np.int32(values["classes"]), np.int32(values["seed"])
     found = jax.device_get(measure(logits, count, np.float32(values["temperature"]), seed))
     named = {f"{name}_{k}": found[name][k] for name in ("terms", "naive", "probs", "drawn") for k in range(count)}
@@ -65,11 +67,11 @@ import jax
 import jax.numpy as jnp
 from jprob import categorical
 
-logits = jnp.array({[float(z) for z in logits]})
-probs = categorical.softmax(logits, temperature={values["temperature"]})
+logits, temperature = jnp.array({[float(z) for z in logits]}), {values["temperature"]}
+probs = categorical.softmax(logits, temperature=temperature)
 bits = categorical.entropy(jnp.log(probs), base=2)
 possible = jnp.pad(logits, (0, {8 - len(logits)}), constant_values=-jnp.inf)  # of 8 classes, as on the page
-samples = categorical.sample(jax.random.key({values["seed"]}), possible, shape=({DRAWS},), temperature={values["temperature"]})
+samples = categorical.sample(jax.random.key({values["seed"]}), possible, shape=({DRAWS},), temperature=temperature)
 drawn = jnp.bincount(samples, length={len(logits)}) / {DRAWS}
 """
 
