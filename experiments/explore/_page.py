@@ -1,6 +1,7 @@
 """What all pages share: controls, numbers, charts and code in one look, for any width, light or dark."""
 
 import html
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,17 @@ import numpy as np
 # Those of experiments.plots, lighter where a dark background would swallow them.
 PALETTE = ("#3D78B4", "#D9532F", "#1B9E77", "#56B4E9", "#D9A520", "#8C8C8C")
 BLUE, RED, GREEN, SKY, GOLD, GREY = PALETTE
+CONFIG = {
+    "view": {"stroke": None},
+    "title": {"anchor": "start", "fontSize": 13, "fontWeight": "normal"},
+    "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "gridOpacity": 0.4},
+    "legend": {"orient": "bottom", "title": None, "labelLimit": 320, "columns": 2, "labelFontSize": 11},
+}
 COLOURED = alt.Scale(range=list(PALETTE))
+
+
+# Altair checks each part of a chart as it is made, and that takes longer than a step of a slider may.
+alt.utils.schemapi.DEBUG_MODE = False
 
 
 def intro(title: str, sentences: str, formula: str) -> mo.Html:
@@ -92,21 +103,31 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def rows(**columns: Any) -> alt.InlineData:
-    """Data of a chart from columns; a number stands for a column of that number. JSON has no NaN and no infinity."""
-    arrays = np.broadcast_arrays(*map(np.asarray, columns.values()))
-    lists = [np.ravel(each).tolist() for each in arrays]
-    clean = [[None if isinstance(x, float) and not math.isfinite(x) else x for x in each] for each in lists]
-    return alt.InlineData([dict(zip(columns, row, strict=True)) for row in zip(*clean, strict=True)])
+    """Data of a chart from columns; a number stands for a column of that number, and NaN for a gap.
+
+    As a text: altair copies and checks each number of a list, which takes longer than all else.
+    """
+    arrays = [np.ravel(each).tolist() for each in np.broadcast_arrays(*map(np.asarray, columns.values()))]
+    lines = [",".join("" if x != x else str(x) for x in row) for row in zip(*arrays, strict=True)]
+    return alt.InlineData("\n".join([",".join(columns), *lines]), format=alt.CsvDataFormat(type="csv"))
+
+
+class Drawn:
+    """A chart as marimo shows it."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = spec
+
+    def _mime_(self) -> tuple[Any, str]:
+        return "application/vnd.vegalite.v6+json", json.dumps(self.spec)
 
 
 def chart(drawn: Any, title: str, *, height: int = 240) -> str:
     """A chart as wide as its place. It has no menu, whose links would lead off the machine."""
-    drawn = drawn.properties(width="container", height=height, title=title, background="transparent")
-    drawn = drawn.configure_view(stroke=None).configure_title(anchor="start", fontSize=13, fontWeight="normal")
-    drawn = drawn.configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal", gridOpacity=0.4)
-    drawn = drawn.configure_legend(orient="bottom", title=None, labelLimit=320, columns=2, labelFontSize=11)
-    drawn.usermeta = {"embedOptions": {"actions": False, "renderer": "svg"}}
-    return f'<figure aria-label="{html.escape(title)}">{mo.as_html(drawn).text}</figure>'
+    spec = drawn.to_dict(validate=False)
+    spec |= {"title": title, "width": "container", "height": height, "background": "transparent", "config": CONFIG}
+    spec["usermeta"] = {"embedOptions": {"actions": False, "renderer": "svg"}}
+    return f'<figure aria-label="{html.escape(title)}">{mo.as_html(Drawn(spec)).text}</figure>'
 
 
 def show(first: str, *rest: str) -> mo.Html:

@@ -41,37 +41,43 @@ def _():
 
 
 @app.function
-def losses(where):
-    """The losses of logits whose first class is true: by jprob, and as they are usually written."""
-    truth = jnp.zeros((), jnp.int32)
-
-    def usual_ce(z):
-        return -jax.nn.log_softmax(z, where=where)[0]
+def losses(z, where=None):
+    """Losses of logits whose first class is true, [n, K] or [K]: by jprob, and as they are usually written."""
+    truth = jnp.zeros(z.shape[:-1], jnp.int32)
 
     def usual_se(z):
-        p = jax.nn.softmax(z, where=where)
-        return jnp.sum((p - jax.nn.one_hot(0, z.size, dtype=z.dtype)) ** 2) / 2
+        y = jax.nn.one_hot(truth, z.shape[-1], dtype=z.dtype)
+        return jnp.sum((jax.nn.softmax(z, where=where) - y) ** 2, axis=-1) / 2
 
     return {
         "ce": lambda z: categorical.cross_entropy(z, truth, where=where),
         "se": lambda z: categorical.brier_score(z, truth, where=where) / 2,
-        "usual_ce": usual_ce,
+        "usual_ce": lambda z: -jax.nn.log_softmax(z, where=where)[..., 0],
         "usual_se": usual_se,
     }
+
+
+@app.function
+def gradient(form, z, where=None):
+    """The gradient of each example's loss in its logits."""
+    return jax.grad(lambda z: jnp.sum(losses(z, where)[form](z)))(z)
 
 
 @app.function
 @jax.jit
 def measure(margin, count):
     """Norms at the margin and along all margins, and the truth's entry there, in every dtype."""
-    where = jnp.arange(MOST) < count
     margins = jnp.append(jnp.array(MARGINS), margin)
     z = jnp.zeros((margins.size, MOST))
     z = z.at[:, 0].set(jnp.maximum(-margins, 0)).at[:, 1].set(jnp.maximum(margins, 0))
+    where = jnp.broadcast_to(jnp.arange(MOST)[None] < count, z.shape)
     found = {}
-    for name, dtype in DTYPES.items():
-        for form, loss in losses(where).items():
-            g = jnp.where(where[None], jax.vmap(jax.grad(loss))(z.astype(dtype)).astype(jnp.float32), 0)
+    for form in FORMS:
+        exact = None if form.startswith("usual") else gradient(form, z, where)
+        for name, dtype in DTYPES.items():
+            # jprob computes in float32 and rounds the gradient; these logits are exact in every dtype.
+            g = gradient(form, z.astype(dtype), where) if exact is None else exact.astype(dtype)
+            g = jnp.where(where, g.astype(jnp.float32), 0)
             largest = jnp.max(jnp.abs(g), axis=1, keepdims=True)  # the squares of small entries would underflow
             norm = largest[:, 0] * jnp.linalg.norm(g / jnp.where(largest > 0, largest, 1), axis=1)
             found[name, form] = norm, g[:, 0]
@@ -83,15 +89,14 @@ def measure(margin, count):
 def escape(start, rate):
     """The margin after each step of gradient descent on two free logits."""
 
-    def path(loss):
+    def path(arm):
         def step(z, _):
-            z = z - rate * jax.grad(loss)(z)
+            z = z - rate * gradient(arm, z)
             return z, z[1] - z[0]
 
         return jax.lax.scan(step, jnp.stack([jnp.zeros_like(start), start]), None, STEPS)[1]
 
-    made = losses(None)
-    return {arm: path(made[arm]) for arm in ARMS}
+    return {arm: path(arm) for arm in ARMS}
 
 
 @app.function
