@@ -1,6 +1,7 @@
 """The explorers show what plain jprob gives, compile once, work by keyboard, and send nothing off the machine."""
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
@@ -31,15 +32,29 @@ FLAGS = [
 SHOTS = os.environ.get("EXPLORE_SHOTS")  # a folder for pictures of all pages
 
 
+@pytest.fixture(autouse=True)
+def _as_a_user():
+    """A program of a person who sets nothing."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def load(name):
     return importlib.import_module(f"experiments.explore.{name}")
+
+
+@functools.cache
+def start(name):
+    """A page as it opens: the HTML of its cells, its controls, and their values."""
+    cells, defined = run(name)
+    controls = defined["controls"].elements
+    return cells, controls, {key: element.value for key, element in controls.items()}
 
 
 def run(name, values=None):
     """The HTML of the cells of a page, and what they define; with these values of the controls, if any are given."""
     given = {} if values is None else {"controls": SimpleNamespace(value=values)}
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        outputs, defined = load(name).app.run(defs=given)
+    outputs, defined = load(name).app.run(defs=given)
     return [each.text for each in outputs if hasattr(each, "text")], defined
 
 
@@ -76,15 +91,14 @@ def by_plain_jprob(program, name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_shows_what_its_code_gives(name):
-    cells, defined = run(name)
-    controls = defined["controls"].elements
+    cells, controls, values = start(name)
     assert len(controls) == len({element.text for element in controls.values()})
-    for at in (None, 0, 1, 2):
-        values = {key: element.value if at is None else settings(element)[at] for key, element in controls.items()}
-        cells = run(name, values)[0] if at is not None else cells
+    for at in (None, 0, 1):
+        if at is not None:
+            values = {key: settings(element)[at] for key, element in controls.items()}
+            cells = run(name, values)[0]
         program, out = {}, io.StringIO()
-        # As a user runs it, who sets nothing.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(out):
             exec(compile(load(name).code(values), name, "exec"), program)
         found = shown(cells)
         compared = {each: by_plain_jprob(program, each) for each in found}
@@ -97,19 +111,18 @@ def test_a_page_shows_what_its_code_gives(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_slider_compiles_nothing(name, caplog):
-    compute, controls = load(name).compute, run(name)[1]["controls"].elements
-    start = {key: element.value for key, element in controls.items()}
-    compute(start)
+    (_, controls, values), compute = start(name), load(name).compute
+    compute(values)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for key, element in controls.items():
             for value in settings(element):
-                compute(start | {key: value})
+                compute(values | {key: value})
     assert not [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_opens_with_three_sentences_and_one_formula(name):
-    first = next(text for text in run(name)[0] if "<h1" in text)
+    first = next(text for text in start(name)[0] if "<h1" in text)
     paragraph = re.search(r'<span class="paragraph">(.*?)</span>', first, re.DOTALL)[1]
     sentences = re.split(r"(?<=\.)\s+", re.sub(r"<.*?>", "", paragraph).strip())
     assert len(sentences) == 3
@@ -206,13 +219,11 @@ def keys(control):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_in_a_browser(browser, address, name, record_property):
-    cells, defined = run(name)
-    controls = defined["controls"].elements
-    values = {key: element.value for key, element in controls.items()}
-    start, steps = time.perf_counter(), []
+def test_a_page_in_a_browser(browser, address, name):
+    cells, controls, values = start(name)
+    values, began, steps = dict(values), time.perf_counter(), []
     with opened(browser, address, name, viewport={"width": 1280, "height": 900}) as page:
-        record_property("first_paint_s", round(time.perf_counter() - start, 2))
+        painted = time.perf_counter() - began
         until(page, shown(cells))
         for key, element in controls.items():
             role = "combobox" if hasattr(element, "options") else "slider" if hasattr(element, "stop") else "switch"
@@ -233,7 +244,8 @@ def test_a_page_in_a_browser(browser, address, name, record_property):
             values[key] = element.value if role == "combobox" else before if role == "switch" else value
         code = page.locator("div.codehilite").last.inner_text()
         assert code.split() == load(name).code(values).split()
-    print(f"{name}: slider step median {np.median(steps):.0f} ms, longest {max(steps):.0f} ms")
+    slider = f"slider step median {np.median(steps):.0f} ms, longest {max(steps):.0f} ms"
+    print(f"{name}: first paint {painted:.1f} s, {slider}")
 
 
 @pytest.mark.slow
