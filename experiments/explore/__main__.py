@@ -28,6 +28,11 @@ li {{ margin: .8rem 0 }}
 <p>Each page shows one concept, with controls to move and the jprob code that made it.</p>
 <ol>{}</ol></main></body></html>"""
 
+# Seen at once, until the page's own script draws something: that takes seconds.
+LOADING = """<style>
+#root:empty::before { content: "Loading the page"; display: block; padding: 3rem; font: 1.2rem sans-serif }
+</style>"""
+
 
 def pages() -> dict[str, tuple[str, str]]:
     """Name -> (title, subject) of each page, in order, as the first line of its docstring has them."""
@@ -57,7 +62,7 @@ def application():
     from starlette.responses import HTMLResponse
     from starlette.routing import Mount, Route
 
-    builder = marimo.create_asgi_app(quiet=True)
+    builder = marimo.create_asgi_app(quiet=True, html_head=LOADING)
     for name in pages():
         builder = builder.with_app(path=f"/{name}", root=str(HERE / f"{name}.py"))
     return Starlette(routes=[Route("/", lambda _: HTMLResponse(index())), Mount("/", builder.build())])

@@ -75,7 +75,9 @@ def text(value: Any) -> str:
     number = float(value)
     if math.isnan(number):
         return "NaN"
-    return f"{number:.4f}" if number == 0 or 1e-3 <= abs(number) < 1e5 else f"{number:.3e}"
+    if number == 0:
+        return "0"
+    return f"{number:.4f}" if 1e-3 <= abs(number) < 1e5 else f"{number:.3e}"
 
 
 def output(name: str, value: Any, *, said: bool = False) -> str:
@@ -109,7 +111,9 @@ def rows(**columns: Any) -> alt.InlineData:
     """
     arrays = [np.ravel(each).tolist() for each in np.broadcast_arrays(*map(np.asarray, columns.values()))]
     lines = [",".join("" if x != x else str(x) for x in row) for row in zip(*arrays, strict=True)]
-    return alt.InlineData("\n".join([",".join(columns), *lines]), format=alt.CsvDataFormat(type="csv"))
+    # Named, since not all channels would read a text as a number.
+    numbers = {name: "number" for name, each in zip(columns, arrays, strict=True) if not isinstance(each[0], str)}
+    return alt.InlineData("\n".join([",".join(columns), *lines]), format=alt.CsvDataFormat(type="csv", parse=numbers))
 
 
 class Drawn:

@@ -153,7 +153,7 @@ def curves(found, prior):
     data = page.rows(
         rate=np.repeat(RATES, len(SCORES)), score=np.tile(SCORES, RATES.size), value=found["curves"].ravel()
     )
-    x = alt.X("rate:Q", title="share of the ill, %", scale=alt.Scale(type="log"))
+    x = alt.X("rate:Q", title="share of the ill, %", scale=alt.Scale(type="log", nice=False))
     line = (
         alt.Chart(data)
         .mark_line()

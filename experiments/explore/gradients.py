@@ -66,7 +66,7 @@ def gradient(form, z, where=None):
 @app.function
 @jax.jit
 def measure(margin, count):
-    """Norms at the margin and along all margins, and the truth's entry there, in every dtype."""
+    """Norms at the margin and along all margins, and the leading class's entry there, in every dtype."""
     margins = jnp.append(jnp.array(MARGINS), margin)
     z = jnp.zeros((margins.size, MOST))
     z = z.at[:, 0].set(jnp.maximum(-margins, 0)).at[:, 1].set(jnp.maximum(margins, 0))
@@ -80,7 +80,7 @@ def measure(margin, count):
             g = jnp.where(where, g.astype(jnp.float32), 0)
             largest = jnp.max(jnp.abs(g), axis=1, keepdims=True)  # the squares of small entries would underflow
             norm = largest[:, 0] * jnp.linalg.norm(g / jnp.where(largest > 0, largest, 1), axis=1)
-            found[name, form] = norm, g[:, 0]
+            found[name, form] = norm, jnp.where(margins > 0, g[:, 1], g[:, 0])
     return found
 
 
@@ -202,7 +202,7 @@ def accuracies(model, optimizer):
     chosen = [row for row in chosen if row["arm"] in ARMS.values()]
     columns = {name: [float(row[name]) for row in chosen] for name in ("std", "mean", "least", "most")}
     data = page.rows(loss=[row["arm"] for row in chosen], **columns)
-    x = alt.X("std:Q", title="standard deviation of the output weights at the start").scale(type="log")
+    x = alt.X("std:Q", title="standard deviation of the output weights at the start").scale(type="log", nice=False)
     y, colour = alt.Y("mean:Q", title="test accuracy, %", scale=alt.Scale(zero=False)), alt.Color("loss:N", scale=LOOK)
     line = alt.Chart(data).mark_line(point=True).encode(x=x, y=y, color=colour)
     span = alt.Chart(data).mark_rule(opacity=0.6).encode(x=x, y=alt.Y("least:Q"), y2="most:Q", color=colour)
@@ -229,7 +229,7 @@ def _(controls):
         ),
         norms(found, float(values["margin"]), int(values["classes"])),
         escapes(found, float(values["start margin"])),
-        f"<p>The gradient of the true class is exactly 0 beyond these margins in {values['dtype']}.</p>"
+        f"<p>The gradient of the leading class is exactly 0 beyond these margins in {values['dtype']}.</p>"
         + page.table(
             ["form", "right", "wrong"],
             [[name, *(page.output(f"{side}_{form}", found[f"{side}_{form}"]) for side in ("right", "wrong"))]
