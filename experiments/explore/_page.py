@@ -77,7 +77,9 @@ def text(value: Any) -> str:
         return "NaN"
     if number == 0:
         return "0"
-    return f"{number:.4f}" if 1e-3 <= abs(number) < 1e5 else f"{number:.3e}"
+    if not 1e-3 <= abs(number) < 1e5:
+        return f"{number:.3e}"
+    return f"{number:.{4 - max(0, math.floor(math.log10(abs(number))))}f}"  # of float32, 5 digits are safe
 
 
 def output(name: str, value: Any, *, said: bool = False) -> str:
@@ -112,7 +114,7 @@ def rows(**columns: Any) -> alt.InlineData:
     arrays = [np.ravel(each).tolist() for each in np.broadcast_arrays(*map(np.asarray, columns.values()))]
     lines = [",".join("" if x != x else str(x) for x in row) for row in zip(*arrays, strict=True)]
     # Named, since not all channels would read a text as a number.
-    numbers = {name: "number" for name, each in zip(columns, arrays, strict=True) if not isinstance(each[0], str)}
+    numbers = {name: "number" for name, each in zip(columns, arrays, strict=True) if not isinstance([*each, 0][0], str)}
     return alt.InlineData("\n".join([",".join(columns), *lines]), format=alt.CsvDataFormat(type="csv", parse=numbers))
 
 
