@@ -96,6 +96,8 @@ def serve(port: int, browser: bool) -> None:
     """Serves until a signal ends the process."""
     import uvicorn
 
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(HERE.parent.parent / ".cache" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # Loaded once here, not in the first session of a page: its visitor would wait for jax.
     from experiments.explore import _page  # noqa: F401
     from jprob import mle  # noqa: F401

@@ -132,7 +132,7 @@ def chart(drawn: Any, title: str, *, height: int = 240) -> str:
     """A chart as wide as its place. It has no menu, whose links would lead off the machine."""
     spec = drawn.to_dict(validate=False)
     spec |= {"title": title, "width": "container", "height": height, "background": "transparent", "config": CONFIG}
-    spec["usermeta"] = {"embedOptions": {"actions": False, "renderer": "svg"}}
+    spec["usermeta"] = {"embedOptions": {"actions": False, "renderer": "canvas"}}
     return f'<figure aria-label="{html.escape(title)}">{mo.as_html(Drawn(spec)).text}</figure>'
 
 
