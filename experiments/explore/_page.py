@@ -112,7 +112,8 @@ def rows(**columns: Any) -> alt.InlineData:
     As a text: altair copies and checks each number of a list, which takes longer than all else.
     """
     arrays = [np.ravel(each).tolist() for each in np.broadcast_arrays(*map(np.asarray, columns.values()))]
-    lines = [",".join("" if x != x else str(x) for x in row) for row in zip(*arrays, strict=True)]
+    cells = [[x if isinstance(x, str) else "" if x != x else f"{x:.6g}" for x in column] for column in arrays]
+    lines = map(",".join, zip(*cells, strict=True))
     # Named, since not all channels would read a text as a number.
     numbers = {name: "number" for name, each in zip(columns, arrays, strict=True) if not isinstance([*each, 0][0], str)}
     return alt.InlineData("\n".join([",".join(columns), *lines]), format=alt.CsvDataFormat(type="csv", parse=numbers))

@@ -16,7 +16,7 @@ with app.setup:
 
     MODELS = ("Gaussian", "coin", "classifier")
     POINTS, EACH, MARKS = 20, 2, 60  # examples, steps of the fit between two marks of its path, and marks
-    LOCS, SCALES = np.linspace(-3, 5, 25, dtype=np.float32), np.geomspace(0.2, 5, 18).astype(np.float32)
+    LOCS, SCALES = np.linspace(-3, 5, 21, dtype=np.float32), np.geomspace(0.2, 5, 14).astype(np.float32)
     LOGITS = np.linspace(-4, 4, 81, dtype=np.float32)
     COLOURS = alt.Scale(domain=["0", "1", "2"], range=[page.BLUE, page.RED, page.GREEN])
     OPTIMIZER = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(learning_rate=0.1)
