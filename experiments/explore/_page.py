@@ -24,6 +24,7 @@ COLOURED = alt.Scale(range=list(PALETTE))
 
 # Altair checks each part of a chart as it is made, and that takes longer than a step of a slider may.
 alt.utils.schemapi.DEBUG_MODE = False
+alt.data_transformers.consolidate_datasets = False
 
 
 def intro(title: str, sentences: str, formula: str) -> mo.Html:
@@ -129,11 +130,15 @@ class Drawn:
         return "application/vnd.vegalite.v6+json", json.dumps(self.spec)
 
 
-def chart(drawn: Any, title: str, *, height: int = 240) -> str:
-    """A chart as wide as its place. It has no menu, whose links would lead off the machine."""
-    spec = drawn.to_dict(validate=False)
-    spec |= {"title": title, "width": "container", "height": height, "background": "transparent", "config": CONFIG}
-    spec["usermeta"] = {"embedOptions": {"actions": False, "renderer": "canvas"}}
+def chart(layers: Sequence[alt.Chart], title: str, *, height: int = 240) -> str:
+    """A chart as wide as its place, of layers. It has no menu, whose links would lead off the machine.
+
+    The layers are joined here: altair would copy each of them several times.
+    """
+    specs = [layer.to_dict(validate=False) for layer in layers]
+    spec = {"$schema": specs[0]["$schema"], "title": title, "width": "container", "height": height, "config": CONFIG}
+    spec["layer"] = [{key: each[key] for key in ("data", "mark", "encoding")} for each in specs]
+    spec |= {"background": "transparent", "usermeta": {"embedOptions": {"actions": False, "renderer": "canvas"}}}
     return f'<figure aria-label="{html.escape(title)}">{mo.as_html(Drawn(spec)).text}</figure>'
 
 

@@ -115,7 +115,7 @@ def areas(found):
             order="order:O",
         )
     )
-    return page.chart(bar, "Who has a positive result: the red area is the posterior", height=70)
+    return page.chart([bar], "Who has a positive result: the red area is the posterior", height=70)
 
 
 @app.function
@@ -144,7 +144,7 @@ def square(found, prior):
             color=alt.Color("who:N", sort=names, scale=colours),
         )
     )
-    return page.chart(rect, "All people: each area is a probability")
+    return page.chart([rect], "All people: each area is a probability")
 
 
 @app.function
@@ -164,7 +164,7 @@ def curves(found, prior):
         )
     )
     rule = alt.Chart(page.rows(rate=[100 * prior])).mark_rule(color=page.GREY, strokeDash=[4, 4]).encode(x=x)
-    return page.chart(line + rule, "The same test among fewer ill people")
+    return page.chart([line, rule], "The same test among fewer ill people")
 
 
 @app.cell(hide_code=True)

@@ -98,7 +98,7 @@ def parts(found):
             x=alt.X("nats:Q", title="nats"), color=alt.Color("part:N", scale=page.COLOURED, sort=names), order="order:O"
         )
     )
-    return page.chart(bar, "Loss = entropy of the target + divergence", height=70)
+    return page.chart([bar], "Loss = entropy of the target + divergence", height=70)
 
 
 @app.function
@@ -109,7 +109,7 @@ def curve(found, label):
     line = alt.Chart(page.rows(p=p, nats=-np.log(p))).mark_line(color=page.BLUE).encode(**axes)
     now = max(float(found[f"probs_{label}"]), 1e-3)
     point = alt.Chart(page.rows(p=[now], nats=[-np.log(now)])).mark_point(color=page.RED, filled=True, size=120)
-    return page.chart(line + point.encode(**axes), "-log p; p under 0.001 stands at the edge")
+    return page.chart([line, point.encode(**axes)], "-log p; p under 0.001 stands at the edge")
 
 
 @app.function
@@ -122,7 +122,7 @@ def arrows(found):
     stem = alt.Chart(data).mark_rule(strokeWidth=3, color=page.GREEN).encode(x=x, y=y, y2="zero:Q")
     tip = alt.Chart(data).mark_point(shape="triangle", filled=True, size=110, color=page.GREEN, opacity=1)
     tip = tip.encode(x=x, y=y, angle=alt.Angle("tip:Q", scale=None))
-    return page.chart(stem + tip, "Gradient in the logits")
+    return page.chart([stem, tip], "Gradient in the logits")
 
 
 @app.cell(hide_code=True)

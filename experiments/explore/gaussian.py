@@ -167,7 +167,7 @@ def bell(found, low, high):
     bands = alt.Chart(page.rows(x=loc + scale * np.array([-3, -2, -1, 1, 2, 3]))).mark_rule(
         color=page.GREY, strokeDash=[3, 3]
     )
-    return page.chart(area.encode(x=x, y=y) + bands.encode(x=x) + line, "Density; dashes at 1, 2 and 3 deviations")
+    return page.chart([area.encode(x=x, y=y), bands.encode(x=x), line], "Density; dashes at 1, 2 and 3 deviations")
 
 
 @app.function
@@ -178,7 +178,7 @@ def histogram(found):
     bars = alt.Chart(page.rows(low=EDGES[:-1], high=EDGES[1:], p=found["histogram"])).mark_bar(color=page.GOLD)
     bars = bars.encode(x=alt.X("low:Q", title="standardised sum"), x2="high:Q", y=axes["y"])
     bell = alt.Chart(page.rows(x=x, p=np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi))).mark_line(color=page.BLUE)
-    return page.chart(bars + bell.encode(**axes), f"{SUMS} sums (bars) and the standard Gaussian (line)")
+    return page.chart([bars, bell.encode(**axes)], f"{SUMS} sums (bars) and the standard Gaussian (line)")
 
 
 @app.function
@@ -196,7 +196,7 @@ def layers(found):
             x=alt.X("layer:Q", title="layer"), y=y, color=alt.Color("start:N", scale=page.COLOURED, sort=list(STARTS))
         )
     )
-    return page.chart(line, f"Size of the output of {LAYERS} layers, by the start of the weights")
+    return page.chart([line], f"Size of the output of {LAYERS} layers, by the start of the weights")
 
 
 @app.cell(hide_code=True)

@@ -177,7 +177,7 @@ def norms(found, margin, count):
         dashes = alt.Chart(data).mark_line(strokeWidth=1.5, strokeDash=[4, 4], color=page.GREY)
         layers.append(dashes.encode(x=x, y=y))
     now = alt.Chart(page.rows(m=[margin])).mark_rule(color=page.GREY).encode(x=x)
-    return page.chart(alt.layer(*layers, now), "Norm of the gradient; dashes: theory, line: the chosen margin")
+    return page.chart([*layers, now], "Norm of the gradient; dashes: theory, line: the chosen margin")
 
 
 @app.function
@@ -192,7 +192,7 @@ def escapes(found, start):
     y, colour = alt.Y("m:Q", title="margin"), alt.Color("loss:N", scale=LOOK)
     lines = [alt.Chart(data).mark_line().encode(x=x, y=y, color=colour) for data in layers]
     zero = alt.Chart(page.rows(m=[0.0])).mark_rule(color=page.GREY, strokeDash=[4, 4]).encode(y=y)
-    return page.chart(alt.layer(*lines, zero), "Escape from a wrong start: gradient descent on two logits")
+    return page.chart([*lines, zero], "Escape from a wrong start: gradient descent on two logits")
 
 
 @app.function
@@ -206,7 +206,7 @@ def accuracies(model, optimizer):
     y, colour = alt.Y("mean:Q", title="test accuracy, %", scale=alt.Scale(zero=False)), alt.Color("loss:N", scale=LOOK)
     line = alt.Chart(data).mark_line(point=True).encode(x=x, y=y, color=colour)
     span = alt.Chart(data).mark_rule(opacity=0.6).encode(x=x, y=alt.Y("least:Q"), y2="most:Q", color=colour)
-    return page.chart(span + line, "Test accuracy on digits: mean and range of 12 seeds, each rate tuned")
+    return page.chart([span, line], "Test accuracy on digits: mean and range of 12 seeds, each rate tuned")
 
 
 @app.cell(hide_code=True)

@@ -195,7 +195,7 @@ def bell(found, fit):
         colour = alt.Color("density:N", scale=alt.Scale(domain=["given", "fitted"], range=[page.BLUE, page.RED]))
         layers.append(line.encode(x=alt.X("x:Q", title="x"), y=alt.Y("p:Q", title="density"), color=colour))
     ticks = alt.Chart(page.rows(x=found["data"][0], p=0.0)).mark_point(color=page.GREY, filled=True, size=45, opacity=1)
-    return page.chart(alt.layer(*layers, ticks.encode(x="x:Q", y="p:Q")), f"Gaussian: {POINTS} points and its density")
+    return page.chart([*layers, ticks.encode(x="x:Q", y="p:Q")], f"Gaussian: {POINTS} points and its density")
 
 
 @app.function
@@ -223,7 +223,7 @@ def landscape(found, fit):
     )
     start = alt.Chart(page.rows(x=path["loc"][:1], y=np.exp(path["log_scale"][:1])))
     start = start.mark_point(color=page.RED, filled=True, size=110, opacity=1).encode(x=x, y=y)
-    return page.chart(rect + line + start, "Gaussian: loss of all parameters, and the path of the fit")
+    return page.chart([rect, line, start], "Gaussian: loss of all parameters, and the path of the fit")
 
 
 @app.function
@@ -237,7 +237,7 @@ def coin(found, fit):
     steps = page.rows(p=1 / (1 + np.exp(-logits)), nll=np.interp(logits, LOGITS, found["curve"]))
     marks = alt.Chart(steps).mark_point(color=page.RED, filled=True, size=45, opacity=0.7).encode(x=x, y=y)
     count = int(found["data"][1].sum())
-    return page.chart(line + marks, f"Coin: {count} heads in {POINTS} flips, and the path of the fit")
+    return page.chart([line, marks], f"Coin: {count} heads in {POINTS} flips, and the path of the fit")
 
 
 @app.function
@@ -254,7 +254,7 @@ def plane(found, fit):
         arrow = page.rows(**{"x": [0.0, path[-1, 0, k]], "y": [0.0, path[-1, 1, k]], "class": k})
         arrow = alt.Chart(arrow).mark_line(strokeDash=[4, 4], point=True).encode(x=x, y=y, color=colour)
         layers += [line, arrow]
-    return page.chart(alt.layer(*layers), "Classifier: points, weights of each class (dashes), and their path")
+    return page.chart(layers, "Classifier: points, weights of each class (dashes), and their path")
 
 
 @app.cell(hide_code=True)

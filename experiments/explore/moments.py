@@ -107,7 +107,7 @@ def bars(found):
     mean, deviation = float(found["mean"]), float(found["deviation"])
     span = alt.Chart(page.rows(x=[mean - deviation], end=[mean + deviation])).mark_rect(color=page.GOLD, opacity=0.25)
     rule = alt.Chart(page.rows(x=[mean])).mark_rule(color=page.RED, strokeWidth=3).encode(x=x)
-    return page.chart(span.encode(x=x, x2="end:Q") + bar + rule, "Probabilities; mean (line) and one deviation (band)")
+    return page.chart([span.encode(x=x, x2="end:Q"), bar, rule], "Probabilities; mean (line) and one deviation (band)")
 
 
 @app.function
@@ -122,7 +122,7 @@ def converging(found, samples):
     )
     line = alt.Chart(page.rows(n=at, mean=mean)).mark_line(color=page.BLUE).encode(x=x, y=y)
     exact = alt.Chart(page.rows(mean=[found["mean"]])).mark_rule(color=page.RED).encode(y=y)
-    return page.chart(band.encode(x=x, y=y, y2="high:Q") + line + exact, "Estimate within two standard errors")
+    return page.chart([band.encode(x=x, y=y, y2="high:Q"), line, exact], "Estimate within two standard errors")
 
 
 @app.cell(hide_code=True)

@@ -110,7 +110,7 @@ def steps(found):
     for (name, values), colour in zip(shown.items(), (page.GREY, page.BLUE, page.GREEN), strict=True):
         bar = alt.Chart(page.rows(name=CLASSES, value=values)).mark_bar(color=colour)
         y = alt.Y("name:N", title=None, sort=CLASSES)
-        made.append(page.chart(bar.encode(x=alt.X("value:Q", title=None), y=y), name, height=80))
+        made.append(page.chart([bar.encode(x=alt.X("value:Q", title=None), y=y)], name, height=80))
     return "".join(made)
 
 

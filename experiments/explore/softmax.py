@@ -98,7 +98,7 @@ def bars(found):
     y = alt.Y("p:Q", title="probability", scale=alt.Scale(domain=[0, 1]))
     bar = alt.Chart(page.rows(**{"class": classes + 1, "p": probs})).mark_bar(color=page.BLUE).encode(**axes, y=y)
     tick = alt.Chart(page.rows(**{"class": classes + 1, "p": drawn})).mark_tick(color=page.RED, thickness=3)
-    return page.chart(bar + tick.encode(**axes, y=y), f"Softmax (bars) and share in {DRAWS} samples (marks)")
+    return page.chart([bar, tick.encode(**axes, y=y)], f"Softmax (bars) and share in {DRAWS} samples (marks)")
 
 
 @app.cell(hide_code=True)
