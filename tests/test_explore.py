@@ -183,7 +183,7 @@ READ = "Object.fromEntries([...document.querySelectorAll('output')].map(e => [e.
 WATCH = """() => {
   const shown = () => [...document.querySelectorAll('output')].map(e => e.textContent).join()
   const before = shown(); let began; window.stepped = 0
-  for (const kind of ['keydown', 'change'])
+  for (const kind of ['keydown', 'input'])
     document.addEventListener(kind, () => { began = performance.now() }, {once: true, capture: true})
   window.watcher?.disconnect()
   window.watcher = new MutationObserver(() => {
@@ -257,7 +257,7 @@ def test_a_page_in_a_browser(browser, address, name):
                 else:
                     page.keyboard.press(presses[-1])
                 until(page, want)
-                steps += filter(None, [page.evaluate("window.stepped")])
+                steps += [took for took in [page.evaluate("window.stepped")] if took]
                 assert role != "slider" or float(widget.get_attribute("aria-valuenow")) == pytest.approx(value)
         code = "document.querySelector('div.codehilite').innerText.split(/\\s+/).filter(Boolean).join(' ')"
         until(page, " ".join(load(name).code(values).split()), code)

@@ -142,9 +142,9 @@ def chart(layers: Sequence[alt.Chart], title: str, *, height: int = 240) -> str:
     return f'<figure aria-label="{html.escape(title)}">{mo.as_html(Drawn(spec)).text}</figure>'
 
 
-def show(first: str, *rest: str) -> mo.Html:
-    """What changes with the controls: numbers, then tables and charts in one column or two."""
-    return mo.Html(f'{first}<div class="charts">{"".join(f"<div>{each}</div>" for each in rest)}</div>')
+def show(*parts: str) -> mo.Html:
+    """What changes with the controls: tables and charts, in one column or two; a part alone takes the whole width."""
+    return mo.Html(f'<div class="charts">{"".join(f"<div>{each}</div>" for each in parts)}</div>')
 
 
 def code(program: str) -> mo.Html:

@@ -169,7 +169,7 @@ def curves(found, prior):
 
 @app.cell(hide_code=True)
 def _(controls):
-    found, prior = compute(controls.value), shares(controls.value)[0][0]
+    found = compute(controls.value)
     page.show(
         page.numbers(
             {
@@ -180,16 +180,26 @@ def _(controls):
             | {f"scores_{k}": name for k, name in enumerate(SCORES)}
             | {"always_no": "accuracy of always saying no"},
             found,
-        ),
+        )
+    )
+    return (found,)
+
+
+@app.cell(hide_code=True)
+def _(controls, found):
+    prior = shares(controls.value)[0][0]
+    page.show(
         areas(found) + square(found, prior),
         curves(found, prior),
         "<p>Expected counts among 1000 people</p>"
         + page.table(
             ["", "negative", "positive"],
-            [[who, *(page.output(f"counts_{k}", found[f"counts_{k}"]) for k in places)]
-             for who, places in {"healthy": (0, 1), "ill": (2, 3)}.items()],
+            [
+                [who, *(page.output(f"counts_{k}", found[f"counts_{k}"]) for k in places)]
+                for who, places in {"healthy": (0, 1), "ill": (2, 3)}.items()
+            ],
         ),
-    )  # fmt: skip
+    )
     return
 
 

@@ -128,7 +128,6 @@ def arrows(found):
 @app.cell(hide_code=True)
 def _(controls):
     found = compute(controls.value)
-    columns = "targets", "probs", "gradient", "gradient_of_probs"
     page.show(
         page.numbers(
             {
@@ -140,7 +139,15 @@ def _(controls):
                 "of_probs": "loss of probabilities as logits",
             },
             found,
-        ),
+        )
+    )
+    return (found,)
+
+
+@app.cell(hide_code=True)
+def _(controls, found):
+    columns = "targets", "probs", "gradient", "gradient_of_probs"
+    page.show(
         page.table(
             ["class", "target y", "p", "gradient p - y", "gradient, two softmaxes"],
             [[name, *(page.output(f"{c}_{k}", found[f"{c}_{k}"]) for c in columns)] for k, name in enumerate(CLASSES)],

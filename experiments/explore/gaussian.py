@@ -214,7 +214,14 @@ def _(controls):
             }
             | {f"last_{k}": f"last layer, {start}" for k, start in enumerate(STARTS)},
             found,
-        ),
+        )
+    )
+    return (found,)
+
+
+@app.cell(hide_code=True)
+def _(controls, found):
+    page.show(
         bell(found, controls.value["low"], controls.value["high"]),
         histogram(found),
         layers(found),

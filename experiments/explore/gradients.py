@@ -211,8 +211,7 @@ def accuracies(model, optimizer):
 
 @app.cell(hide_code=True)
 def _(controls):
-    values = controls.value
-    found = compute(values)
+    found = compute(controls.value)
     page.show(
         page.numbers(
             {
@@ -226,17 +225,27 @@ def _(controls):
                 "predicted_se": "predicted",
             },
             found,
-        ),
+        )
+    )
+    return (found,)
+
+
+@app.cell(hide_code=True)
+def _(controls, found):
+    values = controls.value
+    page.show(
         norms(found, float(values["margin"]), int(values["classes"])),
         escapes(found, float(values["start margin"])),
         f"<p>The gradient of the leading class is exactly 0 beyond these margins in {values['dtype']}.</p>"
         + page.table(
             ["form", "right", "wrong"],
-            [[name, *(page.output(f"{side}_{form}", found[f"{side}_{form}"]) for side in ("right", "wrong"))]
-             for form, name in FORMS.items()],
+            [
+                [name, *(page.output(f"{side}_{form}", found[f"{side}_{form}"]) for side in ("right", "wrong"))]
+                for form, name in FORMS.items()
+            ],
         ),
         accuracies(values["model"], values["optimizer"]),
-    )  # fmt: skip
+    )
     return
 
 

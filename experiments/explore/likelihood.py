@@ -259,14 +259,22 @@ def plane(found, fit):
 
 @app.cell(hide_code=True)
 def _(controls):
-    found, fit = compute(controls.value), controls.value["fit"]
+    found = compute(controls.value)
     columns = "likelihood", "log_likelihood", "nll", "fitted"
     page.show(
         page.table(
             ["model", "likelihood", "log-likelihood", "mean loss", "mean loss, fitted"],
             [[name, *(page.output(f"{c}_{k}", found[f"{c}_{k}"]) for c in columns)] for k, name in enumerate(MODELS)],
         )
-        + "<p>A likelihood of many examples underflows to 0. Its logarithm does not.</p>",
+        + "<p>A likelihood of many examples underflows to 0. Its logarithm does not.</p>"
+    )
+    return (found,)
+
+
+@app.cell(hide_code=True)
+def _(controls, found):
+    fit = controls.value["fit"]
+    page.show(
         bell(found, fit),
         landscape(found, fit),
         coin(found, fit),

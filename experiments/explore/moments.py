@@ -139,7 +139,14 @@ def _(controls):
             }
             | {f"probs_{k}": f"p of {k + 1}" for k in range(6)},
             found,
-        ),
+        )
+    )
+    return (found,)
+
+
+@app.cell(hide_code=True)
+def _(controls, found):
+    page.show(
         bars(found),
         converging(found, int(controls.value["samples"])),
     )

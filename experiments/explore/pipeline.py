@@ -139,14 +139,21 @@ def comparison(found):
 @app.cell(hide_code=True)
 def _(controls):
     found = compute(controls.value)
-    absent = "" if torch else " torch is not installed here."
     page.show(
         page.numbers(
             {"loss": "loss, nats"}
             | {f"probs_{k}": f"p, {name}" for k, name in enumerate(CLASSES)}
             | {f"gradient_{k}": f"gradient, {name}" for k, name in enumerate(CLASSES)},
             found,
-        ),
+        )
+    )
+    return (found,)
+
+
+@app.cell(hide_code=True)
+def _(found):
+    absent = "" if torch else " torch is not installed here."
+    page.show(
         steps(found),
         comparison(found)
         + f"<p>Marked digits are wrong. The loss of a prediction that is right by 20 is not 0.{absent}</p>",

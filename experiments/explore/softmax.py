@@ -104,13 +104,18 @@ def bars(found):
 @app.cell(hide_code=True)
 def _(controls):
     found = compute(controls.value)
+    page.show(page.numbers({"bits": "entropy, bits"}, found))
+    return (found,)
+
+
+@app.cell(hide_code=True)
+def _(found):
     names = "terms", "naive", "probs", "drawn"
     classes = [
         [str(k + 1), page.text(found["logits"][k]), *(page.output(f"{n}_{k}", found[f"{n}_{k}"]) for n in names)]
         for k in range(found["count"])
     ]
     page.show(
-        page.numbers({"bits": "entropy, bits"}, found),
         page.table(["class", "logit", "e<sup>z/T</sup>", "naive p", "jprob p", "sampled"], classes),
         bars(found),
     )
