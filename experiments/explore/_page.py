@@ -15,7 +15,6 @@ PALETTE = ("#3D78B4", "#D9532F", "#1B9E77", "#56B4E9", "#D9A520", "#8C8C8C")
 BLUE, RED, GREEN, SKY, GOLD, GREY = PALETTE
 CONFIG = {
     "view": {"stroke": None},
-    "title": {"anchor": "start", "fontSize": 13, "fontWeight": "normal"},
     "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "gridOpacity": 0.4},
     "legend": {"orient": "bottom", "title": None, "labelLimit": 320, "columns": 2, "labelFontSize": 11},
 }
@@ -136,10 +135,10 @@ def chart(layers: Sequence[alt.Chart], title: str, *, height: int = 240) -> str:
     The layers are joined here: altair would copy each of them several times.
     """
     specs = [layer.to_dict(validate=False) for layer in layers]
-    spec = {"$schema": specs[0]["$schema"], "title": title, "width": "container", "height": height, "config": CONFIG}
+    spec = {"$schema": specs[0]["$schema"], "width": "container", "height": height, "config": CONFIG}
     spec["layer"] = [{key: each[key] for key in ("data", "mark", "encoding")} for each in specs]
     spec |= {"background": "transparent", "usermeta": {"embedOptions": {"actions": False, "renderer": "canvas"}}}
-    return f'<figure aria-label="{html.escape(title)}">{mo.as_html(Drawn(spec)).text}</figure>'
+    return f"<figure><figcaption>{html.escape(title)}</figcaption>{mo.as_html(Drawn(spec)).text}</figure>"
 
 
 def show(*parts: str) -> mo.Html:

@@ -175,8 +175,10 @@ def histogram(found):
     """Sums next to the standard Gaussian."""
     x = (EDGES[1:] + EDGES[:-1]) / 2
     axes = {"x": alt.X("x:Q", title="standardised sum"), "y": alt.Y("p:Q", title="density")}
-    bars = alt.Chart(page.rows(low=EDGES[:-1], high=EDGES[1:], p=found["histogram"])).mark_bar(color=page.GOLD)
-    bars = bars.encode(x=alt.X("low:Q", title="standardised sum"), x2="high:Q", y=axes["y"])
+    bars = alt.Chart(page.rows(low=EDGES[:-1], high=EDGES[1:], p=found["histogram"], zero=0.0)).mark_rect(
+        color=page.GOLD
+    )
+    bars = bars.encode(x=alt.X("low:Q", title="standardised sum"), x2="high:Q", y=axes["y"], y2="zero:Q")
     bell = alt.Chart(page.rows(x=x, p=np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi))).mark_line(color=page.BLUE)
     return page.chart([bars, bell.encode(**axes)], f"{SUMS} sums (bars) and the standard Gaussian (line)")
 

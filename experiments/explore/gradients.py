@@ -26,7 +26,8 @@ with app.setup:
     FORMS = {"ce": "cross-entropy, jprob", "usual_ce": "cross-entropy, usual", "se": "squared error, jprob"}
     FORMS |= {"usual_se": "squared error, usual"}
     STORED = Path(page.__file__).with_name("wrong_start.csv").read_text().splitlines()[1:]
-    LOOK = alt.Scale(domain=list(ARMS.values()), range=[page.BLUE, page.RED])
+    NAMES = {arm: name.removeprefix("softmax + ") for arm, name in ARMS.items()}
+    LOOK = alt.Scale(domain=list(NAMES.values()), range=[page.BLUE, page.RED])
 
 
 @app.cell(hide_code=True)
@@ -170,7 +171,7 @@ def norms(found, margin, count):
     layers = []
     for arm, name in ARMS.items():
         norm = found["curves"][arm][0][:-1][shown]
-        data = page.rows(m=m[norm > 0], norm=norm[norm > 0], loss=name)
+        data = page.rows(m=m[norm > 0], norm=norm[norm > 0], loss=NAMES[arm])
         colour = alt.Color("loss:N", scale=LOOK)
         layers.append(alt.Chart(data).mark_line(strokeWidth=4, opacity=0.6).encode(x=x, y=y, color=colour))
         data = page.rows(m=m, norm=theory(name, np.float64(m), count)["norm"])
@@ -186,7 +187,7 @@ def escapes(found, start):
     steps = np.unique(np.round(np.geomspace(1, STEPS, 120))).astype(int)
     layers = [
         page.rows(step=np.append(0.5, steps), m=np.append(start, found["paths"][arm][steps - 1]), loss=name)
-        for arm, name in ARMS.items()
+        for arm, name in NAMES.items()
     ]
     x = alt.X("step:Q", title="step", scale=alt.Scale(type="log", domain=[0.5, STEPS]))
     y, colour = alt.Y("m:Q", title="margin"), alt.Color("loss:N", scale=LOOK)
@@ -201,7 +202,7 @@ def accuracies(model, optimizer):
     chosen = [row for row in csv.DictReader(STORED) if (row["model"], row["optimizer"]) == (model, optimizer)]
     chosen = [row for row in chosen if row["arm"] in ARMS.values()]
     columns = {name: [float(row[name]) for row in chosen] for name in ("std", "mean", "least", "most")}
-    data = page.rows(loss=[row["arm"] for row in chosen], **columns)
+    data = page.rows(loss=[row["arm"].removeprefix("softmax + ") for row in chosen], **columns)
     x = alt.X("std:Q", title="standard deviation of the output weights at the start").scale(type="log", nice=False)
     y, colour = alt.Y("mean:Q", title="test accuracy, %", scale=alt.Scale(zero=False)), alt.Color("loss:N", scale=LOOK)
     line = alt.Chart(data).mark_line(point=True).encode(x=x, y=y, color=colour)

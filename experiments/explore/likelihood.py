@@ -18,7 +18,7 @@ with app.setup:
     POINTS, EACH, MARKS = 20, 2, 60  # examples, steps of the fit between two marks of its path, and marks
     LOCS, SCALES = np.linspace(-3, 5, 21, dtype=np.float32), np.geomspace(0.2, 5, 14).astype(np.float32)
     LOGITS = np.linspace(-4, 4, 81, dtype=np.float32)
-    COLOURS = alt.Scale(domain=["0", "1", "2"], range=[page.BLUE, page.RED, page.GREEN])
+    COLOURS = alt.Scale(domain=[0, 1, 2], range=[page.BLUE, page.RED, page.GREEN])
     OPTIMIZER = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(learning_rate=0.1)
 
 
@@ -29,7 +29,7 @@ def _():
         "The likelihood of parameters is the probability they give to the data. It is a product, so its logarithm is "
         "a sum, and losses are its negative mean. A fit follows the gradient to the parameters that make the data "
         "most probable.",
-        r"\hat\theta = \arg\max_\theta \prod_i p_\theta(x_i) = \arg\min_\theta \sum_i -\log p_\theta(x_i)",
+        r"\hat\theta = \arg\max_\theta \prod_i p_\theta(x_i) = \arg\min_\theta -\sum_i \log p_\theta(x_i)",
     )
     return
 

@@ -28,7 +28,7 @@ def _():
         "A distribution over six outcomes has one probability for each, and they sum to 1. Mean and variance are "
         "exact sums over the outcomes. An average over samples estimates the mean, and its error falls with the root "
         "of their number.",
-        r"\mathrm{E}[x] = \sum_k p_k x_k, \qquad \mathrm{Var}[x] = \sum_k p_k (x_k - \mathrm{E}[x])^2",
+        r"\mathrm{E}[x] = \sum_k p_k x_k, \quad \mathrm{Var}[x] = \sum_k p_k (x_k - \mathrm{E}\,x)^2",
     )
     return
 
