@@ -4,6 +4,7 @@ import html
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import altair as alt
@@ -20,6 +21,8 @@ CONFIG = {
 }
 COLOURED = alt.Scale(range=list(PALETTE))
 
+
+HERE = Path(__file__).parent  # a notebook does not know its own place
 
 # Altair checks each part of a chart as it is made, and that takes longer than a step of a slider may.
 alt.utils.schemapi.DEBUG_MODE = False

@@ -6,7 +6,6 @@ app = marimo.App(width="medium", css_file="page.css", app_title="Cross-entropy a
 
 with app.setup:
     import csv
-    from pathlib import Path
 
     import altair as alt
     import jax
@@ -25,7 +24,7 @@ with app.setup:
     MARGINS = np.arange(-120, 121, dtype=np.float32)
     FORMS = {"ce": "cross-entropy, jprob", "usual_ce": "cross-entropy, usual", "se": "squared error, jprob"}
     FORMS |= {"usual_se": "squared error, usual"}
-    STORED = Path(page.__file__).with_name("wrong_start.csv").read_text().splitlines()[1:]
+    STORED = (page.HERE / "wrong_start.csv").read_text().splitlines()[1:]
     NAMES = {arm: name.removeprefix("softmax + ") for arm, name in ARMS.items()}
     LOOK = alt.Scale(domain=list(NAMES.values()), range=[page.BLUE, page.RED])
 
