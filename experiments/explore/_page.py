@@ -10,6 +10,7 @@ from typing import Any
 import altair as alt
 import marimo as mo
 import numpy as np
+from altair.utils import schemapi
 
 # Those of experiments.plots, lighter where a dark background would swallow them.
 PALETTE = ("#3D78B4", "#D9532F", "#1B9E77", "#56B4E9", "#D9A520", "#8C8C8C")
@@ -25,7 +26,7 @@ COLOURED = alt.Scale(range=list(PALETTE))
 HERE = Path(__file__).parent  # a notebook does not know its own place
 
 # Altair checks each part of a chart as it is made, and that takes longer than a step of a slider may.
-alt.utils.schemapi.DEBUG_MODE = False
+schemapi.DEBUG_MODE = False
 alt.data_transformers.consolidate_datasets = False
 
 

@@ -62,7 +62,7 @@ def shares(values):
 @app.function
 def compute(values):
     """All that the page shows, by name."""
-    found, curves = jax.device_get(measure(*np.float32(shares(values))))
+    found, curves = jax.device_get(measure(*np.array(shares(values), np.float32)))
     return page.flat(found) | {"curves": curves}
 
 

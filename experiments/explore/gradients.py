@@ -76,8 +76,8 @@ def measure(margin, count):
         exact = None if form.startswith("usual") else gradient(form, z, where)
         for name, dtype in DTYPES.items():
             # jprob computes in float32 and rounds the gradient; these logits are exact in every dtype.
-            g = gradient(form, z.astype(dtype), where) if exact is None else exact.astype(dtype)
-            g = jnp.where(where, g.astype(jnp.float32), 0)
+            g = gradient(form, z.astype(dtype), where) if exact is None else jnp.astype(exact, dtype)
+            g = jnp.where(where, jnp.astype(g, jnp.float32), 0)
             largest = jnp.max(jnp.abs(g), axis=1, keepdims=True)  # the squares of small entries would underflow
             norm = largest[:, 0] * jnp.linalg.norm(g / jnp.where(largest > 0, largest, 1), axis=1)
             found[name, form] = norm, jnp.where(margins > 0, g[:, 1], g[:, 0])
@@ -115,10 +115,12 @@ def compute(values):
     found = {"curves": {form: curves[values["dtype"], form] for form in FORMS}, "paths": paths}
     for arm, name in ARMS.items():
         found[f"norm_{arm}"] = found["curves"][arm][0][-1]
-        found[f"theory_{arm}"] = float(theory(name, np.float64([margin]), int(count))["norm"][0])
+        found[f"theory_{arm}"] = float(theory(name, np.array([margin], float), int(count))["norm"][0])
         out = np.flatnonzero(paths[arm] <= 0)
         found[f"steps_{arm}"] = f"{out[0] + 1:,}" if out.size else f"over {STEPS:,}"
-        found[f"predicted_{arm}"] = int(predicted_steps(name, "SGD", float(rate), 0.0, 0.0, np.float64([start]))[0])
+        found[f"predicted_{arm}"] = int(
+            predicted_steps(name, "SGD", float(rate), 0.0, 0.0, np.array([start], float))[0]
+        )
     for form in FORMS:
         found[f"right_{form}"], found[f"wrong_{form}"] = first_zeros(found["curves"][form][1])
     return found
@@ -173,7 +175,7 @@ def norms(found, margin, count):
         data = page.rows(m=m[norm > 0], norm=norm[norm > 0], loss=NAMES[arm])
         colour = alt.Color("loss:N", scale=LOOK)
         layers.append(alt.Chart(data).mark_line(strokeWidth=4, opacity=0.6).encode(x=x, y=y, color=colour))
-        data = page.rows(m=m, norm=theory(name, np.float64(m), count)["norm"])
+        data = page.rows(m=m, norm=theory(name, m.astype(float), count)["norm"])
         dashes = alt.Chart(data).mark_line(strokeWidth=1.5, strokeDash=[4, 4], color=page.GREY)
         layers.append(dashes.encode(x=x, y=y))
     now = alt.Chart(page.rows(m=[margin])).mark_rule(color=page.GREY).encode(x=x)

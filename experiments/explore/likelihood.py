@@ -66,7 +66,7 @@ def nll_of_all(params, batch, key):
     points, flips, (features, labels) = batch
     of_classes = nll_of_classes(params[2], (features.reshape(-1, 2), labels.ravel()), key)
     of_points, of_flips = nll_of_points(params[0], points, key), nll_of_flips(params[1], flips, key)
-    return of_points + of_flips + jnp.mean(of_classes.reshape(-1, 3), axis=1)
+    return of_points + of_flips + jnp.mean(jnp.reshape(of_classes, (-1, 3)), axis=1)
 
 
 @app.function

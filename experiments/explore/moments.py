@@ -58,7 +58,9 @@ def measure(weights, samples, seed):
 @app.function
 def compute(values):
     """All that the page shows, by name."""
-    weights = page.floats(values, [f"weight of {k}" for k in range(1, 7)]) * np.float32(STARTS[values["distribution"]])
+    weights = page.floats(values, [f"weight of {k}" for k in range(1, 7)]) * np.array(
+        STARTS[values["distribution"]], np.float32
+    )
     found, curve = jax.device_get(measure(weights, np.int32(values["samples"]), np.int32(values["seed"])))
     return page.flat(found) | {"curve": curve}
 

@@ -94,11 +94,11 @@ def bars(found):
     """Probabilities as bars, and the share of each class in the samples as a mark."""
     classes = np.arange(found["count"])
     probs, drawn = ([float(found[f"{name}_{k}"]) for k in classes] for name in ("probs", "drawn"))
-    axes = {"x": alt.X("class:O", title="class", axis=alt.Axis(labelAngle=0))}
+    x = alt.X("class:O", title="class", axis=alt.Axis(labelAngle=0))
     y = alt.Y("p:Q", title="probability", scale=alt.Scale(domain=[0, 1]))
-    bar = alt.Chart(page.rows(**{"class": classes + 1, "p": probs})).mark_bar(color=page.BLUE).encode(**axes, y=y)
+    bar = alt.Chart(page.rows(**{"class": classes + 1, "p": probs})).mark_bar(color=page.BLUE).encode(x=x, y=y)
     tick = alt.Chart(page.rows(**{"class": classes + 1, "p": drawn})).mark_tick(color=page.RED, thickness=3)
-    return page.chart([bar, tick.encode(**axes, y=y)], f"Softmax (bars) and share in {DRAWS} samples (marks)")
+    return page.chart([bar, tick.encode(x=x, y=y)], f"Softmax (bars) and share in {DRAWS} samples (marks)")
 
 
 @app.cell(hide_code=True)
