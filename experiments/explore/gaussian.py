@@ -92,12 +92,13 @@ def depth(relu, normalised, seed):
 def compute(values):
     """All that the page shows, by name."""
     seed, terms = np.int32(values["seed"]), np.int32(values["terms"])
-    found = intervals(*page.floats(values, ["mean", "standard deviation", "low", "high"]))
+    here = intervals(*page.floats(values, ["mean", "standard deviation", "low", "high"]))
     of_sums = sums(np.int32(SOURCES.index(values["source"])), terms, seed)
     std = depth(np.bool_(values["activation"] == "ReLU"), np.bool_(values["normalise"]), seed)
-    found = jax.device_get({**found, **of_sums, "std": std})
+    here, of_sums, std = jax.device_get((here, of_sums, std))
+    found = here | of_sums | {"std": std}
     shown = {name: found[name] for name in ("within", "interval", "peak", "gap")}
-    return {**page.flat(shown | {"last": found["std"][:, -1]}), **found}
+    return page.flat(shown | {"last": std[:, -1]}) | found
 
 
 @app.function
