@@ -89,7 +89,7 @@ def depth(relu, normalised, seed):
 
 
 @app.function
-def compute(values):
+def compute(values) -> dict:
     """All that the page shows, by name."""
     seed, terms = np.int32(values["seed"]), np.int32(values["terms"])
     here = intervals(*page.floats(values, ["mean", "standard deviation", "low", "high"]))
