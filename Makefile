@@ -1,13 +1,16 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: help study test test-slow docs lint lock clean force
+.PHONY: help study explore test test-slow docs lint lock clean force
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1 /p' Makefile | while read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
 
 study: .venv/ready  ## run the study of configs/study.toml
 	@.venv/bin/python -m experiments run configs/study.toml
+
+explore: .venv/ready  ## serve the interactive pages on this machine
+	@.venv/bin/python -m experiments.explore
 
 # A file goes to one process, whose tests share what it compiles. Arguments and results are checked against their
 # annotations.
