@@ -248,19 +248,6 @@ def against_slowdown(config: Config, paths: Paths) -> list[str]:
     return said
 
 
-def abstract(config: Config, paths: Paths) -> list[str]:
-    """Both losses at one rate, from the most wrong start."""
-    (w, b), rate = worst_start(config), shared_rate(config)
-    if rate is None:
-        return []
-    first = paths[w, b, CROSS, rate].output[0]
-    fast, slow = (steps_to_half(paths[w, b, loss, rate].output) for loss in (CROSS, SQUARED))
-    return [
-        f"A single neuron that should answer 0 and starts at {first:.2f} is below 1/2 after {fast:g} steps under "
-        f"cross-entropy and after {slow:g} under squared error, both at learning rate {rate:g}."
-    ]
-
-
 def report(config: Config, records: Sequence[Record]) -> Section:
     """The four panels and what they do and do not show."""
     paths: Paths = {}
@@ -276,4 +263,4 @@ def report(config: Config, records: Sequence[Record]) -> Section:
     )
     hypotheses = [integration_hypothesis(paths), slowdown_hypothesis(config, paths)]
     tables = [table(config, paths)]
-    return Section("One neuron", abstract(config, paths), text, [figure(config, paths)], hypotheses, tables)
+    return Section("One neuron", [], text, [figure(config, paths)], hypotheses, tables)
