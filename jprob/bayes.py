@@ -148,10 +148,10 @@ def update(
 
 @_checks.public(static=("axis",))
 def gaussian_posterior(
-    prior_loc: float | Float[Array, "*#rest"],
-    prior_scale: float | Float[Array, "*#rest"],
+    prior_loc: float | Real[Array, "*#rest"],
+    prior_scale: float | Real[Array, "*#rest"],
     x: Float[Array, "*shape"],
-    scale: float | Float[Array, "*#rest"],
+    scale: float | Real[Array, "*#rest"],
     *,
     axis: int = -1,
     weights: Real[Array, "*#shape"] | Bool[Array, "*#shape"] | None = None,
@@ -206,8 +206,8 @@ def gaussian_posterior(
 
 @_checks.public(static=("axis",))
 def beta_posterior(
-    prior_alpha: float | Float[Array, "*#rest"],
-    prior_beta: float | Float[Array, "*#rest"],
+    prior_alpha: float | Real[Array, "*#rest"],
+    prior_beta: float | Real[Array, "*#rest"],
     labels: Real[Array, "*shape"] | Bool[Array, "*shape"],
     *,
     axis: int = -1,

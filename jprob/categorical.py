@@ -55,7 +55,7 @@ def softmax(
     *,
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
-    temperature: float | Float[Array, "*#shape"] = 1.0,
+    temperature: float | Real[Array, "*#shape"] = 1.0,
 ) -> Float[Array, "*shape"]:
     """Softmax: the probabilities p_i = exp(z_i / T) / sum_j exp(z_j / T).
 
@@ -91,7 +91,7 @@ def log_softmax(
     *,
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
-    temperature: float | Float[Array, "*#shape"] = 1.0,
+    temperature: float | Real[Array, "*#shape"] = 1.0,
 ) -> Float[Array, "*shape"]:
     """Log-probabilities log p_i = z_i / T - log sum_j exp(z_j / T): the normalised logits.
 
@@ -123,7 +123,7 @@ def cross_entropy(
     *,
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
-    label_smoothing: float | Float[Array, ""] = 0.0,
+    label_smoothing: float | Real[Array, ""] = 0.0,
 ) -> Float[Array, "*rest"]:
     """Cross-entropy -sum_i y_i log p_i of labels y and p = softmax(logits); for a class y it is -log p_y.
 
@@ -337,7 +337,7 @@ def distillation_loss(
     student_logits: Float[Array, "*shape"],
     teacher_logits: Float[Array, "*shape"],
     *,
-    temperature: float | Float[Array, ""],
+    temperature: float | Real[Array, ""],
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
 ) -> Float[Array, "*rest"]:
@@ -443,7 +443,7 @@ def sample(
     *,
     axis: int = -1,
     where: Bool[Array, "*#shape"] | None = None,
-    temperature: float | Float[Array, "*#shape"] = 1.0,
+    temperature: float | Real[Array, "*#shape"] = 1.0,
     shape: tuple[int, ...] | None = None,
 ) -> Int[Array, "*sample"]:
     """Draws classes with the probabilities softmax(logits / T), as the arg-max of logits plus Gumbel noise.

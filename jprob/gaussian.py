@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Key, Real
 from . import _accurate, _checks, _gaussian, _weights
 
 _Points = Float[Array, "*#shape"]  # one per example
-_Numbers = float | Float[Array, "*#shape"]  # one per example, or one for all of them
+_Numbers = float | Real[Array, "*#shape"]  # one per example, or one for all of them
 
 
 class Parameters(NamedTuple):
@@ -266,7 +266,7 @@ def log_interval_prob(
 
 
 @_checks.public()
-def entropy(scale: float | Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def entropy(scale: float | Real[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Differential entropy log scale + (1 + log(2 pi)) / 2, in nats.
 
     Args:
@@ -389,7 +389,7 @@ def nll(
     scale: _Numbers | None = None,
     *,
     log_scale: _Numbers | None = None,
-    beta: float | Float[Array, ""] = 0.0,
+    beta: float | Real[Array, ""] = 0.0,
 ) -> Float[Array, "*shape"]:
     """Negative log-likelihood -log_prob times scale^(2 beta), the weight held constant under differentiation.
 

@@ -206,7 +206,7 @@ def until(page, want, read=READ):
 
 @contextlib.contextmanager
 def opened(browser, address, name, **options):
-    """A page in a window of its own, which asks nobody but the server, and reports no error."""
+    """A page in a new window, which asks nobody but the server, and reports no error."""
     window = browser.new_context(**options)
     page, asked, errors = window.new_page(), [], []
     page.on("request", lambda request: asked.append(request.url))
@@ -221,7 +221,7 @@ def opened(browser, address, name, **options):
 
 
 def keys(control, value):
-    """(value, keys) for both ends and the middle of a slider, the words of a list, the two sides of a switch."""
+    """(value, keys) of each position: the ends and the middle of a slider, the words of a list, or a switch."""
     if hasattr(control, "options"):
         return [(option, []) for option in control.options]
     if not hasattr(control, "stop"):

@@ -1,4 +1,4 @@
-"""What all pages share: controls, numbers, charts and code in one look, for any width, light or dark."""
+"""The parts of a page: controls, numbers, charts and code in one look, for any width, light or dark."""
 
 import html
 import json
@@ -25,7 +25,7 @@ COLOURED = alt.Scale(range=list(PALETTE))
 
 HERE = Path(__file__).parent  # a notebook does not know its own place
 
-# Altair checks each part of a chart as it is made, and that takes longer than a step of a slider may.
+# Altair checks each part of a chart as it is made. That takes longer than a step of a slider may.
 schemapi.DEBUG_MODE = False
 alt.data_transformers.consolidate_datasets = False
 
@@ -146,7 +146,7 @@ def chart(layers: Sequence[alt.Chart], title: str, *, height: int = 240) -> str:
 
 
 def show(*parts: str) -> mo.Html:
-    """What changes with the controls: tables and charts, in one column or two; a part alone takes the whole width."""
+    """Tables and charts that change with the controls, in one column or two; a part alone takes the whole width."""
     return mo.Html(f'<div class="charts">{"".join(f"<div>{each}</div>" for each in parts)}</div>')
 
 

@@ -67,7 +67,7 @@ def fit_full_batch(
     data: PyTree,
     *,
     weights: Real[Array, " n"] | Bool[Array, " n"] | None = None,
-    gradient_tolerance: float | Float[Array, ""] = 1e-5,
+    gradient_tolerance: float | Real[Array, ""] = 1e-5,
     max_steps: int = 1000,
     key: Key[Array, ""] | None = None,
 ) -> FullBatchFit:
