@@ -478,7 +478,7 @@ def _js_slope(p_logits, q_logits, weight, axis):
     pair = _pair(p_logits, q_logits, axis)
     p, _ = pair.probs(pair.p, pair.q)
     t = pair.log_ratio(pair.p, pair.q, _finite_kl(p_logits, q_logits, axis))
-    t = jnp.where((q_logits == -jnp.inf) & (p_logits > -jnp.inf), -800.0, t)
+    t = jnp.where((q_logits == -jnp.inf) & (p_logits > -jnp.inf), -_LARGE_GAP, t)
     capped = jnp.clip(t, -_LARGE_GAP, _LARGE_GAP)
     mixture = _log_mixture((1 - weight) * jnp.expm1(capped), weight + (1 - weight) * jnp.exp(capped))
     near = -(mixture + jnp.maximum(t - _LARGE_GAP, 0))

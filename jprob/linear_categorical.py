@@ -143,7 +143,7 @@ def cross_entropy(
     if weights is not None:
         weights = _checks.weights(name, "hidden without its last axis", hidden.shape[:-1], weights)
     if _checks.holds(labels, jnp.floating):
-        labels, inside = _targets(name, form, hidden, kernel, labels)
+        labels, inside = _targets(name, form, hidden, kernel, labels, weights)
     else:
         labels, inside = _labels(name, form, hidden, kernel, labels, weights)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "temperature": temperature}
@@ -693,14 +693,15 @@ def _labels(function, form, hidden, kernel, labels, weights=None):
     return jnp.where(inside, labels, 0), inside
 
 
-def _targets(function, form, hidden, kernel, targets):
+def _targets(function, form, hidden, kernel, targets, weights):
     """Target distributions as constants, all of which are in range."""
     shape = (*hidden.shape[:-1], _blocks.num_classes(form, kernel))
     if targets.shape != shape:
         expected = f"the shape {list(shape)} of the logits"
         raise ValueError(f"{function}: floating-point labels must have {expected}, got {_checks.describe(targets)}")
     if isinstance(form.axis, int):  # no shard knows the sum
-        _checks.targets_are_probs(function, targets, -1)
+        unused = jnp.zeros(shape[:-1], bool) if weights is None else weights == 0
+        _checks.targets_are_probs(function, jnp.where(unused[..., None], 1 / shape[-1], targets), -1)
     return jax.lax.stop_gradient(targets), jnp.ones(shape[:-1], bool)
 
 

@@ -152,7 +152,7 @@ def test_a_port_in_use_picks_the_next_and_ctrl_c_ends_cleanly():
             assert address != f"http://127.0.0.1:{port}/"
             time.sleep(1)
             server.send_signal(signal.SIGINT)
-            said = server.communicate(timeout=20)[1]
+            said = server.communicate(timeout=60)[1]
     assert server.returncode == 130
     assert f"port {port} is in use" in said
     assert "Traceback" not in said

@@ -129,6 +129,18 @@ def test_a_target_distribution_keeps_the_digits_of_a_confident_token():
     close((value, slope), (want, want_slope))
 
 
+def test_padding_of_targets_is_ignored_and_no_fault():
+    """Rows of zeros or NaN with weight 0: no value, no gradient, and nothing to tell under checkify."""
+    padded = jnp.stack([jnp.full(V, 1 / V), jnp.zeros(V), jnp.full(V, jnp.nan)])
+    loss = jax.value_and_grad(lambda x, weights: linear.cross_entropy(x, W, padded, weights=weights))
+    error, (value, slope) = jprob.checkify(loss)(X[:3], jnp.array([1.0, 0.0, 0.0]))
+    assert error.get() is None
+    close((value, slope[0]), jax.value_and_grad(lambda x: linear.cross_entropy(x[None], W, padded[:1]))(X[0]))
+    assert not slope[1:].any()
+    error, _ = jprob.checkify(loss)(X[:3], jnp.array([1.0, 1.0, 0.0]))
+    assert "sums to 0.0, not 1" in error.get()
+
+
 def test_each_operand_of_the_loss_may_move_alone():
     """Without aux the rule is a shorter one."""
 
