@@ -1,8 +1,8 @@
-"""The command line: python -m experiments run | report | results | list.
+"""The command line: python -m experiments run | report | compare | results | list.
 
-Status 0: done, under any verdicts. 1: an error in a study, or a job that failed. 2: a mistake in the command, the
-config or a folder, or a disk that takes no more; one line tells it. 130 and 143: ended by Ctrl-C or SIGTERM. The
-finished part is kept then, and the same command does the rest.
+Status 0: done, under any verdicts. 1: an error in a study, a job that failed, or runs that do not agree. 2: a mistake
+in the command, the config or a folder, or a disk that takes no more; one line tells it. 130 and 143: ended by Ctrl-C or
+SIGTERM. The finished part is kept then, and the same command does the rest.
 """
 
 try:  # Nothing else is imported up here: these few take 5 ms, the others .4 s, and jax a second more.

@@ -122,6 +122,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=_path, metavar="DIR", help="the results folder of a run")
     report.set_defaults(command=_report)
 
+    compare = commands.add_parser(
+        "compare",
+        help="compare two runs of the same studies",
+        description="Says how far the values of two runs differ, and whether that is within what each may differ "
+        "between devices; which verdicts differ; and how the runs differ. Status 1: a tier or a verdict differs.",
+    )
+    compare.add_argument("folders", type=_path, nargs=2, metavar="DIR", help="the results folder of a run")
+    compare.set_defaults(command=_compare)
+
     show = commands.add_parser(
         "results",
         help="show or export measurements",
@@ -169,6 +178,16 @@ def _build_report(folder: Path, on_interrupt: OnInterrupt) -> None:
     with _printing():
         report.print_hypotheses(sections)
         print(f"report: {folder / report.PAGE}")
+
+
+def _compare(options: argparse.Namespace, on_interrupt: OnInterrupt) -> None:
+    from experiments import compare
+
+    comparison = compare.compared(*options.folders)
+    with _printing():
+        compare.show(comparison, *options.folders)
+    if not comparison.agree:
+        raise UnfinishedError(f"{options.folders[0]} and {options.folders[1]} do not agree")
 
 
 def _results(options: argparse.Namespace, on_interrupt: OnInterrupt) -> None:

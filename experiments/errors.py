@@ -1,8 +1,8 @@
 """Mistakes of the caller, each told in one line: what was expected, what came, and the nearest known name.
 
 An `InputError` is a mistake in a config, an option or a folder: `python -m experiments` prints its message and ends
-with status 2. An `UnfinishedError`, also one line, tells of jobs that failed: status 1. Any other exception is a
-mistake in the program and shows its traceback.
+with status 2. An `UnfinishedError`, also one line, tells of jobs that failed or runs that differ: status 1. Any other
+exception is a mistake in the program and shows its traceback.
 """
 
 import difflib
@@ -15,7 +15,7 @@ class InputError(Exception):
 
 
 class UnfinishedError(Exception):
-    """Some of what was asked for is done; the message is one line that says how to come by the rest."""
+    """The answer is no, or some of what was asked for is not done; the message is one line that says what."""
 
 
 def unknown(name: str, known: Collection[str], what: str = "key") -> str:

@@ -24,6 +24,22 @@ class Hypothesis(NamedTuple):
     against: Sequence[str] = ()  # what speaks against the claim or limits it, one sentence with figures each
 
 
+class Tier(NamedTuple):
+    """How far a stored value may differ between two devices."""
+
+    name: str
+    allowed: float  # relative; if `over_seeds`, absolute, for means over seeds
+    slack: float = 0.0  # an absolute difference that counts as none
+    over_seeds: bool = False
+
+
+DRAWS = Tier("draws", 0.0)
+FUNCTION = Tier("function", 2e-6)
+GRADIENT = Tier("gradient", 1e-5)
+GENTLE_TRAINING = Tier("gentle training", 1e-3)
+GENTLE_ACCURACY = Tier("gentle accuracy", 0.5, over_seeds=True)
+
+
 def decided(holds: bool | np.bool_) -> str:
     """The verdict of a claim that has been decided."""
     return "holds" if holds else "falsified"

@@ -4,7 +4,7 @@ The files of a folder:
 
     manifest.json    how the numbers came about, see `experiments.manifest`
     results.sqlite   the numbers, see `experiments.results`
-    report.html      made from the two, see `experiments.report`, and its figures one by one in figures/
+    report.html      made from the two, see `experiments.report`; also as report.md, with each figure in figures/
     parts/, jobs/    of a run that was spread over jobs, see `experiments.launch`
 """
 
@@ -60,7 +60,7 @@ def create(folder: Path, manifest: dict[str, Any]) -> Iterator[Run]:
             if stored is not None and stored["identity"] != manifest["identity"]:
                 want, got = (each["identity"][:8] for each in (manifest, stored))
                 raise InputError(
-                    f"{folder}: expected a new folder or run {want}, got run {got} ({_differences(stored, manifest)}); "
+                    f"{folder}: expected a new folder or run {want}, got run {got} ({differences(stored, manifest)}); "
                     f"python -m experiments report {folder} redraws that one"
                 )
             folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def flat(entries: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{path}{name}", value
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """The differences that make two runs different ones: the first few keys that differ."""
     names = ("source", "versions", "device", "numerics")
     old, new = (
@@ -211,15 +211,15 @@ def _is_occupied(folder: Path) -> bool:
     return folder.is_dir() and not all(path.match(f"{MANIFEST}.*.tmp") for path in folder.iterdir())
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, content: str | bytes) -> None:
     """Writes a file as a whole: a reader meanwhile, or after a crash, finds the old text or the new one.
 
     Several processes may do so at once: each writes to a separate name, and the last to rename it counts.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with unfinished.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with unfinished.open("xb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())  # or after a crash the new name may stand for an empty file
         os.replace(unfinished, path)

@@ -1,7 +1,8 @@
 """From stored records to one page: every hypothesis with its figure, numbers and verdict, and what speaks against it.
 
 The page is a single file without any outside request, and the same bytes for the same results. It is made from the
-results folder alone, by the studies' own `report` functions.
+results folder alone, by the studies' own `report` functions. The same text is in report.md, and each figure is a file
+of its own, as SVG for a page and as PDF for a paper.
 """
 
 import re
@@ -22,38 +23,49 @@ from experiments.findings import VERDICTS, Section, Table
 from experiments.folders import Run
 from experiments.mathml import html, plain
 
-PAGE, FIGURES = "report.html", "figures"
+PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
 
 
 def build(run: Run) -> dict[str, Section]:
-    """Writes report.html, its figures and the table of hypotheses from what is stored; returns the sections by study.
+    """Writes report.html, report.md, figures and the table of hypotheses; returns the sections by study.
 
     Raises:
       InputError: the folder was written by other code, or cannot be written.
     """
-    configured, finished = run.manifest["config"]["studies"], run.store.finished()
-    sections = {name: _section(run, name, settings) for name, settings in configured.items() if name in finished}
-    unfinished = [name for name in configured if name not in finished]
+    wanted, finished = run.manifest["config"]["studies"], run.store.finished()
+    sections = {name: _section(run, name) for name in wanted if name in finished}
+    unfinished = [name for name in wanted if name not in finished]
     drawings = {name: _drawings(name, section) for name, section in sections.items()}
-    text = page(run.manifest, sections, drawings, unfinished)
+    texts = {name: page(name, run.manifest, sections, drawings, unfinished) for name in (TEXT, PAGE)}
     with folders.writing(run.folder):
         (run.folder / FIGURES).mkdir(exist_ok=True)
         for name, svgs in drawings.items():
             for i, svg in enumerate(svgs, start=1):
                 folders.replace(run.folder / FIGURES / f"{name}-{i}.svg", svg.wide)
+                folders.replace(run.folder / FIGURES / f"{name}-{i}.pdf", svg.pdf)
         run.store.write_hypotheses([(name, *said) for name, said in _verdicts(sections)])
-        folders.replace(run.folder / PAGE, text)
+        for name, text in texts.items():
+            folders.replace(run.folder / name, text)
     return sections
 
 
-def _section(run: Run, name: str, settings: Any) -> Section:
+def configured(run: Run, name: str) -> tuple[studies.Study, Any]:
+    """A study of a run, and its settings.
+
+    Raises:
+      InputError: the folder was written by other code.
+    """
     if name not in studies.names():
         raise InputError(f"{run.folder}: written by other code: there is no study {name} here")
     study = studies.load(name)
     try:
-        config = msgspec.convert(settings, study.Config)
+        return study, msgspec.convert(run.manifest["config"]["studies"][name], study.Config)
     except msgspec.ValidationError as error:
         raise InputError(f"{run.folder}: written by other code: {name}: {error}") from None
+
+
+def _section(run: Run, name: str) -> Section:
+    study, config = configured(run, name)
     with plots.style():
         section = study.report(config, run.store.records(name))
     for hypothesis in section.hypotheses:
@@ -70,10 +82,11 @@ def _verdicts(sections: dict[str, Section]) -> Iterator[tuple[str, tuple[str, ..
 
 
 class Drawing(NamedTuple):
-    """A figure as SVG, for a page and for a phone."""
+    """A figure as SVG, for a page and for a phone, and as PDF."""
 
     wide: Markup
     narrow: Markup | None  # None: it does not stack
+    pdf: bytes
 
 
 def _drawings(name: str, section: Section) -> list[Drawing]:
@@ -81,21 +94,26 @@ def _drawings(name: str, section: Section) -> list[Drawing]:
     drawings = []
     for i, plot in enumerate(section.plots, start=1):
         wide, narrow = Markup(plots.svg(plot.figure, prefix=f"{name}-{i}-")), None  # its texts are escaped
+        pdf = plots.pdf(plot.figure)
         if plot.stacks:
             with plots.style():
                 plots.stack(plot.figure)
             narrow = Markup(plots.svg(plot.figure, prefix=f"{name}-{i}-narrow-"))
-        drawings.append(Drawing(wide, narrow))
+        drawings.append(Drawing(wide, narrow, pdf))
     return drawings
 
 
 def page(
-    manifest: dict[str, Any], sections: dict[str, Section], drawings: dict[str, list[Drawing]], unfinished: list[str]
+    name: str,
+    manifest: dict[str, Any],
+    sections: dict[str, Section],
+    drawings: dict[str, list[Drawing]],
+    unfinished: list[str],
 ) -> str:
-    """The whole page as HTML."""
+    """The whole report: as HTML for the name of `PAGE`, as Markdown for that of `TEXT`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=name == PAGE,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -103,12 +121,14 @@ def page(
     )
     environment.filters |= {
         "math": lambda text: Markup(html(text)),  # which escapes
+        "code": _code,
+        "cell": lambda text: text.replace("|", "\\|"),
         "numeric": _numeric,
         "paragraphs": _paragraphs,
         "verdicts": lambda section: list(_counts([section]).items()),
     }
     title, _, subtitle = manifest["config"]["title"].rstrip(".").partition(": ")
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template(f"{name}.jinja").render(
         title=title or manifest["config"]["file"],
         subtitle=subtitle and f"{subtitle[0].upper()}{subtitle[1:]}.",
         abstract=" ".join(_abstract(list(sections.values()))),
@@ -117,6 +137,7 @@ def page(
         sections=sections,
         drawings=drawings,
         unfinished=unfinished,
+        figures=FIGURES,
     )
 
 
@@ -146,6 +167,12 @@ def _numeric(table: Table) -> list[bool]:
     columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.header)
     cells = [[cell for cell in column if cell] for column in columns]
     return [bool(column) and all(_NUMBER.match(cell) for cell in column) for column in cells]
+
+
+def _code(text: str) -> str:
+    """A text as Markdown, with its formulas as code."""
+    outside = lambda part: re.sub(r"([\\`*<])", r"\\\1", part)  # noqa: E731
+    return "".join(f"`{part}`" if i % 2 else outside(part) for i, part in enumerate(text.split("$")))
 
 
 def _paragraphs(text: str) -> list[str]:

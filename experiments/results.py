@@ -131,6 +131,13 @@ class Store:
         """The finished studies, and the seconds that each took."""
         return dict(self.database.execute("SELECT study, seconds FROM studies"))
 
+    def verdicts(self) -> dict[str, list[tuple[str, str]]]:
+        """Claim and verdict of each hypothesis, by study."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for study, claim, verdict in self.database.execute("SELECT study, claim, verdict FROM hypotheses"):
+            found.setdefault(study, []).append((claim, verdict))
+        return found
+
     def write_hypotheses(self, rows: Iterable[Sequence[str]]) -> None:
         """Replaces all hypotheses by rows of (study, claim, measured, falsified_if, verdict)."""
         with self.database as database:

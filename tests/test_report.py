@@ -15,6 +15,7 @@ import tiny_studies
 
 from experiments import folders, mathml, report, studies
 from experiments.__main__ import main
+from experiments.findings import Table
 
 
 @pytest.fixture(autouse=True)
@@ -74,19 +75,46 @@ class Outline(HTMLParser):
 
 
 def test_the_same_results_give_the_same_bytes_wherever_the_folder_lies(folder):
-    before = page(folder)
+    made = [
+        report.PAGE,
+        report.TEXT,
+        *(f"{report.FIGURES}/{path.name}" for path in (folder / report.FIGURES).iterdir()),
+    ]
+    before = {name: (folder / name).read_bytes() for name in made}
     shutil.copytree(folder, "elsewhere")
-    (folder / report.PAGE).unlink()
+    for name in made:
+        (Path("elsewhere") / name).unlink()
     assert main(["report", "elsewhere"]) == 0
-    assert page(Path("elsewhere")) == before
+    assert {name: (Path("elsewhere") / name).read_bytes() for name in made} == before
 
 
 def test_each_figure_is_also_a_file(folder):
-    files = sorted((folder / report.FIGURES).iterdir())
+    files = sorted((folder / report.FIGURES).glob("*.svg"))
     drawings = re.findall(r"<svg.*?</svg>", page(folder), re.DOTALL)
     assert len(drawings) == 2 * len(files) > 0  # for a page and for a phone
     assert {file.read_text().strip() for file in files} <= {*drawings}
     assert all(re.fullmatch(r"coin-\d+\.svg", file.name) for file in files)
+    assert all(file.with_suffix(".pdf").read_bytes().startswith(b"%PDF-") for file in files)
+
+
+def test_the_text_says_what_the_page_says(folder, monkeypatch):
+    """As Markdown: formulas are code, a bar in a cell is no border, and each image is there."""
+    coin = studies.load("coin")
+    section = coin.report
+
+    def with_table(config, records):
+        return section(config, records)._replace(tables=[Table("C", ["a|b", "n"], [["x < $y|z$", "1"], ["*u*", "2"]])])
+
+    monkeypatch.setattr(coin, "report", with_table)
+    assert main(["report", str(folder)]) == 0
+    text = (folder / report.TEXT).read_text(encoding="utf-8")
+    assert "### The share of heads is the bias [to .1].\n\n- **verdict: holds**\n- measured: 0.0" in text
+    assert "- against it: After `n1` = 1000 flips" in text
+    assert "| a\\|b | n |\n| --- | ---: |\n| x \\< `y\\|z` | 1 |\n| \\*u\\* | 2 |\n" in text
+    images = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert images == ["figures/coin-1.svg"]
+    assert all((folder / image).is_file() for image in images)
+    assert "\n\n\n" not in text
 
 
 def test_the_page_asks_nothing_of_the_network(folder):

@@ -39,7 +39,8 @@ def test_a_run_shows_its_verdicts_and_where_the_report_is(capsys):
     assert "coin The share of heads is the bias [to .1]." in words
     assert "coin: 0%, starting\n" in printed.err
     assert re.search(r"coin: 100%, finished in \d+\.\d s, 2 records\n", printed.err)
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", "results.sqlite", "report.html", "figures"}
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json", "results.sqlite", "report.html", "report.md", "figures"}  # fmt: skip
 
 
 def test_the_same_command_shows_the_same_run_again(capsys):

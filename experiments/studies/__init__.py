@@ -2,7 +2,8 @@
 
 A study offers three names, see `Study`: its settings, a generator of records, and a reading of stored records. One
 that can be cut into jobs offers a fourth, `parts(config) -> list[Config]`, whose records together are those of the
-whole. The first line of its docstring is its title. Studies never import each other.
+whole. One whose values should agree between devices offers `tier(config, settings, value) -> Tier | None`, see
+`experiments.compare`. The first line of its docstring is its title. Studies never import each other.
 """
 
 import ast

@@ -19,7 +19,7 @@ Sources: Solla, Levin and Fleisher (1988); Golik, Doetsch and Ney (2013); Hui an
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import jax
@@ -31,8 +31,8 @@ from jaxtyping import Array, Float, Float64
 from experiments import arms, plots
 from experiments.arms import LINEAR_SE, SIGMOID_CE, SIGMOID_SE, SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct
-from experiments.findings import Hypothesis, Plot, Section, Table, decided
-from experiments.results import Progress, Record
+from experiments.findings import DRAWS, GRADIENT, Hypothesis, Plot, Section, Table, Tier, decided
+from experiments.results import Progress, Record, Setting
 from jprob import bernoulli, categorical
 
 USUAL = "softmax + squared error, usual code"
@@ -111,6 +111,13 @@ def theory(arm: str, margin: Float64[np.ndarray, " n"], num_classes: int) -> dic
         SIGMOID_SE: (-wrong * flat, wrong * flat, right * flat),
     }[arm]
     return {"norm": np.sqrt(truth**2 + rival**2 + others * other**2), "truth": truth, "rival": rival}
+
+
+def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | None:
+    """Gradients, but for those that the usual code rounds away."""
+    if value == "margin":
+        return DRAWS
+    return None if settings["arm"] == USUAL else GRADIENT
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

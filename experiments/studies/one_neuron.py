@@ -20,7 +20,7 @@ Source: Nielsen (2015), Neural Networks and Deep Learning, chapter 3.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
@@ -32,8 +32,8 @@ from jaxtyping import Array, Float, Float64
 
 from experiments import arms, plots
 from experiments.config import distinct
-from experiments.findings import Hypothesis, Plot, Section, Table, decided
-from experiments.results import Progress, Record
+from experiments.findings import GENTLE_TRAINING, Hypothesis, Plot, Section, Table, Tier, decided
+from experiments.results import Progress, Record, Setting
 from jprob import bernoulli
 
 TOLERANCE = 1e-4
@@ -104,6 +104,11 @@ def steps_to_half(output: Float64[np.ndarray, " n"]) -> float:
     """The number of steps after which the output is below 1/2; infinite where it stays above."""
     below = np.flatnonzero(output < 0.5)
     return float(below[0]) if below.size else math.inf
+
+
+def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | None:
+    """One training of one neuron amplifies nothing."""
+    return GENTLE_TRAINING
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

@@ -32,8 +32,8 @@ from matplotlib.figure import Figure
 from experiments import arms, data, plots, stats
 from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct, split
-from experiments.findings import Hypothesis, Plot, Section, Table, decided
-from experiments.results import Progress, Record
+from experiments.findings import GENTLE_ACCURACY, Hypothesis, Plot, Section, Table, Tier, decided
+from experiments.results import Progress, Record, Setting
 from jprob import categorical, mle
 
 ARMS = (SOFTMAX_CE, SOFTMAX_SE, LINEAR_SE)
@@ -218,6 +218,12 @@ def outside(curve: Curve) -> int | None:
 def parts(config: Config) -> list[Config]:
     """Every model and optimizer is a part."""
     return split(config, "models", "optimizers")
+
+
+def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | None:
+    """Accuracy from an ordinary start. A confident start amplifies rounding."""
+    gentle = settings["part"] == "seeds" and settings["std"] == config.ordinary_std
+    return GENTLE_ACCURACY if gentle and value == "test_accuracy" else None
 
 
 def run(config: Config) -> Iterator[Record | Progress]:
