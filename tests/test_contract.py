@@ -78,13 +78,6 @@ def close(got, want, u=64 * U):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=u, atol=u * float(np.abs(w).max()))
 
 
-def jit(function):
-    """Laws compare programs of the same few numbers: code that is fast takes twice as long to compile."""
-    return jax.jit(
-        function, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    )
-
-
 def value_and_gradient(case):
     """Value, and gradient of the sum of its squares: its cotangents are not 1. Nothing where nothing is smooth."""
 
@@ -106,7 +99,7 @@ def forward_and_backward(case, *args):
 @functools.cache
 def program(function, differentiable):
     """Compiled once for each shape and dtype, whichever test asks first."""
-    return jit(functools.partial(forward_and_backward, Case(function, (), differentiable)))
+    return jax.jit(functools.partial(forward_and_backward, Case(function, (), differentiable)))
 
 
 def evaluated(case):
@@ -195,14 +188,14 @@ def test_a_batch_is_each_example_alone(case):
     """By vmap; by a loop where the case is a vmap itself."""
     is_vmap = getattr(case.function, "__code__", None) is VECTORIZED
     alone = value_and_gradient(case)
-    close(jit(lambda *args: jax.lax.map(lambda args: alone(*args), args) if is_vmap else jax.vmap(alone)(*args))(
+    close(jax.jit(lambda *args: jax.lax.map(lambda args: alone(*args), args) if is_vmap else jax.vmap(alone)(*args))(
         *case.args), evaluated(case))  # fmt: skip
 
 
 @where(takes_axis)
 def test_any_axis_may_hold_the_classes(case):
     turned = [a.T if a.ndim == 2 else a for a in case.args]
-    close(jit(functools.partial(case.function, axis=0))(*turned), evaluated(case)[0].T)
+    close(jax.jit(functools.partial(case.function, axis=0))(*turned), evaluated(case)[0].T)
 
 
 @these(RULES)
@@ -210,7 +203,7 @@ def test_forward_and_reverse_mode_agree(case):
     function, args = varied(case)
 
     tangents, cotangents = normal(0, args), normal(1, [jax.eval_shape(function, *args)])
-    pushed, pulled = jit(lambda: (jax.jvp(function, args, tangents)[1], jax.vjp(function, *args)[1](*cotangents)))()
+    pushed, pulled = jax.jit(lambda: (jax.jvp(function, args, tangents)[1], jax.vjp(function, *args)[1](*cotangents)))()
     terms = [np.asarray(t) * np.asarray(g) for t, g in zip(tangents, pulled, strict=True)]
     forward, reverse = float(np.sum(np.asarray(cotangents[0]) * pushed)), float(sum(map(np.sum, terms)))
     assert abs(forward - reverse) <= 64 * U * sum(float(np.abs(term).sum()) for term in terms)
@@ -224,7 +217,7 @@ def test_second_derivatives_are_those_of_the_function(case):
     squares = lambda *values: jnp.sum(jnp.square(function(*values)))  # noqa: E731
     slope = lambda f: jax.grad(f, tuple(range(len(args))))  # noqa: E731
     push = lambda *values: jax.jvp(squares, values, direction)[1]  # noqa: E731
-    products = jit(lambda: (jax.jvp(slope(squares), args, direction)[1], slope(push)(*args)))()
+    products = jax.jit(lambda: (jax.jvp(slope(squares), args, direction)[1], slope(push)(*args)))()
     want = _difference_of_gradients(case, direction)
     for order, product in zip(("forward over reverse", "reverse over forward"), products, strict=True):
         for got, truth in zip(product, want, strict=True):
@@ -315,7 +308,7 @@ def test_scan_checkpoint_and_shard_map_change_nothing(case):
 
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(nested, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
-    close(jit(value_and_gradient(case._replace(function=sharded)))(*case.args), evaluated(case))
+    close(jax.jit(value_and_gradient(case._replace(function=sharded)))(*case.args), evaluated(case))
 
 
 def on_explicit_axes(case, place):
@@ -335,21 +328,21 @@ def test_explicit_axes_are_taken(case):
 def test_explicit_axes_change_nothing(case):
     args = on_explicit_axes(case, jax.device_put)
     with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
-        close(jit(value_and_gradient(case))(*args), evaluated(case))
+        close(jax.jit(value_and_gradient(case))(*args), evaluated(case))
 
 
 @where(takes_axis)
 def test_classes_may_lie_on_an_explicit_axis(case):
     args = tuple(a if a.ndim == 2 else a[:3] for a in case.args)
     classes = case._replace(function=functools.partial(case.function, axis=0), args=args)
-    close(jit(value_and_gradient(classes))(*on_explicit_axes(classes, jax.device_put)), evaluated(classes))
+    close(jax.jit(value_and_gradient(classes))(*on_explicit_axes(classes, jax.device_put)), evaluated(classes))
 
 
 @these(["metrics.confusion_matrix", "metrics.perplexity", "calibration.reliability", "calibration.fit_temperature"])
 def test_weights_may_lie_on_no_axis(case):
     """Examples on an explicit mesh, their weights on none."""
     args = *on_explicit_axes(case, jax.device_put)[:-1], case.args[-1]
-    close(jit(value_and_gradient(case))(*args), evaluated(case))
+    close(jax.jit(value_and_gradient(case))(*args), evaluated(case))
 
 
 @where(lambda case: is_key(case.args[0]))
@@ -378,7 +371,7 @@ def test_valid_arguments_pass_the_debug_checks(case):
     """`debug_nans` looks at all that a program returns: also at what the forward pass keeps for the backward one."""
     with jax.debug_nans(True):
         jax.block_until_ready(program(case.function, case.differentiable)(*case.args))
-    assert jit(jprob.checkify(case.function))(*case.args)[0].get() is None
+    assert jax.jit(jprob.checkify(case.function))(*case.args)[0].get() is None
 
 
 Z, X, I, EYE = jnp.zeros((2, 3)), jnp.ones(3), jnp.zeros(3, jnp.int32), jnp.eye(3)  # noqa: E741
@@ -451,7 +444,7 @@ def test_a_masked_example_poisons_nothing(case):
         return [jax.grad(functools.partial(loss, shared), case.differentiable)(*args) for shared in (False, True)]
 
     for i in case.differentiable:
-        program = jit(functools.partial(gradients, own=i))
+        program = jax.jit(functools.partial(gradients, own=i))
         want = program(list(case.args))
         for bad in BAD:
             for place in {(0,), (0,) * case.args[i].ndim}:

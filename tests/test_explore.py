@@ -24,6 +24,9 @@ from experiments.explore.__main__ import index, pages
 
 ROOT = Path(__file__).parent.parent
 PAGES = list(pages())
+# The pages of the three lessons that are asked for most run each time; the others are run by `make test-slow`.
+FIRST = ("gaussian", "softmax", "cross_entropy")
+SOME = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in PAGES]
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -89,7 +92,7 @@ def by_plain_jprob(program, name):
     return program[base][int(place)] if place.isdigit() and base in program else None
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", SOME)
 def test_a_page_shows_what_its_code_gives(name):
     cells, controls, values = start(name)
     assert len(controls) == len({element.text for element in controls.values()})
@@ -109,7 +112,7 @@ def test_a_page_shows_what_its_code_gives(name):
         }
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", SOME)
 def test_a_slider_compiles_nothing(name, caplog):
     (_, controls, values), compute = start(name), load(name).compute
     compute(values)
@@ -120,7 +123,7 @@ def test_a_slider_compiles_nothing(name, caplog):
     assert not [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", SOME)
 def test_a_page_opens_with_three_sentences_and_one_formula(name):
     first = next(text for text in start(name)[0] if "<h1" in text)
     paragraph = re.search(r'<span class="paragraph">(.*?)</span>', first, re.DOTALL)[1]

@@ -95,6 +95,7 @@ def test_fit_and_its_checkpoints_are_timed(capsys, tmp_path):
     assert any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_cost_of_fit_is_measured_next_to_a_donating_loop():
     """The loop by hand holds one copy; `run` what it is given and what it gives, `fit` no more."""
     record = loop.measure_cost(loop.task(1024, 1), loop.RECORD_EVERY, rounds=2)

@@ -193,6 +193,7 @@ def feed(number, port, folder, kind, ending):
         print(error, file=sys.stderr)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_one_ends_both_in_one_line_and_any_number_go_on(tmp_path, capfd):
     folder = tmp_path / "run"
     codes, told = two("feed", folder, "function", "full disk")
@@ -206,7 +207,8 @@ def test_a_disk_that_is_full_for_one_ends_both_in_one_line_and_any_number_go_on(
     assert capfd.readouterr().err == f"fit: going on from step 3 of 4, saved in {folder}\n"
 
 
-@pytest.mark.parametrize("kind", [pytest.param("function", marks=pytest.mark.slow), "iterable"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["function", "iterable"])
 def test_each_process_gives_its_share_of_the_batches_and_what_one_is_killed_in_goes_on(kind, tmp_path):
     folder = tmp_path / "run"
     codes, told = two("feed", folder, kind, "kill")
@@ -243,6 +245,7 @@ def logged(number, port, folder):
         print(error.args[0], file=sys.stderr)
 
 
+@pytest.mark.slow
 def test_a_log_that_fails_ends_both_with_what_was_reached_saved(tmp_path):
     folder = tmp_path / "run"
     codes, told = two("logged", folder)
