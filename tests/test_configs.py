@@ -33,6 +33,7 @@ SMOKE = {
     "one_neuron": [],
     "speed": ["functions=['cross_entropy', 'softmax']", "shapes=[[8, 3]]", "dtypes=['float32']", "rounds=2",
               "seconds_a_sample=0.0"],
+    "walls": ["dtypes=['float32', 'float16']", "num_classes=[2]", "margin_step=0.25", "margin_limit=20.0"],
     "wrong_start": ["models=['mlp']", "optimizers=['sgd']", "other_stds=[]", "hidden_units=4", "epochs=1",
                     "batch_size=256", "sgd_decades=[0.0, 0.5]", "widen_at_most=0", "selection_seeds=1",
                     "report_seeds=2", "trained_together=4"],
