@@ -27,6 +27,7 @@ SMOKE = {
     "gradient_law": ["num_classes=[2]", "margin_limit=20.0", "margin_step=0.5"],
     "escape_time": ["max_margin=4.0", "margin_step=1.0", "learning_rates=[0.1]", "adam_eps=[1e-2]", "max_steps=2000"],
     "late_phase": ["other_classes=3", "learning_rate=0.1", "max_tau=100.0"],
+    "likelihood": ["num_examples=11", "models=1"],
     "linear_categorical": ["cells=[[8, 7]]", "dtypes=['float32']", "rounds=2", "hidden=8", "growth_cell=[8, 7]",
                            "growth_tokens=[8, 16]", "growth_vocabularies=[7, 9]", "steps=2", "batch_size=16"],
     "loop": ["batch_sizes=[1024]", "seeds=[2]", "epochs=1", "fit_batch_size=32", "fit_steps=100", "rounds=2"],
