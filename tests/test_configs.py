@@ -20,6 +20,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 SMOKE = {
     "accuracy": ["dtypes=['float32']", "functions=['entropy']", "libraries=['jprob', 'torch']", "examples=1",
                  "num_classes=[3]"],
+    "classes": ["num_classes=[2, 3]", "num_features=2", "train_examples=20", "test_examples=20", "epochs=1",
+                "batch_size=20", "decades=[0.0, 0.5]", "widen_at_most=0", "selection_seeds=1", "report_seeds=2",
+                "trained_together=10"],
     "collapse": ["modulus=5", "hidden_units=3", "num_steps=100", "seeds=2",
                  "trainings=[{name='Adam', optimizer='adam', learning_rate=1e-3, weight_decay=0.0, eps=1e-30, "
                  "losses=['usual', 'jprob', 'float64', 'usual16']}]",
