@@ -20,6 +20,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 SMOKE = {
     "accuracy": ["dtypes=['float32']", "functions=['entropy']", "libraries=['jprob', 'torch']", "examples=1",
                  "num_classes=[3]"],
+    "central_limit": ["num_terms=[1, 8, 16]", "draws=100"],
     "collapse": ["modulus=5", "hidden_units=3", "num_steps=100", "seeds=2",
                  "trainings=[{name='Adam', optimizer='adam', learning_rate=1e-3, weight_decay=0.0, eps=1e-30, "
                  "losses=['usual', 'jprob', 'float64', 'usual16']}]",
