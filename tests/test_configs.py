@@ -31,6 +31,7 @@ SMOKE = {
                            "growth_tokens=[8, 16]", "growth_vocabularies=[7, 9]", "steps=2", "batch_size=16"],
     "loop": ["batch_sizes=[1024]", "seeds=[2]", "epochs=1", "fit_batch_size=32", "fit_steps=100", "rounds=2"],
     "efficiency": ["coefficients=[1.0, 2.0]", "num_examples=[50]", "replications=10"],
+    "initialisation": ["width=8", "depth=3", "examples=8", "stds=[0.01]", "seeds=2"],
     "one_neuron": [],
     "speed": ["functions=['cross_entropy', 'softmax']", "shapes=[[8, 3]]", "dtypes=['float32']", "rounds=2",
               "seconds_a_sample=0.0"],
