@@ -32,6 +32,7 @@ SMOKE = {
     "loop": ["batch_sizes=[1024]", "seeds=[2]", "epochs=1", "fit_batch_size=32", "fit_steps=100", "rounds=2"],
     "efficiency": ["coefficients=[1.0, 2.0]", "num_examples=[50]", "replications=10"],
     "initialisation": ["width=8", "depth=3", "examples=8", "stds=[0.01]", "seeds=2"],
+    "monte_carlo": ["num_samples=[2, 4, 8]", "draws=100", "replications=20"],
     "one_neuron": [],
     "speed": ["functions=['cross_entropy', 'softmax']", "shapes=[[8, 3]]", "dtypes=['float32']", "rounds=2",
               "seconds_a_sample=0.0"],
