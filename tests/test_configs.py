@@ -25,6 +25,8 @@ SMOKE = {
                  "trainings=[{name='Adam', optimizer='adam', learning_rate=1e-3, weight_decay=0.0, eps=1e-30, "
                  "losses=['usual', 'jprob', 'float64', 'usual16']}]",
                  "family=[{measure='spikes', training='Adam'}, {measure='accuracy', training='Adam'}]"],
+    "distillation": ["teacher_examples=40", "hidden_units=8", "teacher_steps=60", "student_examples=20",
+                     "student_steps=30", "batch_size=20", "temperatures=[1.0, 8.0]", "seeds=3"],
     "gradient_law": ["num_classes=[2]", "margin_limit=20.0", "margin_step=0.5"],
     "escape_time": ["max_margin=4.0", "margin_step=1.0", "learning_rates=[0.1]", "adam_eps=[1e-2]", "max_steps=2000"],
     "linear_categorical": ["cells=[[8, 7]]", "dtypes=['float32']", "rounds=2", "hidden=8", "growth_cell=[8, 7]",
