@@ -30,6 +30,8 @@ SMOKE = {
                            "growth_tokens=[8, 16]", "growth_vocabularies=[7, 9]", "steps=2", "batch_size=16"],
     "loop": ["batch_sizes=[1024]", "seeds=[2]", "epochs=1", "fit_batch_size=32", "fit_steps=100", "rounds=2"],
     "efficiency": ["coefficients=[1.0, 2.0]", "num_examples=[50]", "replications=10"],
+    "imbalance": ["ratios=[1, 10]", "train_examples=200", "examples_per_class=20", "num_steps=20", "log_every=10",
+                  "decades=[0.0, 0.5]", "selection_seeds=1", "report_seeds=2"],
     "label_noise": ["shares=[0.0, 0.4]", "hidden_units=4", "epochs=1", "batch_size=1024", "decades=[-2.0, -1.5]",
                     "selection_seeds=1", "report_seeds=2", "trained_together=4"],
     "one_neuron": [],

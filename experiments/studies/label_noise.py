@@ -6,7 +6,8 @@ clean. The right class stays the most frequent one while c < (K - 1) / K. So the
 for every arm. A model that can memorise all labels does not reach this limit.
 
 Half the Brier score of an example is at most 1. Cross-entropy has no bound, so wrong labels pull harder under it. A
-loss is robust to symmetric noise if its sum over all labels is bounded tightly enough: Ghosh, Kumar and Sastry (2017).
+loss whose sum over all labels is constant is robust to symmetric noise: Ghosh, Kumar and Sastry (2017). The sum of the
+Brier score is bounded, and that of cross-entropy is not.
 
 The model classifies digits (64 pixels, 10 classes) through one ReLU layer, trained with Adam. Every seed draws its own
 split, wrong labels and initial weights. The arms are paired: equal seeds have equal draws.
