@@ -32,7 +32,7 @@ SMOKE = {
     "efficiency": ["coefficients=[1.0, 2.0]", "num_examples=[50]", "replications=10"],
     "imbalance": ["ratios=[1, 10]", "train_examples=200", "examples_per_class=20", "num_steps=20", "log_every=10",
                   "decades=[0.0, 0.5]", "selection_seeds=1", "report_seeds=2"],
-    "label_noise": ["shares=[0.0, 0.4]", "hidden_units=4", "epochs=1", "batch_size=1024", "decades=[-2.0, -1.5]",
+    "label_noise": ["shares=[0.0, 0.4]", "hidden_units=4", "epochs=1", "batch_size=512", "decades=[-2.0, -1.5]",
                     "selection_seeds=1", "report_seeds=2", "trained_together=4"],
     "one_neuron": [],
     "speed": ["functions=['cross_entropy', 'softmax']", "shapes=[[8, 3]]", "dtypes=['float32']", "rounds=2",
