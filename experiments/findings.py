@@ -65,7 +65,7 @@ class Section(NamedTuple):
     """The findings of a study."""
 
     title: str
-    abstract: list[str]  # what was found, in sentences with figures; all studies of a config have five at most
+    abstract: list[str]  # what was found, in sentences with figures: first in its section, and the page opens with five
     text: str  # plain paragraphs, separated by blank lines; each term is defined where it is first used
     plots: list[Plot]  # the first is shown at the top of the page if the study comes first
     hypotheses: list[Hypothesis]

@@ -24,6 +24,7 @@ from experiments.folders import Run
 from experiments.mathml import html, plain
 
 PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
+_SENTENCES = 5  # of the abstract of the page
 
 
 def build(run: Run) -> dict[str, Section]:
@@ -149,8 +150,8 @@ def _counts(sections: Sequence[Section]) -> dict[str, int]:
 
 def _abstract(sections: Sequence[Section]) -> Iterator[str]:
     """The findings of the studies, and how many of their claims stand."""
-    for section in sections:
-        yield from section.abstract
+    found = [sentence for section in sections for sentence in section.abstract]
+    yield from found[:_SENTENCES]  # each section opens with its own
     counts = _counts(sections)
     if total := sum(counts.values()):
         words = {"holds": ("holds", "hold"), "falsified": ("is falsified", "are falsified"),

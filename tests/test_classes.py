@@ -55,13 +55,6 @@ def by_hand(arm, rate, seed, num_classes):
     return 100 * right.mean()
 
 
-def test_ties_give_the_middle_rate_and_edges_are_seen():
-    curve = {-1: (80.0, 1.0), 0: (90.0, 1.0), 1: (90.5, 1.0), 2: (89.8, 1.0), 3: (20.0, 0.0)}
-    assert (classes.ties(curve), classes.best(curve), classes.outside(curve)) == ([0, 1, 2], 1, None)
-    assert classes.outside({0: (1.0, 0.0), 1: (2.0, 0.0)}) == 2
-    assert classes.outside({0: (3.0, 0.0), 1: (2.0, 0.0)}) == -1
-
-
 def test_run_trains_every_cell_as_a_plain_loop_does():
     """A float32 rounding may turn one of 50 examples that lies between two classes."""
     records = [record for record in classes.run(CONFIG) if isinstance(record, Record)]

@@ -30,20 +30,6 @@ CONFIG = wrong_start.Config(
 )
 
 
-def test_arms_have_the_gradients_they_are_named_for():
-    z, y = jnp.array([[0.5, -1.0, 2.0], [3.0, 0.0, 0.25]]), jnp.array([0, 2])
-    p, target = np.asarray(jax.nn.softmax(z), np.float64), np.eye(3)[np.asarray(y)]
-    e = p - target
-    want = {
-        SOFTMAX_CE: e,
-        SOFTMAX_SE: p * (e - np.sum(p * e, axis=1, keepdims=True)),
-        LINEAR_SE: np.asarray(z) - target,
-    }
-    for arm in wrong_start.ARMS:
-        got = jax.grad(lambda z, arm=arm: wrong_start.loss(arm, z, y).sum())(z)
-        np.testing.assert_allclose(got, want[arm], rtol=0, atol=1e-6)  # softmax of float32, u = 6e-8, gaps of 3
-
-
 def test_participation_is_1_for_equal_pulls_and_1_over_n_for_one():
     level = jnp.zeros((5, 3))
     assert wrong_start.participation(SOFTMAX_CE, level, jnp.arange(5) % 3) == pytest.approx(1, rel=1e-6)
@@ -71,31 +57,6 @@ def test_each_model_and_optimizer_has_its_parts():
     params = wrong_start.initial_params("linear", Member(1.0, 0, 0), 64, 10, 32)
     assert jax.tree.map(np.shape, params) == {"output": {"kernel": (64, 10), "bias": (10,)}}
     assert {name: CONFIG.rates(name) for name in wrong_start.OPTIMIZERS} == {"sgd": [0, 1], "adam": [-4, -3]}
-
-
-def test_the_grid_grows_until_the_best_rate_lies_inside():
-    """Against a made-up accuracy with its peak at rate 7, far outside the grid."""
-    asked = []
-
-    def train(members):
-        asked.extend(members)
-        final = np.array([[80.0 - abs(member.rate - 7)] for member in members])
-        return {"validation": final}
-
-    config = msgspec.structs.replace(CONFIG, widen_at_most=20)
-    curve = wrong_start.tune(train, [1.0], [0, 1, 2], config)[1.0]
-    assert sorted(curve) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    assert wrong_start.best(curve) == 7
-    assert wrong_start.outside(curve) is None
-    assert len(asked) == 9, "nothing is trained twice"
-    narrow = wrong_start.tune(train, [1.0], [0, 1, 2], CONFIG)[1.0]
-    assert wrong_start.outside(narrow) == 3, "an optimum at the edge is known as such"
-
-
-def test_of_equally_good_rates_the_middle_one_is_taken():
-    assert wrong_start.best({0: (1.0, 0.1), 1: (2.0, 0.1), 2: (2.0, 0.1), 3: (2.0, 0.1), 4: (0.0, 0.1)}) == 2
-    # A rate within one standard error of the best ties with it, however small its own error is.
-    assert wrong_start.best({0: (1.0, 0.0), 1: (1.9, 0.0), 2: (1.95, 0.0), 3: (2.0, 0.2), 4: (1.7, 0.0)}) == 2
 
 
 def test_a_diverged_run_has_accuracy_0():

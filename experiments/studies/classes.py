@@ -32,11 +32,12 @@ import msgspec
 import numpy as np
 import optax
 
-from experiments import arms, plots, stats
+from experiments import arms, plots, stats, tuning
 from experiments.arms import SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct
 from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
+from experiments.tuning import Curve, best, outside, ties
 from jprob import categorical, mle
 
 SUM, MEAN = f"{SOFTMAX_SE}, sum", f"{SOFTMAX_SE}, mean"
@@ -137,61 +138,26 @@ def trainer(num_classes: int, config: Config) -> Callable[[Sequence[Member]], di
 
         return {name: accuracy(name) for name in ("validation", "test")}
 
-    def call(chunk: Sequence[Member]) -> dict[str, np.ndarray]:
-        full = [*chunk, *[chunk[-1]] * (config.trained_together - len(chunk))]
-        of_seed = {member.seed: draw(member.seed, num_classes, config) for member in full}
-        drawn = jax.tree.map(lambda *x: np.stack(x), *(of_seed[member.seed] for member in full))
-        rates = np.array([10.0 ** (member.rate / 2) for member in full], np.float32)
-        keys = jnp.stack([jax.random.key(member.seed) for member in full])
-        weights = np.array([weights_of(member.arm, num_classes) for member in full], np.float32)
-        values = train(drawn, rates, keys, weights)
-        return {name: np.asarray(x, np.float64)[: len(chunk)] for name, x in values.items()}
+    def train_chunk(chunk: Sequence[Member]) -> dict[str, np.ndarray]:
+        of_seed = {member.seed: draw(member.seed, num_classes, config) for member in chunk}
+        drawn = jax.tree.map(lambda *x: np.stack(x), *(of_seed[member.seed] for member in chunk))
+        rates = np.array([10.0 ** (member.rate / 2) for member in chunk], np.float32)
+        keys = jnp.stack([jax.random.key(member.seed) for member in chunk])
+        weights = np.array([weights_of(member.arm, num_classes) for member in chunk], np.float32)
+        return {name: np.asarray(x, np.float64) for name, x in train(drawn, rates, keys, weights).items()}
 
-    def train_all(wanted: Sequence[Member]) -> dict[str, np.ndarray]:
-        size = config.trained_together
-        parts = [call(wanted[i : i + size]) for i in range(0, len(wanted), size)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    return train_all
-
-
-Curve = dict[int, tuple[float, float]]  # by learning rate: mean validation accuracy, and its standard error
-
-
-def ties(curve: Curve) -> list[int]:
-    """The rates within one standard error of the best accuracy, ascending."""
-    highest, error = max(curve.values())
-    return sorted(rate for rate, (mean, _) in curve.items() if mean >= highest - error)
-
-
-def best(curve: Curve) -> int:
-    """The middle one of the ties."""
-    top = ties(curve)
-    return top[len(top) // 2]
-
-
-def outside(curve: Curve) -> int | None:
-    """The next rate beyond the edge of the grid that the best one lies at, if it does."""
-    rate = best(curve)
-    return {min(curve): rate - 1, max(curve): rate + 1}.get(rate)
+    return lambda wanted: tuning.together(train_chunk, wanted, config.trained_together)
 
 
 def tune(train: Callable, config: Config) -> dict[str, Curve]:
-    """The curve of each arm; its grid grows while its best rate lies at the edge."""
+    """The curve of each arm."""
     low, high = (round(2 * end) for end in config.decades)
     seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
-    tried: dict[str, Curve] = {arm: {} for arm in ARMS}
-    wanted = [(arm, rate) for arm in ARMS for rate in range(low, high + 1)]
-    for _ in range(config.widen_at_most + 1):
-        members = [Member(arm, rate, seed) for arm, rate in wanted for seed in seeds]
-        final = train(members)["validation"].reshape(len(wanted), len(seeds))
-        errors = final.std(axis=1) / np.sqrt(max(1, len(seeds) - 1))
-        for (arm, rate), mean, error in zip(wanted, final.mean(axis=1), errors, strict=True):
-            tried[arm][rate] = float(mean), float(error)
-        wanted = [(arm, beyond) for arm, curve in tried.items() if (beyond := outside(curve)) is not None]
-        if not wanted:
-            break
-    return tried
+
+    def score(wanted):
+        return train([Member(*each) for each in wanted])["validation"]
+
+    return tuning.tune(score, ARMS, range(low, high + 1), seeds, config.widen_at_most)
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

@@ -42,7 +42,6 @@ from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct
 from experiments.findings import DRAWS, GENTLE_TRAINING, Hypothesis, Plot, Section, Table, Tier, decided
 from experiments.results import Progress, Record, Setting
-from jprob import categorical
 
 ARMS = (SOFTMAX_CE, SOFTMAX_SE, LINEAR_SE)
 RULES = ("SGD", "momentum", "Adam")
@@ -111,10 +110,7 @@ class State(NamedTuple):
 
 def loss(arm: str, z: Float[Array, " 2"]) -> Float[Array, ""]:
     """The arm's loss, class 0 being the truth."""
-    if arm == LINEAR_SE:
-        return jnp.sum((z - jnp.array([1, 0], z.dtype)) ** 2) / 2
-    truth = jnp.zeros((), jnp.int32)
-    return categorical.cross_entropy(z, truth) if arm == SOFTMAX_CE else categorical.brier_score(z, truth) / 2
+    return arms.loss(arm, z, jnp.zeros((), jnp.int32))
 
 
 def optimizer(rule: str, rate: Array, eps: Array, momentum: float) -> optax.GradientTransformation:

@@ -19,7 +19,7 @@ Sources: Solla, Levin and Fleisher (1988); Golik, Doetsch and Ney (2013); Hui an
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import jax
@@ -33,7 +33,6 @@ from experiments.arms import LINEAR_SE, SIGMOID_CE, SIGMOID_SE, SOFTMAX_CE, SOFT
 from experiments.config import distinct
 from experiments.findings import DRAWS, GRADIENT, Hypothesis, Plot, Section, Table, Tier, decided
 from experiments.results import Progress, Record, Setting
-from jprob import bernoulli, categorical
 
 USUAL = "softmax + squared error, usual code"
 SLOPES = {SOFTMAX_CE: (0.0, 0.01), SOFTMAX_SE: (-1.0, 0.02)}  # arm -> value claimed, half-width allowed
@@ -67,17 +66,9 @@ def logits(arm: str, margin: Float64[np.ndarray, " n"], num_classes: int) -> Flo
 
 def loss(arm: str, z: Float[Array, " k"]) -> Float[Array, ""]:
     """The arm's loss of one example of class 0. USUAL is squared error as it is usually written, left to autodiff."""
-    truth, y = jnp.zeros((), jnp.int32), (jnp.arange(z.size) == 0).astype(z.dtype)
-    losses: dict[str, Callable[[], Array]] = {
-        SOFTMAX_CE: lambda: categorical.cross_entropy(z, truth),
-        SOFTMAX_SE: lambda: categorical.brier_score(z, truth) / 2,
-        LINEAR_SE: lambda: jnp.sum((z - y) ** 2) / 2,
-        SIGMOID_CE: lambda: jnp.sum(bernoulli.cross_entropy(z, y)),
-        # |s - y| is the probability of the opposite label, exp(-cross-entropy): its derivative cancels nowhere.
-        SIGMOID_SE: lambda: jnp.sum(jnp.exp(-2 * bernoulli.cross_entropy(z, 1 - y))) / 2,
-        USUAL: lambda: jnp.sum((jax.nn.softmax(z) - y) ** 2) / 2,
-    }
-    return losses[arm]()
+    if arm == USUAL:
+        return jnp.sum((jax.nn.softmax(z) - (jnp.arange(z.size) == 0)) ** 2) / 2
+    return arms.loss(arm, z, jnp.zeros((), jnp.int32))
 
 
 def measure(arm: str, margin: Float64[np.ndarray, " n"], num_classes: int) -> dict[str, np.ndarray]:

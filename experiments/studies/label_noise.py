@@ -39,12 +39,12 @@ import numpy as np
 import optax
 from jaxtyping import Float64, Int32
 
-from experiments import arms, data, plots, stats
+from experiments import arms, data, plots, stats, tuning
 from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct
 from experiments.findings import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
-from jprob import categorical, mle
+from jprob import mle
 
 ARMS = (SOFTMAX_CE, SOFTMAX_SE, LINEAR_SE)
 GENERALISE, MEMORISE = "to generalise", "to memorise"
@@ -114,15 +114,6 @@ def outputs(params, x):
     return hidden @ params["output"]["kernel"] + params["output"]["bias"][None]
 
 
-def loss(arm: str, z, labels):
-    """The arm's loss of each example."""
-    if arm == SOFTMAX_CE:
-        return categorical.cross_entropy(z, labels)
-    if arm == SOFTMAX_SE:
-        return categorical.brier_score(z, labels) / 2
-    return jnp.sum(jnp.square(z - jax.nn.one_hot(labels, z.shape[-1])), axis=-1) / 2
-
-
 def drawn(member: Member, hidden_units: int):
     """Initial params, the split with its wrong labels, and the clean training labels: all by the seed."""
     digits, generator = data.resampled("digits", member.seed), np.random.default_rng(member.seed)
@@ -144,7 +135,7 @@ def trainer(arm: str, config: Config) -> Callable[[Sequence[Member]], dict[str, 
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
 
     def nll(params, batch, key):
-        return loss(arm, outputs(params, batch[0]), batch[1])
+        return arms.loss(arm, outputs(params, batch[0]), batch[1])
 
     def accuracy(params, split):
         z = outputs(params, split.features)
@@ -168,19 +159,13 @@ def trainer(arm: str, config: Config) -> Callable[[Sequence[Member]], dict[str, 
         state = optax.tree.set(mle.init(params, optimizer, key), learning_rate=rate)
         return jax.lax.scan(epoch, state, length=config.epochs)[1]
 
-    def call(chunk: Sequence[Member]) -> dict:
-        full = [*chunk, *[chunk[-1]] * (config.trained_together - len(chunk))]
-        params, splits, clean = jax.tree.map(lambda *x: np.stack(x), *(drawn(m, config.hidden_units) for m in full))
-        keys = jnp.stack([jax.random.key(member.seed) for member in full])
-        measured = members(params, np.array([member.rate for member in full], np.float32), keys, splits, clean)
-        return jax.tree.map(lambda x: np.asarray(x, np.float64)[: len(chunk)], measured)
+    def train(chunk: Sequence[Member]) -> dict[str, np.ndarray]:
+        params, splits, clean = jax.tree.map(lambda *x: np.stack(x), *(drawn(m, config.hidden_units) for m in chunk))
+        keys = jnp.stack([jax.random.key(member.seed) for member in chunk])
+        measured = members(params, np.array([member.rate for member in chunk], np.float32), keys, splits, clean)
+        return {name: np.asarray(x, np.float64) for name, x in measured.items()}
 
-    def train_all(wanted: Sequence[Member]) -> dict:
-        size = config.trained_together
-        parts = [call(wanted[i : i + size]) for i in range(0, len(wanted), size)]
-        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
-
-    return train_all
+    return lambda wanted: tuning.together(train, wanted, config.trained_together)
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

@@ -29,7 +29,7 @@ import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import arms, data, plots, stats
+from experiments import arms, data, plots, stats, tuning
 from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct, split
 from experiments.findings import GENTLE_ACCURACY, Hypothesis, Plot, Section, Table, Tier, decided
@@ -100,15 +100,6 @@ def outputs(params, x):
     return x @ params["output"]["kernel"] + params["output"]["bias"][None]
 
 
-def loss(arm: str, z, labels):
-    """The arm's loss of each example."""
-    if arm == SOFTMAX_CE:
-        return categorical.cross_entropy(z, labels)
-    if arm == SOFTMAX_SE:
-        return categorical.brier_score(z, labels) / 2
-    return jnp.sum(jnp.square(z - jax.nn.one_hot(labels, z.shape[-1])), axis=-1) / 2
-
-
 def initial_params(model: str, member: Member, num_features: int, num_classes: int, hidden_units: int):
     """Drawn on the host by the seed, so that every arm, std and device starts from the same numbers."""
     generator = np.random.Generator(np.random.PCG64(member.seed))
@@ -124,7 +115,7 @@ def initial_params(model: str, member: Member, num_features: int, num_classes: i
 
 def participation(arm: str, z, labels):
     """(sum g)^2 / (n sum g^2), g the norm of each example's gradient in its logits."""
-    gradient = jax.grad(lambda z: jnp.sum(loss(arm, z, labels)))(z)
+    gradient = jax.grad(lambda z: jnp.sum(arms.loss(arm, z, labels)))(z)
     # Relative to the largest entry, the squares of e^-60 stay in range.
     largest = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.finfo(gradient.dtype).tiny)
     size = jnp.linalg.norm(gradient / largest, axis=-1)
@@ -149,7 +140,7 @@ def trainer(model: str, optimizer_name: str, arm: str, config: Config) -> Callab
     optimizer = optax.inject_hyperparams(OPTIMIZERS[optimizer_name])(learning_rate=0.0)
 
     def nll(params, batch, key):
-        return loss(arm, outputs(params, batch[0]), batch[1])
+        return arms.loss(arm, outputs(params, batch[0]), batch[1])
 
     @jax.jit
     @jax.vmap
@@ -164,55 +155,26 @@ def trainer(model: str, optimizer_name: str, arm: str, config: Config) -> Callab
         final = scores(arm, state.params, test)
         return {"participation": start, "validation": curve} | {f"test_{name}": value for name, value in final.items()}
 
-    def call(chunk: Sequence[Member]) -> dict:
-        full = [*chunk, *[chunk[-1]] * (config.trained_together - len(chunk))]
+    def train(chunk: Sequence[Member]) -> dict:
         shape = (digits.train.features.shape[1], digits.num_classes, config.hidden_units)
-        params = jax.tree.map(lambda *x: np.stack(x), *(initial_params(model, member, *shape) for member in full))
-        rates = np.array([10.0 ** (member.rate / 2) for member in full], np.float32)
-        keys = jnp.stack([jax.random.key(member.seed) for member in full])
-        drawn = {member.seed: data.resampled("digits", member.seed) for member in full}
-        splits = jax.tree.map(lambda *x: np.stack(x), *(drawn[member.seed][:3] for member in full))
-        return jax.tree.map(lambda x: np.asarray(x)[: len(chunk)], members(params, rates, keys, *splits))
+        params = jax.tree.map(lambda *x: np.stack(x), *(initial_params(model, member, *shape) for member in chunk))
+        rates = np.array([10.0 ** (member.rate / 2) for member in chunk], np.float32)
+        keys = jnp.stack([jax.random.key(member.seed) for member in chunk])
+        drawn = {member.seed: data.resampled("digits", member.seed) for member in chunk}
+        splits = jax.tree.map(lambda *x: np.stack(x), *(drawn[member.seed][:3] for member in chunk))
+        return members(params, rates, keys, *splits)
 
-    def train_all(wanted: Sequence[Member]) -> dict:
-        size = config.trained_together
-        parts = [call(wanted[i : i + size]) for i in range(0, len(wanted), size)]
-        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
-
-    return train_all
+    return lambda wanted: tuning.together(train, wanted, config.trained_together)
 
 
-Curve = dict[int, tuple[float, float]]  # by learning rate: mean validation accuracy, and its standard error
+def tune(train: Callable, grid: Sequence[int], config: Config) -> dict[float, tuning.Curve]:
+    """The curve of each std, by the accuracy after the last epoch."""
 
+    def score(wanted):
+        return train([Member(*each) for each in wanted])["validation"][:, -1]
 
-def tune(train: Callable, stds: Sequence[float], grid: Sequence[int], config: Config) -> dict[float, Curve]:
-    """The curve of each std; the grid grows while its best rate lies at the edge."""
-    tried: dict[float, Curve] = {std: {} for std in stds}
-    wanted = [(std, rate) for std in stds for rate in grid]
-    for _ in range(config.widen_at_most + 1):
-        seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
-        members = [Member(std, rate, seed) for std, rate in wanted for seed in seeds]
-        final = train(members)["validation"][:, -1].reshape(len(wanted), config.selection_seeds)
-        errors = final.std(axis=1) / np.sqrt(max(1, config.selection_seeds - 1))
-        for (std, rate), mean, error in zip(wanted, final.mean(axis=1), errors, strict=True):
-            tried[std][rate] = float(mean), float(error)
-        wanted = [(std, beyond) for std, curve in tried.items() if (beyond := outside(curve)) is not None]
-        if not wanted:
-            break
-    return tried
-
-
-def best(curve: Curve) -> int:
-    """The rate with the highest accuracy; of those within one standard error of it, the middle one."""
-    highest, error = max(curve.values())
-    top = sorted(rate for rate, (mean, _) in curve.items() if mean >= highest - error)
-    return top[len(top) // 2]
-
-
-def outside(curve: Curve) -> int | None:
-    """The next rate beyond the edge of the grid that the best one lies at, if it does."""
-    rate = best(curve)
-    return {min(curve): rate - 1, max(curve): rate + 1}.get(rate)
+    seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
+    return tuning.tune(score, config.stds, grid, seeds, config.widen_at_most)
 
 
 def parts(config: Config) -> list[Config]:
@@ -233,18 +195,18 @@ def run(config: Config) -> Iterator[Record | Progress]:
         cell = {"model": model, "optimizer": optimizer, "arm": arm}
         yield Progress(done / len(jobs), f"{cell_name(cell)}, {arm}: rates")
         train = trainer(model, optimizer, arm, config)
-        tried = tune(train, config.stds, config.rates(optimizer), config)
+        tried = tune(train, config.rates(optimizer), config)
         for std, curve in tried.items():
             rates = sorted(curve)
             values = {"rate": 10.0 ** (np.array(rates) / 2), "validation": np.array([curve[r][0] for r in rates])}
             yield Record({"part": "rates", **cell, "std": std}, values)
         yield Progress((done + 0.6) / len(jobs), f"{cell_name(cell)}, {arm}: seeds")
         seeds = range(REPORT_SEED, REPORT_SEED + config.report_seeds)
-        members = [Member(std, best(tried[std]), seed) for std in config.stds for seed in seeds]
+        members = [Member(std, tuning.best(tried[std]), seed) for std in config.stds for seed in seeds]
         measured = train(members)
         for i, member in enumerate(members):
             values = {name: column[i] for name, column in measured.items()}
-            at_edge = float(outside(tried[member.std]) is not None)
+            at_edge = float(tuning.outside(tried[member.std]) is not None)
             values |= {"rate": 10.0 ** (member.rate / 2), "at_edge": at_edge}
             yield Record({"part": "seeds", **cell, "std": member.std, "seed": member.seed}, values)
 
