@@ -34,6 +34,8 @@ class Tier(NamedTuple):
 
 
 DRAWS = Tier("draws", 0.0)
+STEPS = Tier("steps of a gentle training", 1e-3, slack=1.0)
+COEFFICIENTS = Tier("coefficients of a fit", 1e-3, slack=1e-3)
 FUNCTION = Tier("function", 2e-6)
 GRADIENT = Tier("gradient", 1e-5)
 GENTLE_TRAINING = Tier("gentle training", 1e-3)

@@ -1,8 +1,8 @@
 """From stored records to one page: every hypothesis with its figure, numbers and verdict, and what speaks against it.
 
 The page is a single file without any outside request, and the same bytes for the same results. It is made from the
-results folder alone, by the studies' own `report` functions. The same text is in report.md, and each figure is a file
-of its own, as SVG for a page and as PDF for a paper.
+results folder alone, by the studies' own `report` functions. The same text is in report.md. Each figure is also a file,
+as SVG for a page and as PDF for a paper.
 """
 
 import re

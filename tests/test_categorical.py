@@ -244,7 +244,10 @@ def test_kl_has_the_digits_its_inputs_determine(dtype):
         assert oracles.error(dp, slope, tiny(dtype), max(map(abs, slope))) <= bound, case
 
 
-@pytest.mark.parametrize("weight", [0.5, 2.0**-20])
+@pytest.mark.parametrize(
+    ("dtype", "weight"), [*((dtype, 0.5) for dtype in DTYPES), ("float32", 2.0**-20), ("float64", 2.0**-20)],
+    indirect=["dtype"],
+)  # fmt: skip
 def test_js_has_the_digits_its_inputs_determine(dtype, weight):
     batch, w = each_pair(dtype), oracles.mpf(weight)
     program = value_and_slopes(functools.partial(categorical.js_divergence, weight=jnp.array(weight)), (0, 1))
@@ -431,8 +434,11 @@ def ends(values, group):
     return [np.min(g) for g in groups] + [np.max(g) for g in groups]
 
 
-@pytest.mark.parametrize("name", OF_MANY)
-@pytest.mark.parametrize(("case", "batch"), [*((case, ()) for case in CROWDS), ("spread by 30", (2,))])
+@pytest.mark.parametrize(
+    ("case", "name", "batch"),
+    [*((case, name, ()) for case in CROWDS for name in OF_MANY),
+     *(("spread by 30", name, (2,)) for name in ("cross_entropy", "entropy", "kl_divergence"))],
+)  # fmt: skip
 def test_many_classes_add_the_logarithm_of_their_number(case, name, batch):
     (function, argnums), (rows, group, _) = OF_MANY[name], crowd(case)
     program = value_and_slopes(function, argnums, batched=bool(batch))

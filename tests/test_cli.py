@@ -428,8 +428,8 @@ def unprivileged():
         ("run", 0o555, "report", "run/figures/coin-1.svg: cannot be written"),
     ],
 )
-def test_a_folder_without_permission_is_one_line(open_folder, capsys, path, mode, command, line):
-    assert main(["run", COIN, "--out", "run"]) == 0
+def test_a_folder_without_permission_is_one_line(open_folder, finished, capsys, path, mode, command, line):
+    shutil.copytree(finished, "run")
     for each in (open_folder, Path("run"), *Path("run").rglob("*")):
         each.chmod(0o755)
     before = tiny_studies.tree()

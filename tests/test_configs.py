@@ -93,7 +93,7 @@ def settings_of(path):
     return manifest.digest(msgspec.to_builtins(config.load(path).studies))[:12]
 
 
-@pytest.mark.slow  # each study has a test with a run of its own
+@pytest.mark.slow  # each study also has a test that runs it
 @pytest.mark.parametrize(("wanted", "path"), STUDIES.items(), ids=[path.name for path in STUDIES.values()])
 def test_a_config_runs_at_smoke_size(wanted, path, tmp_path, capsys):
     settings = [f"--set={name}.{item}" for name in wanted for item in SMOKE[name]]

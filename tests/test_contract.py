@@ -67,7 +67,6 @@ def these(names):
     return pytest.mark.parametrize("case", names, indirect=True)
 
 
-batched = where(lambda case: case.per_example)  # the leading axes are all the batch
 smooth = where(lambda case: case.differentiable)  # there is something to differentiate
 
 
@@ -183,7 +182,7 @@ def test_jit_equals_eager(case):
     close(got, evaluated(case)[0])
 
 
-@batched
+@these([name for name in dict.fromkeys([*RULES, *MODULES]) if CASES[name].per_example])
 def test_a_batch_is_each_example_alone(case):
     """By vmap; by a loop where the case is a vmap itself."""
     is_vmap = getattr(case.function, "__code__", None) is VECTORIZED

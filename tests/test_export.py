@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -20,13 +21,22 @@ def _tiny_studies(monkeypatch, tmp_path):
     tiny_studies.install(monkeypatch, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run, which tests copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_studies.install(patch, tmp_path_factory.mktemp("finished"))
+        assert main(["run", "configs/coin.toml", "--out", "run", "--set", "coin.flips=3"]) == 0
+        odd = results.Record({"bias": 0.9}, {"odd": np.array([math.nan, math.inf, -math.inf, 0.1])})
+        with folders.existing(Path("run")) as run:
+            run.store.write("extra", odd)
+        return Path("run").absolute()
+
+
 @pytest.fixture
-def folder(capsys):
-    assert main(["run", "configs/coin.toml", "--out", "run", "--set", "coin.flips=3"]) == 0
-    with folders.existing(Path("run")) as run:
-        run.store.write("extra", results.Record({"bias": 0.9}, {"odd": np.array([math.nan, math.inf, -math.inf, 0.1])}))
+def folder(finished, capsys):
     capsys.readouterr()
-    return Path("run")
+    return shutil.copytree(finished, Path("run"))
 
 
 def printed(capsys, *arguments):

@@ -51,6 +51,7 @@ def test_all_orders_are_equally_likely(size):
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_large_orders_are_as_random_ones():
     """By what a shuffle with too few rounds gets wrong: places, distances, fixed points, kept successors, runs."""
     count, size = 10_000, 1000

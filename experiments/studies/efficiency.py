@@ -32,7 +32,7 @@ from scipy.special import expit
 
 from experiments import arms, plots, stats
 from experiments.config import distinct
-from experiments.findings import GENTLE_TRAINING, Hypothesis, Plot, Section, Table, Tier, decided
+from experiments.findings import COEFFICIENTS, Hypothesis, Plot, Section, Table, Tier, decided
 from experiments.results import Progress, Record, Setting
 from jprob import bernoulli, mle
 
@@ -108,7 +108,7 @@ def fit(
 
 def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | None:
     """Fitted coefficients, to what the tolerance of the descent leaves."""
-    return GENTLE_TRAINING._replace(slack=1e-3)
+    return COEFFICIENTS
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

@@ -40,7 +40,7 @@ from matplotlib import colormaps
 from experiments import arms, plots
 from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct
-from experiments.findings import DRAWS, GENTLE_TRAINING, Hypothesis, Plot, Section, Table, Tier, decided
+from experiments.findings import DRAWS, STEPS, Hypothesis, Plot, Section, Table, Tier, decided
 from experiments.results import Progress, Record, Setting
 
 ARMS = (SOFTMAX_CE, SOFTMAX_SE, LINEAR_SE)
@@ -228,7 +228,7 @@ def plan(config: Config) -> dict[tuple[str, str], tuple[list[tuple[float, float,
 def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | None:
     """A count of steps may differ by one. Plain float32 parameters stall by the rounding of the device."""
     if value == "steps":
-        return GENTLE_TRAINING._replace(slack=1.0)
+        return STEPS
     return DRAWS if value == "margin" else None
 
 
