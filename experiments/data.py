@@ -1,13 +1,19 @@
 """Data sets by name, split the same way on every machine. None needs a network: scikit-learn or Python ships them.
 
+`idx:FOLDER` is a data set in the format of MNIST, in files that the user has: MNIST, Fashion-MNIST and others.
+
 Splits are drawn on the host with NumPy's PCG64. So a CPU, a GPU and a TPU train on the same examples. The loaded data
 are hashed, and the hash stands in the run's manifest.
 """
 
+import gzip
 import hashlib
 import itertools
+import math
 import re
+import struct
 import sysconfig
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +23,8 @@ import numpy as np
 from experiments.errors import InputError, unknown
 
 _WORDS, _CONTEXT = 600_000, 8
+_IDX = "idx:"
+_IDX_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 _SEED = 0  # of the split that `load` gives: part of the data set's definition, not a setting
 
 
@@ -43,11 +51,23 @@ def load(name: str) -> Dataset:
     Raises:
       InputError: there is no such data set.
     """
-    if name not in _LOADERS:
-        raise InputError(unknown(name, sorted(_LOADERS), f'data set "{name}"'))
+    check(name)
     if name not in _loaded:
-        _loaded[name] = _LOADERS[name]()
+        _loaded[name] = _idx(_folder(name)) if name.startswith(_IDX) else _LOADERS[name]()
     return _loaded[name]
+
+
+def check(name: str) -> None:
+    """Whether there is a data set of that name; its files are not read.
+
+    Raises:
+      InputError: there is none, or the folder of `idx:FOLDER` lacks a file.
+    """
+    if name.startswith(_IDX):
+        for part in _IDX_FILES:
+            _idx_path(_folder(name), part)
+    elif name not in _LOADERS:
+        raise InputError(unknown(name, [*sorted(_LOADERS), f"{_IDX}FOLDER"], f'data set "{name}"'))
 
 
 def resampled(name: str, seed: int) -> Dataset:
@@ -74,6 +94,71 @@ def _digits() -> Dataset:
     return _split(pixels / 16, labels)
 
 
+def _wine() -> Dataset:
+    """178 wines of three cultivars by 13 measurements: 106 train, 27 validate, 45 test."""
+    from sklearn.datasets import load_wine
+
+    return _split(*map(np.asarray, load_wine(return_X_y=True)))
+
+
+def _breast_cancer() -> Dataset:
+    """569 tumours, malignant or benign, by 30 measurements: 340 train, 86 validate, 143 test."""
+    from sklearn.datasets import load_breast_cancer
+
+    return _split(*map(np.asarray, load_breast_cancer(return_X_y=True)))
+
+
+def _folder(name: str) -> Path:
+    return Path(name.removeprefix(_IDX)).expanduser()
+
+
+def _idx(folder: Path) -> Dataset:
+    """Images of unsigned bytes as numbers k / 255; a fifth of the training images validates."""
+    images, labels, test_images, test_labels = (_idx_array(_idx_path(folder, part)) for part in _IDX_FILES)
+    for part, x, y in (("train", images, labels), ("t10k", test_images, test_labels)):
+        if len(x) != len(y) or not len(x):
+            raise InputError(f"{folder}: expected as many images as labels in {part}, got {len(x)} and {len(y)}")
+    num_classes = int(labels.max()) + 1
+    if test_labels.max() >= num_classes or len(np.unique(labels)) < num_classes:
+        raise InputError(f"{folder}: expected training labels of all classes, got {np.unique(labels).size} of "
+                         f"{max(num_classes, int(test_labels.max()) + 1)}")  # fmt: skip
+    if images.shape[1:] != test_images.shape[1:]:
+        raise InputError(f"{folder}: expected images of one size, got {images.shape[1:]} and {test_images.shape[1:]}")
+    rest, test = (
+        Split((x.reshape(len(x), -1) / np.float32(255)).astype(np.float32), y.astype(np.int32))
+        for x, y in ((images, labels), (test_images, test_labels))
+    )
+    train, validation = _parts(rest, 0.2, np.random.RandomState(np.random.PCG64(_SEED)))
+    return _dataset(train, validation, test, num_classes)
+
+
+def _idx_path(folder: Path, part: str) -> Path:
+    """The file of a part, packed or not."""
+    for path in (folder / part, folder / f"{part}.gz"):
+        if path.is_file():
+            return path
+    raise InputError(f"{folder}: expected {part} or {part}.gz, got a folder without either")
+
+
+def _idx_array(path: Path) -> np.ndarray:
+    """The array of a file: two bytes of 0, the type 8, the number of axes, their lengths, and the bytes."""
+    axes = 3 if "images" in path.name else 1
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    header = 4 + 4 * axes
+    if content[:4] != bytes([0, 0, 8, axes]) or len(content) < header:
+        raise InputError(
+            f"{path}: expected an IDX file of unsigned bytes with {axes} axes, got one that begins with "
+            f"{content[:4].hex(' ') or 'nothing'}"
+        )
+    shape = struct.unpack(f">{axes}I", content[4:header])
+    if len(content) != header + math.prod(shape):
+        raise InputError(f"{path}: expected {header + math.prod(shape)} bytes, got {len(content)}")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
 def _python_source() -> Dataset:
     """600 000 words of the source files that this Python ships: 8 in a row, and which comes next.
 
@@ -97,19 +182,18 @@ def _python_source() -> Dataset:
 
 def _split(features: np.ndarray, labels: np.ndarray, seed: int = _SEED) -> Dataset:
     """A quarter for testing, then a fifth of the rest for validation, each with the classes in proportion."""
+    generator = np.random.RandomState(np.random.PCG64(seed))  # the one way to give scikit-learn a PCG64
+    rest, test = _parts(Split(features.astype(np.float32), labels.astype(np.int32)), 0.25, generator)
+    train, validation = _parts(rest, 0.2, generator)
+    return _dataset(train, validation, test, int(labels.max()) + 1)
+
+
+def _parts(split: Split, fraction: float, generator: np.random.RandomState) -> tuple[Split, Split]:
     from sklearn.model_selection import train_test_split
 
-    generator = np.random.RandomState(np.random.PCG64(seed))  # the one way to give scikit-learn a PCG64
-    whole = Split(features.astype(np.float32), labels.astype(np.int32))
-
-    def part(split: Split, fraction: float) -> tuple[Split, Split]:
-        parts = train_test_split(*split, test_size=fraction, stratify=split.labels, random_state=generator)
-        large, small, large_labels, small_labels = map(np.asarray, parts)
-        return Split(large, large_labels), Split(small, small_labels)
-
-    rest, test = part(whole, 0.25)
-    train, validation = part(rest, 0.2)
-    return _dataset(train, validation, test, int(labels.max()) + 1)
+    parts = train_test_split(*split, test_size=fraction, stratify=split.labels, random_state=generator)
+    large, small, large_labels, small_labels = map(np.asarray, parts)
+    return Split(large, large_labels), Split(small, small_labels)
 
 
 def _dataset(train: Split, validation: Split, test: Split, num_classes: int) -> Dataset:
@@ -127,5 +211,10 @@ def _digest(arrays: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-_LOADERS: dict[str, Callable[[], Dataset]] = {"digits": _digits, "python_source": _python_source}
+_LOADERS: dict[str, Callable[[], Dataset]] = {
+    "breast_cancer": _breast_cancer,
+    "digits": _digits,
+    "python_source": _python_source,
+    "wine": _wine,
+}
 _loaded: dict[str, Dataset] = {}

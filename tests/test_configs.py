@@ -20,6 +20,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 SMOKE = {
     "accuracy": ["dtypes=['float32']", "functions=['entropy']", "libraries=['jprob', 'torch']", "examples=1",
                  "num_classes=[3]"],
+    "cause": ["epochs=1", "batch_size=512", "decades=[0.0, 0.5]", "widen_at_most=0", "selection_seeds=1",
+              "report_seeds=2", "trained_together=4"],
     "classes": ["num_classes=[2, 3]", "num_features=2", "train_examples=20", "test_examples=20", "epochs=1",
                 "batch_size=20", "decades=[0.0, 0.5]", "widen_at_most=0", "selection_seeds=1", "report_seeds=2",
                 "trained_together=10"],
@@ -28,6 +30,8 @@ SMOKE = {
                  "trainings=[{name='Adam', optimizer='adam', learning_rate=1e-3, weight_decay=0.0, eps=1e-30, "
                  "losses=['usual', 'jprob', 'float64', 'usual16']}]",
                  "family=[{measure='spikes', training='Adam'}, {measure='accuracy', training='Adam'}]"],
+    "data_sets": ["names=['wine']", "models=['linear']", "epochs=1", "decades=[-2.0, -1.5]", "widen_at_most=0",
+                  "selection_seeds=1", "report_seeds=2", "trained_together=2"],
     "distillation": ["teacher_examples=40", "hidden_units=8", "teacher_steps=60", "student_examples=20",
                      "student_steps=30", "batch_size=20", "temperatures=[1.0, 8.0]", "seeds=3"],
     "gradient_law": ["num_classes=[2]", "margin_limit=20.0", "margin_step=0.5"],
@@ -45,6 +49,7 @@ SMOKE = {
     "label_noise": ["shares=[0.0, 0.4]", "hidden_units=4", "epochs=1", "batch_size=512", "decades=[-2.0, -1.5]",
                     "selection_seeds=1", "report_seeds=2", "trained_together=4"],
     "one_neuron": [],
+    "plateaus": ["draws=10", "num_features=2", "hidden_units=2", "num_classes=2", "examples=2", "points=3"],
     "speed": ["functions=['cross_entropy', 'softmax']", "shapes=[[8, 3]]", "dtypes=['float32']", "rounds=2",
               "seconds_a_sample=0.0"],
     "walls": ["dtypes=['float32', 'float16']", "num_classes=[2]", "margin_step=0.25", "margin_limit=20.0"],

@@ -1,5 +1,10 @@
 """The same examples in the same splits on every machine."""
 
+import gzip
+import re
+import struct
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -95,3 +100,75 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         InputError, match='unknown data set "digit", expected one of digits, python_source; nearest: digits'
     ):
         data.load("digit")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "features"), [("wine", (106, 27, 45), 13), ("breast_cancer", (340, 86, 143), 30)]
+)
+def test_small_tables_are_split_alike(name, sizes, features):
+    table = data.load(name)
+    assert tuple(len(getattr(table, part).labels) for part in PARTS) == sizes
+    assert table.train.features.shape == (sizes[0], features)
+    assert set(table.test.labels) == set(range(table.num_classes))
+
+
+def written(folder, packed=False, **changed):
+    """Four IDX files of random images of 3 x 2 pixels; a change is the content of one of them."""
+    rng, folder = np.random.default_rng(0), Path(folder)
+    folder.mkdir()
+    arrays = {}
+    for part, size in (("train", 40), ("t10k", 12)):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (size, 3, 2)).astype(np.uint8)
+        arrays[f"{part}_labels"] = (np.arange(size) % 4).astype(np.uint8)
+    for name, array in arrays.items():
+        content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+        content = changed.get(name, lambda content: content)(content)
+        path = folder / f"{name.replace('_', '-')}-idx{array.ndim}-ubyte{'.gz' if packed else ''}"
+        if content is not None:
+            path.write_bytes(gzip.compress(content) if packed else content)
+    return f"idx:{folder}", arrays
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_are_read_packed_or_not(tmp_path, packed):
+    name, arrays = written(tmp_path / "mnist", packed)
+    dataset = data.load(name)
+    assert [len(getattr(dataset, part).labels) for part in PARTS] == [32, 8, 12]
+    assert dataset.num_classes == 4
+    np.testing.assert_array_equal(dataset.test.labels, arrays["t10k_labels"])
+    np.testing.assert_array_equal(dataset.test.features * 255, arrays["t10k_images"].reshape(12, 6))
+    pixels = np.concatenate([dataset.train.features, dataset.validation.features])
+    assert sorted(map(tuple, pixels)) == sorted(map(tuple, (arrays["train_images"].reshape(40, 6) / np.float32(255))))
+    assert len(data.resampled(name, 1).test.labels) == 13
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"t10k_labels": lambda c: None}, "mnist: expected t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz, got"),
+        ({"train_images": lambda c: c[:-1]}, "train-images-idx3-ubyte: expected 256 bytes, got 255"),
+        ({"train_images": lambda c: c[:7]}, "expected an IDX file of unsigned bytes with 3 axes, got one that begins"),
+        ({"train_images": lambda c: b""}, "unsigned bytes with 3 axes, got one that begins with nothing"),
+        ({"train_labels": lambda c: b"\0\0\r\1" + c[4:]}, "with 1 axes, got one that begins with 00 00 0d 01"),
+        ({"t10k_labels": lambda c: c[:-1] + b"\x09"}, "mnist: expected training labels of all classes, got 4 of 10"),
+        ({"t10k_labels": lambda c: c[:4] + struct.pack(">I", 11) + c[8:-1]}, "as labels in t10k, got 12 and 11"),
+    ],
+)
+def test_a_wrong_idx_file_is_one_line(tmp_path, changed, line):
+    name, _ = written(tmp_path / "mnist", **changed)
+    with pytest.raises(InputError, match=re.escape(line)) as caught:
+        data.load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_archive_is_one_line(tmp_path):
+    name, _ = written(tmp_path / "mnist", packed=True)
+    path = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="train-images-idx3-ubyte.gz: cannot be read: "):
+        data.load(name)
+
+
+def test_a_folder_without_files_is_refused_before_a_run(tmp_path):
+    with pytest.raises(InputError, match="expected train-images-idx3-ubyte or train-images-idx3-ubyte.gz, got"):
+        data.check(f"idx:{tmp_path}")

@@ -242,6 +242,15 @@ def test_draws_and_modes_do_not_depend_on_the_blocks():
     np.testing.assert_array_equal(draw(-1.0), np.full(len(x), -1))
 
 
+@pytest.mark.parametrize("how", [{}, {"block_bytes": FOUR}], ids=["one block", "blocks"])
+def test_the_bits_of_a_token_do_not_depend_on_the_others_of_its_batch(how):
+    call = functools.partial(linear.log_prob_and_entropy, kernel=W, **how)
+    others = jnp.arange(N) % 3 > 0
+    changed = call(jnp.where(others, (Y + 1) % V, Y), jnp.where(others[:, None], 3 * X2, X))
+    for got, want in zip(changed, call(Y, X), strict=True):
+        np.testing.assert_array_equal(got[~others], want[~others])
+
+
 @pytest.mark.parametrize("v", [1, 3, 32_001])
 def test_equal_logits_give_log_v_to_the_last_digit(v):
     x, w, y = jnp.zeros((3, 2)), jnp.zeros((2, v)), jnp.array([0, v // 2, v - 1])

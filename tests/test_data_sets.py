@@ -1,0 +1,83 @@
+"""The study of data sets: one program trains both arms, features are standardised, and verdicts can fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import data, plots
+from experiments.arms import SOFTMAX_CE, SOFTMAX_SE, loss
+from experiments.results import Record
+from experiments.studies import data_sets
+from experiments.studies.data_sets import Member
+
+CONFIG = data_sets.Config(names=["wine"], models=["linear"], hidden_units=3, epochs=2, batch_size=64,
+                          decades=[-2.0, -1.5], widen_at_most=0, selection_seeds=1, report_seeds=2,
+                          trained_together=2)  # fmt: skip
+
+
+def test_features_are_standardised_by_the_training_examples_alone():
+    wine = data.load("wine")
+    still = wine.train.features.copy()
+    still[:, 0] = 7
+    train, validation, test = data_sets.standardised(wine._replace(train=wine.train._replace(features=still)))
+    np.testing.assert_allclose(train.features[:, 1:].mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(train.features[:, 1:].std(axis=0), 1, rtol=1e-5)
+    assert not any(part.features[:, 0].any() for part in (train, validation, test))
+    want = (wine.test.features[:, 1] - still[:, 1].mean()) / still[:, 1].std()
+    np.testing.assert_allclose(test.features[:, 1], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arm", data_sets.ARMS)
+def test_a_training_is_that_by_hand(arm):
+    """Adam over batches in the order of `mle.run`: here one batch is all, so that the order does not count."""
+    whole = data_sets.Config(**{**{f: getattr(CONFIG, f) for f in CONFIG.__struct_fields__}, "batch_size": 1000})
+    got = data_sets.trainer("wine", "linear", whole)([Member(arm, -2, 1), Member(SOFTMAX_CE, -4, 2)])
+    train, _, test = data_sets.standardised(data.resampled("wine", 1))
+    (params,) = data_sets.initial_params(1, 13, 3)
+    optimizer = optax.adam(0.1)
+    state = optimizer.init(params)
+    for _ in range(2):
+
+        def mean(p):
+            return jnp.mean(loss(arm, data_sets.outputs([p], train.features), jnp.asarray(train.labels)))
+
+        with jax.numpy_dtype_promotion("standard"):  # which optax's adam asks for
+            updates, state = optimizer.update(jax.grad(mean)(params), state)
+        params = optax.apply_updates(params, updates)
+    right = np.argmax(data_sets.outputs([params], test.features), axis=-1) == test.labels
+    assert got["test"][0] == pytest.approx(100 * right.mean(), rel=1e-6)
+
+
+def test_it_runs_small_and_an_unknown_name_is_refused_before_it():
+    records = [record for record in data_sets.run(CONFIG) if isinstance(record, Record)]
+    assert len(records) == 4
+    with plots.style():
+        section = data_sets.report(CONFIG, records)
+    assert [row[0] for row in section.tables[0].rows] == ["wine, linear"]
+    with pytest.raises(ValueError, match="names: unknown data set"):
+        data_sets.Config(**{**{f: getattr(CONFIG, f) for f in CONFIG.__struct_fields__}, "names": ["whine"]})
+
+
+@pytest.mark.parametrize(
+    ("lead", "spread", "verdicts"),
+    [
+        (0.0, 0.01, ["holds", "holds"]),
+        (1.0, 0.01, ["holds", "falsified"]),
+        (-1.0, 0.01, ["holds", "falsified"]),
+        (2.5, 0.01, ["falsified", "falsified"]),
+        (-2.5, 0.01, ["falsified", "falsified"]),
+        (0.0, 9.0, ["undecided", "undecided"]),
+    ],
+)
+def test_verdicts_follow_the_leads(lead, spread, verdicts):
+    noise = spread * np.array([-1.0, 1.0, -0.5, 0.5])
+    values = {"rate": 0.1, "at_edge": 0.0, "overlap": 0.4}
+    records = [
+        Record({"part": "seeds", "data": "wine", "model": "linear", "arm": arm},
+               values | {"test": 90 + (lead + noise) * (arm == SOFTMAX_CE)})
+        for arm in (SOFTMAX_CE, SOFTMAX_SE)
+    ]  # fmt: skip
+    with plots.style():
+        assert [h.verdict for h in data_sets.report(CONFIG, records).hypotheses] == verdicts
