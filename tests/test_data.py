@@ -165,10 +165,10 @@ def test_a_damaged_archive_is_one_line(tmp_path):
     name, _ = written(tmp_path / "mnist", packed=True)
     path = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputError, match="train-images-idx3-ubyte.gz: cannot be read: "):
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz: cannot be read: "):
         data.load(name)
 
 
 def test_a_folder_without_files_is_refused_before_a_run(tmp_path):
-    with pytest.raises(InputError, match="expected train-images-idx3-ubyte or train-images-idx3-ubyte.gz, got"):
+    with pytest.raises(InputError, match=r"expected train-images-idx3-ubyte or train-images-idx3-ubyte\.gz, got"):
         data.check(f"idx:{tmp_path}")

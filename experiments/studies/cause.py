@@ -296,7 +296,7 @@ def identity_hypothesis(cells: Cells) -> Hypothesis:
         f"an error is above {IDENTITY:g}",
         decided(worst <= IDENTITY),
         [
-            f"Examples with a logit more than {FAR:g} nats below the largest are left out. The quotient loses digits there."
+            f"Examples with a logit more than {FAR:g} nats below the largest are left out: there the quotient loses digits."
         ],
     )
 

@@ -13,6 +13,7 @@ two one-sided tests at half a point, with Holm's correction over all data sets a
 Sources: Hui and Belkin (2021), ICLR; Demirkaya, Chen and Oymak (2020); Nadeau and Bengio (2003); Schuirmann (1987).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
@@ -85,7 +86,7 @@ def standardised(dataset: data.Dataset) -> list[data.Split]:
 def initial_params(seed: int, *widths: int) -> list[dict[str, np.ndarray]]:
     """The layers, drawn on the host by the seed: Glorot's deviation, and a small one for the outputs."""
     rng = np.random.default_rng(seed)
-    shapes = [*zip(widths, widths[1:], strict=False)]
+    shapes = [*itertools.pairwise(widths)]
     stds = [*(np.sqrt(2 / sum(shape)) for shape in shapes[:-1]), OUTPUT_STD]
     kernels = [std * rng.normal(size=shape) for std, shape in zip(stds, shapes, strict=True)]
     return [{"kernel": k.astype(np.float32), "bias": np.zeros(k.shape[1], np.float32)} for k in kernels]

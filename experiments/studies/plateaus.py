@@ -119,7 +119,7 @@ def hypothesis(config: Config, flat: Flat) -> Hypothesis:
         "holds" if low >= SHARE else "falsified" if high < SHARE else "undecided",
         [
             *others,
-            f"Cross-entropy has plateaus too. Its flat area is the larger one in {int(np.sum(less[below] < 0))} slices.",
+            f"In {int(np.sum(less[below] < 0))} slices the flat area of cross-entropy is the larger one.",
         ],
     )
 
