@@ -295,9 +295,7 @@ def identity_hypothesis(cells: Cells) -> Hypothesis:
         f"largest relative error at the starts: {worst:.1e}",
         f"an error is above {IDENTITY:g}",
         decided(worst <= IDENTITY),
-        [
-            f"Examples with a logit more than {FAR:g} nats below the largest are left out: there the quotient loses digits."
-        ],
+        [f"Examples with a logit more than {FAR:g} nats below the largest are left out: digits are lost there."],
     )
 
 
