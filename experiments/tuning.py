@@ -65,7 +65,7 @@ def outside(curve: Curve) -> int | None:
 def together(
     train: Callable[[Sequence[Member]], dict[str, np.ndarray]], members: Sequence[Member], size: int
 ) -> dict[str, np.ndarray]:
-    """What `train` measures of all members, [members, ...] each. It sees `size` at a time, so it compiles once."""
+    """The measurements of all members by `train`, [members, ...] each. It sees `size` at a time, and compiles once."""
     full = [*members, *[members[-1]] * (-len(members) % size)]
     parts = [train(full[i : i + size]) for i in range(0, len(full), size)]
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(members)], *parts)

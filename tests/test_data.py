@@ -97,7 +97,7 @@ def test_what_was_loaded_is_on_record(digits):
 
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(
-        InputError, match='unknown data set "digit", expected one of digits, python_source; nearest: digits'
+        InputError, match='unknown data set "digit", expected one of breast_cancer, digits, python_source'
     ):
         data.load("digit")
 

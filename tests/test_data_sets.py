@@ -12,6 +12,14 @@ from experiments.results import Record
 from experiments.studies import data_sets
 from experiments.studies.data_sets import Member
 
+
+@pytest.fixture(autouse=True)
+def _as_optax_asks():
+    """Its adam multiplies floats by an integer count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 CONFIG = data_sets.Config(names=["wine"], models=["linear"], hidden_units=3, epochs=2, batch_size=64,
                           decades=[-2.0, -1.5], widen_at_most=0, selection_seeds=1, report_seeds=2,
                           trained_together=2)  # fmt: skip
@@ -43,10 +51,9 @@ def test_a_training_is_that_by_hand(arm):
         def mean(p):
             return jnp.mean(loss(arm, data_sets.outputs([p], train.features), jnp.asarray(train.labels)))
 
-        with jax.numpy_dtype_promotion("standard"):  # which optax's adam asks for
-            updates, state = optimizer.update(jax.grad(mean)(params), state)
+        updates, state = optimizer.update(jax.grad(mean)(params), state)
         params = optax.apply_updates(params, updates)
-    right = np.argmax(data_sets.outputs([params], test.features), axis=-1) == test.labels
+    right = np.asarray(jnp.argmax(data_sets.outputs([params], test.features), axis=-1)) == test.labels
     assert got["test"][0] == pytest.approx(100 * right.mean(), rel=1e-6)
 
 

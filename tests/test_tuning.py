@@ -1,4 +1,4 @@
-"""Rates are tuned inside of their grid, ties go to the middle, and members are trained in chunks of one size."""
+"""Rates are tuned inside their grid, and ties go to the middle. Members are trained in chunks of one size."""
 
 import jax
 import jax.numpy as jnp

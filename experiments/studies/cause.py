@@ -16,9 +16,9 @@ The inputs are the pixels of handwritten digits: raw, centred, or whitened. Othe
 start. So the output weights are rescaled until the root mean square of the start's logits is that of raw inputs.
 
 Protocol: a linear model, trained by SGD. Every seed draws its own split, initial weights and order of the batches, the
-same for all arms. The learning rate is tuned for each arm and input by the validation accuracy of the selection seeds,
-over a half-decade grid that is widened while the best rate lies at its edge. Seeds that select are not seeds that
-report. Splits of one data set overlap. So the intervals are those of Nadeau and Bengio.
+same for all arms. The learning rate is tuned for each arm and input. The criterion is the mean validation accuracy of
+the selection seeds. The half-decade grid is widened while the best rate lies at its edge. Seeds that select are not
+seeds that report. Splits of one data set overlap. So the intervals are those of Nadeau and Bengio.
 
 Sources: Solla, Levin and Fleisher (1988); LeCun, Bottou, Orr and Müller (1998), Efficient BackProp, for whitening;
 Nadeau and Bengio (2003).
@@ -169,9 +169,9 @@ def trainer(inputs: str, config: Config) -> Callable[[Sequence[Member]], dict[st
 
 
 def identity(z: Float[Array, "n k"], square: Float[Array, "n k"], entropy: Float[Array, "n k"]) -> Float[Array, ""]:
-    """The largest error of e = p - y solved from g = J e, relative to the norm of e, whose entries sum to 0.
+    """The largest error of e = p - y, solved from g = J e and relative to its norm.
 
-    g_i = p_i (e_i - c) with c = <p, e>. So e_i = g_i / p_i + c, and c follows from the sum.
+    g_i = p_i (e_i - c) with c = <p, e>. So e_i = g_i / p_i + c, and c follows from the sum of e, which is 0.
     """
     log_p = categorical.log_softmax(z)
     ratio = jnp.sign(square) * jnp.exp(jnp.log(jnp.abs(square)) - log_p)

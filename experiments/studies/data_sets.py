@@ -4,11 +4,11 @@ Tables and images are classified by a linear model, or by one with a layer of ta
 no example starts confidently wrong. The arms are softmax + cross-entropy and softmax + squared error, trained by Adam.
 The features are standardised by the mean and deviation of the training examples; a pixel that never changes stays 0.
 
-Protocol: every seed draws its own split, its own initial weights and its own order of the batches, the same for both
-arms. The learning rate is tuned for each arm, data set and model by the validation accuracy of the selection seeds,
-over a half-decade grid that is widened while the best rate lies at its edge. Seeds that select are not seeds that
-report. Splits of one data set overlap. So intervals and p-values are those of Nadeau and Bengio. "The same" means the
-two one-sided tests at half a point, with Holm's correction over all data sets and models.
+Protocol: every seed draws its own split, initial weights and order of the batches, the same for both arms. The learning
+rate is tuned for each arm, data set and model. The criterion is the mean validation accuracy of the selection seeds.
+The half-decade grid is widened while the best rate lies at its edge. Seeds that select are not seeds that report.
+Splits of one data set overlap. So intervals and p-values are those of Nadeau and Bengio. "The same" means the two
+one-sided tests at half a point, with Holm's correction over all data sets and models.
 
 Sources: Hui and Belkin (2021), ICLR; Demirkaya, Chen and Oymak (2020); Nadeau and Bengio (2003); Schuirmann (1987).
 """

@@ -67,7 +67,7 @@ def logits(arm: str, margin: Float64[np.ndarray, " n"], num_classes: int) -> Flo
 def loss(arm: str, z: Float[Array, " k"]) -> Float[Array, ""]:
     """The arm's loss of one example of class 0. USUAL is squared error as it is usually written, left to autodiff."""
     if arm == USUAL:
-        return jnp.sum((jax.nn.softmax(z) - (jnp.arange(z.size) == 0)) ** 2) / 2
+        return jnp.sum((jax.nn.softmax(z) - (jnp.arange(z.size) == 0).astype(z.dtype)) ** 2) / 2
     return arms.loss(arm, z, jnp.zeros((), jnp.int32))
 
 

@@ -4,8 +4,9 @@ A network has one layer of tanh and a softmax. Two of its weights vary, one of e
 loss over these two is a surface. Glorot and Bengio showed one such surface: that of squared error has more plateaus
 than that of cross-entropy. Here many are drawn.
 
-The two losses have different scales. So each surface is divided by its range in the slice. A point is flat if the
-gradient there, kept up over the whole width of the slice, would change the loss by less than a share of that range.
+The two losses have different scales. So each surface is divided by its range in the slice. The gradient at a point is
+multiplied by the width of the slice: the change of the loss, if it kept that gradient. The point is flat if this change
+is below a share of the range.
 
 Every draw has its own inputs, labels, weights and pair of weights, the same for both losses.
 
@@ -102,7 +103,7 @@ Flat = dict[tuple[str, float], np.ndarray]  # (arm, threshold) -> flat share of 
 
 
 def hypothesis(config: Config, flat: Flat) -> Hypothesis:
-    """In most draws cross-entropy has the smaller flat area."""
+    """Cross-entropy has the smaller flat area in most draws."""
     below = config.flat_below[0]
     less = {b: flat[SOFTMAX_SE, b] - flat[SOFTMAX_CE, b] for b in config.flat_below}
     won = int(np.sum(less[below] > 0))
