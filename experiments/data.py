@@ -98,14 +98,16 @@ def _wine() -> Dataset:
     """178 wines of three cultivars by 13 measurements: 106 train, 27 validate, 45 test."""
     from sklearn.datasets import load_wine
 
-    return _split(*map(np.asarray, load_wine(return_X_y=True)))
+    features, labels = map(np.asarray, load_wine(return_X_y=True))
+    return _split(features, labels)
 
 
 def _breast_cancer() -> Dataset:
     """569 tumours, malignant or benign, by 30 measurements: 340 train, 86 validate, 143 test."""
     from sklearn.datasets import load_breast_cancer
 
-    return _split(*map(np.asarray, load_breast_cancer(return_X_y=True)))
+    features, labels = map(np.asarray, load_breast_cancer(return_X_y=True))
+    return _split(features, labels)
 
 
 def _folder(name: str) -> Path:

@@ -147,8 +147,9 @@ def trainer(inputs: str, config: Config) -> Callable[[Sequence[Member]], dict[st
         entropy, square = (gradient(jnp.array(ARMS.index(a)), z, train.labels) for a in (SOFTMAX_CE, SOFTMAX_SE))
         state = optax.tree.set(mle.init(params, optimizer, key), learning_rate=rate)
         examples = *train, jnp.broadcast_to(arm, size)
-        options = {"num_steps": steps, "batch_size": config.batch_size, "log_every": steps}
-        state, _ = mle.run(nll, optimizer, state, examples, **options)
+        state, _ = mle.run(
+            nll, optimizer, state, examples, num_steps=steps, batch_size=config.batch_size, log_every=steps
+        )
         return {
             "validation": accuracy(state.params, validation),
             "test": accuracy(state.params, test),
@@ -206,7 +207,7 @@ def run(config: Config) -> Iterator[Record | Progress]:
             values = {name: column[mine] for name, column in measured.items()}
             values |= {"rate": 10.0 ** (tuning.best(tried[arm]) / 2)}
             values |= {"at_edge": float(tuning.outside(tried[arm]) is not None)}
-            yield Record({"inputs": inputs, "arm": arm}, values)
+            yield Record({"inputs": inputs, "arm": arm}, {**values})
 
 
 Cells = dict[tuple[str, str], dict[str, np.ndarray]]  # (inputs, arm) -> measured, by seed
@@ -248,7 +249,7 @@ def part_hypothesis(cells: Cells, claim: str, part: np.ndarray, whole: np.ndarra
 
 
 def size_hypothesis(cells: Cells) -> Hypothesis:
-    """With its size restored, squared error closes the gap."""
+    """Squared error closes the gap once its size is restored."""
     whole, left = lead(cells, "raw", SOFTMAX_SE), lead(cells, "raw", RESCALED)
     claim = (
         "The small gradient is the cause: rescaled to the size of $p - y$, the gradient of squared error closes at "

@@ -175,7 +175,7 @@ def run(config: Config) -> Iterator[Record | Progress]:
             values = {"test": accuracies, "rate": 10.0 ** (tuning.best(curve) / 2),
                       "at_edge": float(tuning.outside(curve) is not None),
                       "overlap": len(dataset.test.labels) / len(dataset.train.labels)}  # fmt: skip
-            yield Record({"part": "seeds", **settings}, values)
+            yield Record({"part": "seeds", **settings}, {**values})
 
 
 class Cell(NamedTuple):
@@ -213,7 +213,8 @@ def cells_of(records: Sequence[Record]) -> Cells:
     for name, model in dict.fromkeys(key[:2] for key in found):
         both = [found[name, model, arm] for arm in ARMS]
         edges = [arm for arm, values in zip(ARMS, both, strict=True) if float(values["at_edge"])]
-        cells[f"{name}, {model}"] = Cell(*(np.asarray(v["test"]) for v in both), float(both[0]["overlap"]), edges)
+        entropy, square = (np.asarray(values["test"]) for values in both)
+        cells[f"{name}, {model}"] = Cell(entropy, square, float(both[0]["overlap"]), edges)
     return cells
 
 
