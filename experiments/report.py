@@ -166,7 +166,7 @@ _NUMBER = re.compile(r"[-+−<>]?\s?\d|[-+]?\.\d|(NaN|inf|no digit|refused)\b")
 def _numeric(table: Table) -> list[bool]:
     """Which columns hold numbers, to be aligned at their right."""
     columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.header)
-    cells = [[cell for cell in column if cell] for column in columns]
+    cells = [[cell for cell in column if cell not in ("", "-")] for column in columns]
     return [bool(column) and all(_NUMBER.match(cell) for cell in column) for column in cells]
 
 

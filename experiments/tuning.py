@@ -4,14 +4,22 @@ A rate is given in half-decades: 2 stands for 10, -1 for 10^(-1/2).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
 Curve = dict[int, tuple[float, float]]  # by rate: mean validation score, and its standard error
 Cell = TypeVar("Cell")
-Member = TypeVar("Member")
+Training = TypeVar("Training")
+
+
+class Member(NamedTuple):
+    """One training of an arm."""
+
+    arm: str
+    rate: int
+    seed: int
 
 
 def tune(
@@ -44,6 +52,22 @@ def tune(
     return tried
 
 
+def of_arms(
+    train: Callable[[list[Member]], dict[str, np.ndarray]],
+    arms: Sequence[str],
+    decades: Sequence[float],
+    seeds: Sequence[int],
+    widen_at_most: int,
+) -> dict[str, Curve]:
+    """The curve of each arm, by the value "validation" that `train` measures; decades are the ends of the grid."""
+
+    def score(wanted):
+        return train([Member(*each) for each in wanted])["validation"]
+
+    low, high = (round(2 * end) for end in decades)
+    return tune(score, arms, range(low, high + 1), seeds, widen_at_most)
+
+
 def ties(curve: Curve) -> list[int]:
     """The rates within one standard error of the best score, ascending."""
     highest, error = max(curve.values())
@@ -63,7 +87,7 @@ def outside(curve: Curve) -> int | None:
 
 
 def together(
-    train: Callable[[Sequence[Member]], dict[str, np.ndarray]], members: Sequence[Member], size: int
+    train: Callable[[Sequence[Training]], dict[str, np.ndarray]], members: Sequence[Training], size: int
 ) -> dict[str, np.ndarray]:
     """The measurements of all members by `train`, [members, ...] each. It sees `size` at a time, and compiles once."""
     full = [*members, *[members[-1]] * (-len(members) % size)]

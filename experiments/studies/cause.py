@@ -25,7 +25,7 @@ Nadeau and Bengio (2003).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from experiments import arms, data, plots, stats, tuning
 from experiments.arms import SOFTMAX_CE, SOFTMAX_SE
 from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
+from experiments.tuning import Member
 from jprob import categorical, mle
 
 RESCALED, WEIGHTED = f"{SOFTMAX_SE}, rescaled", f"{SOFTMAX_CE}, weighted"
@@ -108,14 +109,6 @@ def prepared(dataset: data.Dataset, inputs: str) -> list[data.Split]:
     return [s._replace(features=((s.features - mean) @ turn).astype(np.float32)) for s in dataset[:3]]
 
 
-class Member(NamedTuple):
-    """One training: its arm, learning rate in half-decades, and seed."""
-
-    arm: str
-    rate: int
-    seed: int
-
-
 def drawn(inputs: str, seed: int, std: float):
     """A seed's splits and initial weights. The root mean square of the start's logits is that of raw inputs."""
     dataset = data.resampled("digits", seed)
@@ -182,23 +175,13 @@ def identity(z: Float[Array, "n k"], square: Float[Array, "n k"], entropy: Float
     return jnp.max(jnp.where(known, error, 0))
 
 
-def curves(train: Callable, config: Config) -> dict[str, tuning.Curve]:
-    """The learning-rate curve of each arm."""
-
-    def score(wanted):
-        return train([Member(*each) for each in wanted])["validation"]
-
-    low, high = (round(2 * end) for end in config.decades)
-    seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
-    return tuning.tune(score, ARMS, range(low, high + 1), seeds, config.widen_at_most)
-
-
 def run(config: Config) -> Iterator[Record | Progress]:
     """For each input: the learning-rate curves of all arms, then the report seeds at the best rates."""
     for done, inputs in enumerate(INPUTS):
         yield Progress(done / len(INPUTS), f"{inputs} inputs: rates")
         train = trainer(inputs, config)
-        tried = curves(train, config)
+        seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
+        tried = tuning.of_arms(train, ARMS, config.decades, seeds, config.widen_at_most)
         yield Progress((done + 0.7) / len(INPUTS), f"{inputs} inputs: seeds")
         seeds = range(REPORT_SEED, REPORT_SEED + config.report_seeds)
         measured = train([Member(arm, tuning.best(tried[arm]), seed) for arm in ARMS for seed in seeds])

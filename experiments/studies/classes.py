@@ -24,7 +24,7 @@ Belkin (2021), Evaluation of neural architectures trained with square loss vs cr
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from experiments.arms import SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct
 from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
-from experiments.tuning import Curve, best, outside, ties
+from experiments.tuning import Curve, Member, best, outside, ties
 from jprob import categorical, mle
 
 SUM, MEAN = f"{SOFTMAX_SE}, sum", f"{SOFTMAX_SE}, mean"
@@ -71,14 +71,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         distinct(self, "num_classes")
         if self.decades[0] > self.decades[1]:
             raise ValueError(f"decades: expected the lower end first, got {self.decades}")
-
-
-class Member(NamedTuple):
-    """One training: its arm, learning rate in half-decades, and seed."""
-
-    arm: str
-    rate: int
-    seed: int
 
 
 def gradient_ratio(arm: str, num_classes: int) -> float:
@@ -149,23 +141,13 @@ def trainer(num_classes: int, config: Config) -> Callable[[Sequence[Member]], di
     return lambda wanted: tuning.together(train_chunk, wanted, config.trained_together)
 
 
-def tune(train: Callable, config: Config) -> dict[str, Curve]:
-    """The curve of each arm."""
-    low, high = (round(2 * end) for end in config.decades)
-    seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
-
-    def score(wanted):
-        return train([Member(*each) for each in wanted])["validation"]
-
-    return tuning.tune(score, ARMS, range(low, high + 1), seeds, config.widen_at_most)
-
-
 def run(config: Config) -> Iterator[Record | Progress]:
     """For each number of classes: the learning-rate curves, then the report seeds at the best and at a shared rate."""
     for done, k in enumerate(config.num_classes):
         yield Progress(done / len(config.num_classes), f"{k} classes: rates")
         train = trainer(k, config)
-        tried = tune(train, config)
+        seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
+        tried = tuning.of_arms(train, ARMS, config.decades, seeds, config.widen_at_most)
         for arm, curve in tried.items():
             rates = sorted(curve)
             validation, errors = (np.array([curve[rate][i] for rate in rates]) for i in (0, 1))

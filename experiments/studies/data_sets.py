@@ -29,6 +29,7 @@ from experiments.config import distinct
 from experiments.errors import InputError
 from experiments.findings import GENTLE_ACCURACY, Hypothesis, Plot, Section, Table, Tier
 from experiments.results import Progress, Record, Setting
+from experiments.tuning import Member
 from jprob import categorical, mle
 
 ARMS = (SOFTMAX_CE, SOFTMAX_SE)
@@ -63,14 +64,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 data.check(name)
         except InputError as error:
             raise ValueError(f"names: {error}") from None
-
-
-class Member(NamedTuple):
-    """One training: its arm, learning rate in half-decades, and seed."""
-
-    arm: str
-    rate: int
-    seed: int
 
 
 def standardised(dataset: data.Dataset) -> list[data.Split]:
@@ -145,24 +138,14 @@ def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | 
     return GENTLE_ACCURACY if settings["part"] == "seeds" and value == "test" else None
 
 
-def curves(train: Callable, config: Config) -> dict[str, tuning.Curve]:
-    """The learning-rate curve of each arm."""
-
-    def score(wanted):
-        return train([Member(*each) for each in wanted])["validation"]
-
-    low, high = (round(2 * end) for end in config.decades)
-    seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
-    return tuning.tune(score, ARMS, range(low, high + 1), seeds, config.widen_at_most)
-
-
 def run(config: Config) -> Iterator[Record | Progress]:
     """For each data set and model: the learning-rate curves, then the report seeds at the best rates."""
     jobs = [(name, model) for name in config.names for model in config.models]
     for done, (name, model) in enumerate(jobs):
         yield Progress(done / len(jobs), f"{name}, {model}: rates")
         train, dataset = trainer(name, model, config), data.load(name)
-        tried = curves(train, config)
+        seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
+        tried = tuning.of_arms(train, ARMS, config.decades, seeds, config.widen_at_most)
         yield Progress((done + 0.7) / len(jobs), f"{name}, {model}: seeds")
         seeds = range(REPORT_SEED, REPORT_SEED + config.report_seeds)
         members = [Member(arm, tuning.best(tried[arm]), seed) for arm in ARMS for seed in seeds]

@@ -139,8 +139,9 @@ def figure(config: Config, surfaces: dict[str, np.ndarray], flat: Flat) -> Plot:
     below = config.flat_below[0]
     pair = [100 * flat[arm, below] for arm in ARMS]
     axes[2].plot(*pair, ".", color=plots.PALETTE[2])
-    axes[2].plot([0, 100], [0, 100], **plots.THEORY)
-    axes[2].set(title="flat area (%)", xlabel=SOFTMAX_CE, ylabel=SOFTMAX_SE, xlim=(0, 100), ylim=(0, 100))
+    most = max(1.0, *(area.max() for area in pair))
+    axes[2].plot([0, most], [0, most], **plots.THEORY)
+    axes[2].set(title="flat area (%)", xlabel=SOFTMAX_CE, ylabel=SOFTMAX_SE)
     return Plot(
         made,
         "Left and middle: the first draw, each loss from its least value (light) to its largest (dark), in ten steps. "
