@@ -158,7 +158,7 @@ def run(config: Config) -> Iterator[Record | Progress]:
         own = jax.tree.map(lambda x, i=i: x[i * len(seeds) : (i + 1) * len(seeds)], params)
         right = [np.mean(np.argmax(each_seed(own, s.features), -1) == s.labels, axis=1) for s in (validation, test)]
         for j, seed in enumerate(seeds):
-            values = {"validation": 100 * right[0][j], "test": 100 * right[1][j]}
+            values = {"validation": float(100 * right[0][j]), "test": float(100 * right[1][j])}
             yield Record({"part": "student", "student": student_name(temperature), "seed": seed}, values)
 
 
