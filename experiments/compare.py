@@ -82,7 +82,9 @@ def compared(first: Path, second: Path) -> Comparison:
 def _pairs(name: str, a: Run, b: Run) -> tuple[list[tuple[Record, Record]], list[str]]:
     """The records of both runs by their settings, and the keys of those that only one has."""
     first, second = ({run_key(name, record.settings): record for record in run.store.records(name)} for run in (a, b))
-    return [(first[key], second[key]) for key in first if key in second], sorted(first.keys() ^ second.keys())
+    both = [(key, first[key], second[key]) for key in first if key in second]
+    lacking = [f"{value} of {key}" for key, x, y in both for value in sorted(x.values.keys() ^ y.values.keys())]
+    return [(x, y) for _, x, y in both], sorted(first.keys() ^ second.keys()) + lacking
 
 
 def _rows(run: Run, name: str, pairs: list[tuple[Record, Record]]) -> Iterator[Row]:
@@ -108,8 +110,10 @@ def _over_seeds(tier: Tier | None, parts: list) -> list:
         return parts
     groups = defaultdict(list)
     for what, x, y in parts:
-        groups[what].append((x, y))
-    return [(what, *(np.mean([pair[i] for pair in each], axis=0) for i in (0, 1))) for what, each in groups.items()]
+        groups[what].append((x.mean(), y.mean()))  # a curve without a seed in its settings has a value a seed
+    return [
+        (what, *(np.mean([pair[i] for pair in each], keepdims=True) for i in (0, 1))) for what, each in groups.items()
+    ]
 
 
 def _difference(tier: Tier | None, x: np.ndarray, y: np.ndarray) -> float:

@@ -71,7 +71,7 @@ def check(name: str) -> None:
 
 
 def resampled(name: str, seed: int) -> Dataset:
-    """The examples of a data set in another split of the same sizes, drawn with a seed >= 1.
+    """The examples of a data set in another split: a quarter tests, a fifth of the rest validates. The seed is >= 1.
 
     Raises:
       InputError: there is no such data set.
