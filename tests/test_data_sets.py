@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_data import written
 
 from experiments import data, plots
 from experiments.arms import SOFTMAX_CE, SOFTMAX_SE, loss
@@ -88,3 +89,11 @@ def test_verdicts_follow_the_leads(lead, spread, verdicts):
     ]  # fmt: skip
     with plots.style():
         assert [h.verdict for h in data_sets.report(CONFIG, records).hypotheses] == verdicts
+
+
+def test_files_of_images_are_trained_on_in_any_split(tmp_path):
+    """Their test set is another share of all than that of a resampled split."""
+    name, _ = written(tmp_path / "mnist")
+    config = data_sets.Config(**{f: getattr(CONFIG, f) for f in CONFIG.__struct_fields__} | {"names": [name]})
+    records = [record for record in data_sets.run(config) if isinstance(record, Record)]
+    assert [r.values["overlap"] for r in records if r.settings["part"] == "seeds"] == [13 / 31] * 2
