@@ -159,7 +159,7 @@ def run(config: Config) -> Iterator[Record | Progress]:
         right = [np.mean(np.argmax(each_seed(own, s.features), -1) == s.labels, axis=1) for s in (validation, test)]
         for j, seed in enumerate(seeds):
             values = {"validation": float(100 * right[0][j]), "test": float(100 * right[1][j])}
-            yield Record({"part": "student", "student": student_name(temperature), "seed": seed}, values)
+            yield Record({"part": "student", "student": student_name(temperature), "seed": seed}, {**values})
 
 
 def student_name(temperature: float | None) -> str:
