@@ -92,7 +92,7 @@ def _rows(run: Run, name: str, pairs: list[tuple[Record, Record]]) -> Iterator[R
     tier_of = getattr(study, "tier", lambda config, settings, value: None)
     values = defaultdict(list)  # by tier: (what, first, second)
     for mine, other in pairs:
-        for value in mine.values.keys() & other.values.keys():
+        for value in sorted(mine.values.keys() & other.values.keys()):
             tier = tier_of(config, mine.settings, value)
             kept = {k: v for k, v in mine.settings.items() if k != "seed" or not (tier and tier.over_seeds)}
             both = (np.atleast_1d(np.asarray(record.values[value], float)) for record in (mine, other))
