@@ -158,16 +158,19 @@ def contestants(x: Inputs) -> dict[str, Program]:
     """Everyone who can run here."""
     names = ["jprob", "plain", "products", *(["tokamax"] if importlib.util.find_spec("tokamax") else [])]
     found = {name: compiled(name, x) for name in names}
-    if jax.default_backend() == "cpu" and torch_has_the_loss():
+    if jax.default_backend() == "cpu" and torch_competes(x.hidden.dtype):
         found["torch"] = torch_program(x)
     return found
 
 
-def torch_has_the_loss() -> bool:
-    """Not every torch does."""
+def torch_competes(dtype: jnp.dtype) -> bool:
+    """Not every torch has the loss, and a CPU without instructions for bfloat16 takes 35 times as long there."""
     if importlib.util.find_spec("torch") is None:
         return False
-    return hasattr(importlib.import_module("torch").nn.functional, "linear_cross_entropy")
+    torch = importlib.import_module("torch")
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return False
+    return dtype != jnp.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def growth_of_resident_size(run: Callable[[], object]) -> int | None:
