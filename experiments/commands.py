@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run the studies of a config",
         description="Runs the studies of a config, shows the verdicts and writes report.html. The same command on the "
-        "same code continues an interrupted run: finished studies are kept, the unfinished one starts again.",
+        "same code continues an interrupted run: what is finished, a study or a part of one, is kept.",
     )
     run.add_argument("config", type=_path, metavar="CONFIG", help="a TOML file: backend, and one table per study")
     run.add_argument(

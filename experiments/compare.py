@@ -104,16 +104,20 @@ def _rows(run: Run, name: str, pairs: list[tuple[Record, Record]]) -> Iterator[R
         yield Row(name, tier, len(parts), equal, *max(differences, key=lambda pair: pair[0]))
 
 
-def _over_seeds(tier: Tier | None, parts: list) -> list:
-    """Means over the seeds of a value, if the tier is one of means."""
+def _over_seeds(tier: Tier | None, parts: list) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Means over the seeds of a value, if the tier is one of means; all seeds if one is NaN in one run alone."""
     if tier is None or not tier.over_seeds:
-        return parts
-    groups = defaultdict(list)
-    for what, x, y in parts:
-        groups[what].append((x.mean(), y.mean()))  # a curve without a seed in its settings has a value a seed
-    return [
-        (what, *(np.mean([pair[i] for pair in each], keepdims=True) for i in (0, 1))) for what, each in groups.items()
-    ]
+        yield from parts
+        return
+    groups = defaultdict(lambda: ([], []))
+    for what, x, y in parts:  # a curve without a seed in its settings has a value a seed
+        for seeds, values in zip(groups[what], (x, y), strict=True):
+            seeds.extend(values)
+    for what, both in groups.items():
+        x, y = (np.array(seeds) for seeds in both)
+        if x.shape == y.shape and np.array_equal(np.isnan(x), np.isnan(y)):
+            x, y = (np.nanmean(seeds, keepdims=True) if not np.isnan(seeds).all() else seeds for seeds in (x, y))
+        yield what, x, y
 
 
 def _difference(tier: Tier | None, x: np.ndarray, y: np.ndarray) -> float:

@@ -77,7 +77,7 @@ def _pieces(config: Config) -> Iterator[Piece]:
     from experiments import manifest
 
     for study, settings in config.studies.items():
-        parts = getattr(studies.load(study), "parts", lambda whole: [whole])(settings)
+        parts = studies.parts(studies.load(study), settings)
         for i, part in enumerate(parts, start=1):
             alone = msgspec.structs.replace(config, studies={study: part})
             name = study if len(parts) == 1 else f"{study}-{i}"

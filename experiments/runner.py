@@ -28,7 +28,7 @@ def run(config: Config, out: Path | None, on_interrupt: OnInterrupt) -> Path:
         folder = out or folders.default(manifest)
         with folders.create(folder, manifest) as run:
             kept = f"what is measured is in {folder}"
-            on_interrupt.line = f"interrupted: {kept}; the same command does the unfinished study again"
+            on_interrupt.line = f"interrupted: {kept}; the same command does the rest"
             _run_studies(config, run)
     return folder
 
@@ -61,18 +61,29 @@ def _run_studies(config: Config, run: Run) -> None:
 
 def _run_study(name: str, settings: Any, run: Run, update: progress.Update) -> None:
     update(name, Progress(0.0, "starting"))
-    start, count = time.perf_counter(), 0
-    for item in without_repetition(studies.load(name).run(settings)):
+    for item in without_repetition(_measured(name, studies.load(name), settings, run)):
         if isinstance(item, Progress):
             # The end is announced below, when everything is stored.
             update(name, item._replace(done=min(item.done, 0.999)))
         else:
             run.store.write(name, item)
-            count += 1
-    seconds = time.perf_counter() - start
-    run.update_manifest(seconds=run.manifest["seconds"] | {name: seconds}, data=run.manifest["data"] | data.digests())
+    seconds, count = sum(run.store.finished_parts(name).values()), len(run.store.records(name))
+    run.update_manifest(seconds=run.manifest["seconds"] | {name: seconds})
     run.store.finish(name, seconds)  # last: a kill before it and the study, manifest and all, is done again
     update(name, Progress(1.0, f"finished in {seconds:.1f} s, {count} records"))
+
+
+def _measured(name: str, study: studies.Study, settings: Any, run: Run) -> Iterator[Record | Progress]:
+    """The items of the parts that are not finished. A part is, when its last item has been taken."""
+    parts, finished = studies.parts(study, settings), run.store.finished_parts(name)
+    for i, part in enumerate(parts):
+        if i in finished:
+            continue
+        start = time.perf_counter()
+        for item in study.run(part):
+            yield item._replace(done=(i + item.done) / len(parts)) if isinstance(item, Progress) else item
+        run.update_manifest(data=run.manifest["data"] | data.digests())
+        run.store.finish_part(name, i, time.perf_counter() - start)
 
 
 def without_repetition(items: Iterable[Item]) -> Iterator[Item]:

@@ -110,6 +110,13 @@ def test_accuracies_are_compared_as_means_over_seeds():
     assert (what, compare._difference(GENTLE_ACCURACY, x, y)) == ("accuracy of cell", pytest.approx(0.2))
 
 
+@pytest.mark.parametrize(("other", "want"), [([np.nan, 90.25], 0.25), ([90.0, 90.0], np.inf), ([90.0, np.nan], np.inf)])
+def test_a_seed_without_a_number_hides_no_other(other, want):
+    parts = [("accuracy", np.array([x]), np.array([y])) for x, y in zip([np.nan, 90.0], other, strict=True)]
+    ((_, x, y),) = compare._over_seeds(GENTLE_ACCURACY, parts)
+    assert compare._difference(GENTLE_ACCURACY, x, y) == pytest.approx(want)
+
+
 def test_no_run_is_one_line(runs, capsys):
     assert main(["compare", "first", "nowhere"]) == 2
     assert capsys.readouterr().err == "nowhere: expected the folder of a run, got one without manifest.json\n"

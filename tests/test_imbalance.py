@@ -24,8 +24,10 @@ CONFIG = imbalance.Config(
     num_steps=200,
     log_every=20,
     decades=[0.0, 0.5],
+    widen_at_most=0,
     selection_seeds=1,
     report_seeds=4,
+    trained_together=2,
 )
 
 
@@ -64,7 +66,7 @@ def test_the_constant_class_has_the_base_rate():
 
 def test_a_training_comes_near_the_best_classifier():
     """The deviation of balanced accuracy over 1200 test examples is .9 points. Four, and 2 points of fit, are left."""
-    members = [imbalance.Member(20, 1.0, seed) for seed in (1, 2)]
+    members = [imbalance.Member(20, 0, seed) for seed in (1, 2)]
     measured = imbalance.trainer(SOFTMAX_CE, CONFIG)(members)
     assert measured["balanced"].shape == (2, 10)
     accuracy, balanced = imbalance.best_scores(CONFIG, 20)
@@ -73,7 +75,8 @@ def test_a_training_comes_near_the_best_classifier():
     frequent = 3 * measured["balanced"] - 2 * measured["recall"]  # balanced accuracy is the mean recall
     prior = CONFIG.counts(20) / CONFIG.train_examples
     want = prior[0] * frequent + (1 - prior[0]) * measured["recall"]  # both rare classes weigh the same
-    np.testing.assert_allclose(measured["accuracy"], want, atol=1e-3)
+    # Some sixteen roundings of numbers up to 100 lie between the two.
+    np.testing.assert_allclose(measured["accuracy"], want, atol=16 * 100 * 2.0**-24)
 
 
 def made(plain, balanced):
@@ -83,7 +86,8 @@ def made(plain, balanced):
             for seed in range(CONFIG.report_seeds):
                 lead = (arm == SOFTMAX_CE) * (1 + 0.01 * seed)
                 leads = dict.fromkeys(imbalance.MEASURES, 0.0) | {"accuracy": plain, "balanced": balanced}
-                values = {name: np.full(10, 80.0) + lead * by for name, by in leads.items()} | {"rate": 1.0}
+                values = {name: np.full(10, 80.0) + lead * by for name, by in leads.items()}
+                values |= {"rate": 1.0, "at_edge": 1.0}
                 yield Record({"part": "seeds", "arm": arm, "ratio": ratio, "seed": seed}, values)
 
 

@@ -1,11 +1,12 @@
 """The study of label noise: its labels against their laws, its trainings alone and together, verdicts that can fail."""
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from experiments import data, plots
+from experiments import data, plots, tuning
 from experiments.arms import SOFTMAX_CE, SOFTMAX_SE
 from experiments.results import Record
 from experiments.studies import label_noise
@@ -18,6 +19,7 @@ CONFIG = label_noise.Config(
     epochs=2,
     batch_size=256,
     decades=[-2.0, -1.5],
+    widen_at_most=0,
     selection_seeds=1,
     report_seeds=4,
     trained_together=2,
@@ -51,7 +53,7 @@ def test_a_copy_of_the_nearest_label_is_right_as_often_as_labels_are():
 def test_a_training_is_the_same_alone_and_with_others():
     """Three members fill two calls of two, so that the last call holds one member twice."""
     train = label_noise.trainer(SOFTMAX_SE, CONFIG)
-    members = [Member(0.4, 0.01, 5), Member(0.0, 0.03, 5), Member(0.4, 0.03, 6)]
+    members = [Member(0.4, -4, 5), Member(0.0, -3, 5), Member(0.4, -3, 6)]
     with jax.numpy_dtype_promotion("standard"):  # optax's adam multiplies floats by an integer count
         together, alone = train(members), train(members[1:2])
     assert together["test"].shape == (3, CONFIG.epochs)
@@ -59,6 +61,22 @@ def test_a_training_is_the_same_alone_and_with_others():
         np.testing.assert_allclose(together[name][1], values[0], rtol=0, atol=1)  # one test example weighs .2 points
     assert np.all(together["memorised"][1] == 0)
     assert not np.array_equal(together["test"][0], together["test"][2])
+
+
+def test_a_rate_at_the_edge_widens_the_grid_and_both_ways_share_their_trainings():
+    """Validation has its best rate at -3 half-decades, beyond the grid, and training at -4."""
+    wide, asked = msgspec.structs.replace(CONFIG, decades=[-3.0, -2.0], widen_at_most=3), []
+
+    def train(members):
+        asked.extend(members)
+        scores = np.array([[-abs(m.rate + 3), -abs(m.rate + 4)] for m in members], float)
+        return {"validation": scores[:, :1], "training": scores[:, 1:]}
+
+    tried = label_noise.tuned_rates(train, wide)
+    best = {cell: tuning.best(curve) for cell, curve in tried.items()}
+    assert best == {(0.0, "to generalise"): -3, (0.4, "to generalise"): -3, (0.4, "to memorise"): -4}
+    assert all(tuning.outside(curve) is None for curve in tried.values())
+    assert len(asked) == len(set(asked))
 
 
 def made(last, best, clean, ways=label_noise.WAYS):
@@ -74,6 +92,7 @@ def made(last, best, clean, ways=label_noise.WAYS):
                     "validation": np.array([2.0, 1.0]),
                     "memorised": np.array([0.5, 0.9]),
                     "rate": 10**-2,
+                    "at_edge": 1.0,
                 }
                 settings = {"part": "seeds", "arm": arm, "share": share, "tuned": tuned, "seed": seed}
                 yield Record(settings, values)

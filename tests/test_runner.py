@@ -86,6 +86,31 @@ def test_an_error_in_a_study_keeps_what_is_finished_and_the_same_command_continu
         assert len(run.store.records("faulty")) == 3
 
 
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_what_is_measured_is_not_measured_twice(monkeypatch, last):
+    """An error in each of four parts in turn: the same command runs the others, and the folder is that of one run."""
+    command, grid, ran = ["run", COIN, "--set", "grid.arms=['A', 'B']", "--set", "grid.seeds=[1, 2]"], None, []
+    assert main([*command, "--out", "whole"]) == 0
+    grid = studies.load("grid")
+    measure = grid.run
+
+    def run(config):
+        yield results.Progress(0.5, "")
+        ran.append((config.arms[0], config.seeds[0]))
+        yield from measure(config)
+        if len(ran) == last + 1:
+            raise RuntimeError("broken off after the record")
+
+    monkeypatch.setattr(grid, "run", run)
+    with pytest.raises(RuntimeError, match="broken off"):
+        main([*command, "--out", "run"])
+    assert main([*command, "--out", "run"]) == 0
+    cells = [("A", 1), ("A", 2), ("B", 1), ("B", 2)]
+    assert ran == cells[: last + 1] + cells[last:]
+    with folders.existing(Path("run")) as resumed, folders.existing(Path("whole")) as whole:
+        assert resumed.store.digest("grid") == whole.store.digest("grid")
+
+
 def test_a_study_that_describes_two_records_alike_is_stopped(monkeypatch):
     coin = studies.load("coin")
     monkeypatch.setattr(coin, "run", lambda config: iter([results.Record({"a": 1}, {"x": 1.0})] * 2))
@@ -117,10 +142,7 @@ def test_a_signal_ends_a_run_though_xla_does_not_return(inside, number, status):
     process.send_signal(number)
     out, errors = process.communicate(timeout=tiny_studies.PATIENCE)
     assert process.returncode == status
-    assert (
-        errors.splitlines()[-1]
-        == "interrupted: what is measured is in run; the same command does the unfinished study again"
-    )
+    assert errors.splitlines()[-1] == "interrupted: what is measured is in run; the same command does the rest"
     assert "Traceback" not in errors
     assert out == ""
     with folders.existing(Path("run")) as run:

@@ -1,9 +1,10 @@
 """The studies, one module or package each: every module in this folder is a study, and there is no list to edit.
 
 A study offers three names, see `Study`: its settings, a generator of records, and a reading of stored records. One
-that can be cut into jobs offers a fourth, `parts(config) -> list[Config]`, whose records together are those of the
-whole. One whose values should agree between devices offers `tier(config, settings, value) -> Tier | None`, see
-`experiments.compare`. The first line of its docstring is its title. Studies never import each other.
+that takes minutes offers a fourth, `parts(config) -> list[Config]`, whose records together are those of the whole. A
+part is a job, and what an interrupted run does not measure twice. One whose values should agree between devices offers
+`tier(config, settings, value) -> Tier | None`, see `experiments.compare`. The first line of its docstring is its title.
+Studies never import each other.
 """
 
 import ast
@@ -53,6 +54,11 @@ def load(name: str) -> Study:
     if lacking := [part for part in offered if not hasattr(module, part)]:
         raise InputError(f"{name}: expected a study with Config, run and report, got one without {', '.join(lacking)}")
     return cast(Study, module)
+
+
+def parts(study: Study, config: Any) -> list[Any]:
+    """The config cut into the parts of the study; one that is never cut is its only part."""
+    return getattr(study, "parts", lambda whole: [whole])(config)
 
 
 def title(name: str) -> str:

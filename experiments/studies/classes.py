@@ -34,7 +34,7 @@ import optax
 
 from experiments import arms, plots, stats, tuning
 from experiments.arms import SOFTMAX_CE, SOFTMAX_SE
-from experiments.config import distinct
+from experiments.config import distinct, split
 from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Progress, Record
 from experiments.tuning import Curve, Member, best, outside, ties
@@ -139,6 +139,11 @@ def trainer(num_classes: int, config: Config) -> Callable[[Sequence[Member]], di
         return {name: np.asarray(x, np.float64) for name, x in train(drawn, rates, keys, weights).items()}
 
     return lambda wanted: tuning.together(train_chunk, wanted, config.trained_together)
+
+
+def parts(config: Config) -> list[Config]:
+    """Every number of classes is a part."""
+    return split(config, "num_classes")
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

@@ -25,7 +25,7 @@ import optax
 
 from experiments import data, plots, stats, tuning
 from experiments.arms import SOFTMAX_CE, SOFTMAX_SE
-from experiments.config import distinct
+from experiments.config import distinct, split
 from experiments.errors import InputError
 from experiments.findings import GENTLE_ACCURACY, Hypothesis, Plot, Section, Table, Tier
 from experiments.results import Progress, Record, Setting
@@ -136,6 +136,11 @@ def trainer(name: str, model: str, config: Config) -> Callable[[Sequence[Member]
 def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | None:
     """The accuracies of the report seeds."""
     return GENTLE_ACCURACY if settings["part"] == "seeds" and value == "test" else None
+
+
+def parts(config: Config) -> list[Config]:
+    """Every data set and model is a part."""
+    return split(config, "names", "models")
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

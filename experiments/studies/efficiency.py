@@ -31,7 +31,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from experiments import arms, plots, stats
-from experiments.config import distinct
+from experiments.config import distinct, split
 from experiments.findings import COEFFICIENTS, Hypothesis, Plot, Section, Table, Tier, decided
 from experiments.results import Progress, Record, Setting
 from jprob import bernoulli, mle
@@ -109,6 +109,11 @@ def fit(
 def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | None:
     """Fitted coefficients, to what the tolerance of the descent leaves."""
     return COEFFICIENTS
+
+
+def parts(config: Config) -> list[Config]:
+    """Every coefficient is a part."""
+    return split(config, "coefficients")
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

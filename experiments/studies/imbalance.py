@@ -15,7 +15,8 @@ the logit of the right class is p - 1. That of half the Brier score is smaller b
 
 Protocol: every seed draws its own data. The arms are paired: equal seeds have equal data. Both arms take the same
 number of SGD steps. The learning rate is tuned for each arm and ratio, on seeds that are not report seeds. The
-criterion is the balanced accuracy of validation data at the last step. Validation and test data have equal classes.
+criterion is the balanced accuracy of validation data at the last step. The half-decade grid is widened while the best
+rate lies at its edge. Validation and test data have equal classes.
 Their examples are weighted by the prior for accuracy and F1. Balanced accuracy and recall do not depend on the weights.
 Data sets are independent, so intervals are bootstrap intervals.
 
@@ -33,7 +34,7 @@ import optax
 from jaxtyping import Float64, Int
 from scipy.stats import norm
 
-from experiments import arms, plots, stats
+from experiments import arms, plots, stats, tuning
 from experiments.arms import SOFTMAX_CE, SOFTMAX_SE
 from experiments.config import distinct
 from experiments.findings import Hypothesis, Plot, Section, Table, decided
@@ -71,8 +72,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     num_steps: Count
     log_every: Count
     decades: Annotated[list[Decade], msgspec.Meta(min_length=2, max_length=2)]
+    widen_at_most: Annotated[int, msgspec.Meta(ge=0, le=20)]
     selection_seeds: Annotated[int, msgspec.Meta(ge=1, le=1000)]
     report_seeds: Annotated[int, msgspec.Meta(ge=2, le=1000)]
+    trained_together: Count
 
     def __post_init__(self):
         distinct(self, "ratios")
@@ -80,14 +83,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError(f"num_steps: expected a multiple of log_every, got {self.num_steps}")
         if self.decades[0] > self.decades[1]:
             raise ValueError(f"decades: expected the lower end first, got {self.decades}")
-        if self.counts(max(self.ratios)).min() < 1:
-            raise ValueError("train_examples: expected enough for one example of each rare class")
-
-    @property
-    def rates(self) -> list[float]:
-        """The grid of learning rates."""
-        low, high = (round(2 * decade) for decade in self.decades)
-        return [10.0 ** (half / 2) for half in range(low, high + 1)]
+        if min(self.counts(ratio).min() for ratio in self.ratios) < 1:
+            raise ValueError("train_examples: expected enough for one example of each class")
 
     @property
     def early(self) -> int:
@@ -109,10 +106,10 @@ def best_recalls(prior: Float64[np.ndarray, " K"], distance: float) -> Float64[n
 
 
 class Member(NamedTuple):
-    """One training."""
+    """One training; the rate in half-decades."""
 
     ratio: int
-    rate: float
+    rate: int
     seed: int
 
 
@@ -128,7 +125,7 @@ def drawn(ratio: int, seed: int, config: Config):
 
 
 def trainer(arm: str, config: Config) -> Callable[[Sequence[Member]], dict[str, np.ndarray]]:
-    """A function from members to the curves of each: one row every `log_every` steps."""
+    """A function from members to the curves of each: one row every `log_every` steps. It compiles once."""
     classes = config.rare_classes + 1
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
 
@@ -161,14 +158,15 @@ def trainer(arm: str, config: Config) -> Callable[[Sequence[Member]], dict[str, 
         state = optax.tree.set(mle.init(params, optimizer, key), learning_rate=rate)
         return jax.lax.scan(piece, state, length=config.num_steps // config.log_every)[1]
 
-    def train_all(wanted: Sequence[Member]) -> dict[str, np.ndarray]:
-        sets = jax.tree.map(lambda *x: np.stack(x), *(tuple(drawn(m.ratio, m.seed, config)) for m in wanted))
-        priors = np.stack([config.counts(m.ratio) / config.train_examples for m in wanted]).astype(np.float32)
-        keys = jnp.stack([jax.random.key(m.seed) for m in wanted])
-        curves = members(np.array([m.rate for m in wanted], np.float32), keys, priors, *sets)
+    def train(chunk: Sequence[Member]) -> dict[str, np.ndarray]:
+        sets = jax.tree.map(lambda *x: np.stack(x), *(tuple(drawn(m.ratio, m.seed, config)) for m in chunk))
+        priors = np.stack([config.counts(m.ratio) / config.train_examples for m in chunk]).astype(np.float32)
+        keys = jnp.stack([jax.random.key(m.seed) for m in chunk])
+        rates = np.array([10.0 ** (m.rate / 2) for m in chunk], np.float32)
+        curves = members(rates, keys, priors, *sets)
         return {name: 100 * np.asarray(curve, np.float64) for name, curve in curves.items()}
 
-    return train_all
+    return lambda wanted: tuning.together(train, wanted, config.trained_together)
 
 
 def run(config: Config) -> Iterator[Record | Progress]:
@@ -177,34 +175,39 @@ def run(config: Config) -> Iterator[Record | Progress]:
         yield Progress(done / len(ARMS), f"{arm}: rates")
         train = trainer(arm, config)
         seeds = range(SELECTION_SEED, SELECTION_SEED + config.selection_seeds)
-        best = {}
-        for ratio in config.ratios:
-            tried = train([Member(ratio, rate, seed) for rate in config.rates for seed in seeds])["validation"][:, -1]
-            curve = tried.reshape(len(config.rates), len(seeds)).mean(axis=1)
-            best[ratio] = config.rates[curve.argmax()]
-            values = {"rate": np.array(config.rates), "balanced": curve}
+        low, high = (round(2 * end) for end in config.decades)
+
+        def score(wanted, train=train):
+            return train([Member(*each) for each in wanted])["validation"][:, -1]
+
+        tried = tuning.tune(score, config.ratios, range(low, high + 1), seeds, config.widen_at_most)
+        for ratio, curve in tried.items():
+            rates = sorted(curve)
+            values = {"rate": 10 ** (np.array(rates) / 2), "balanced": np.array([curve[rate][0] for rate in rates])}
             yield Record({"part": "rates", "arm": arm, "ratio": ratio}, values)
         yield Progress((done + 0.7) / len(ARMS), f"{arm}: seeds")
-        for ratio in config.ratios:
-            members = [Member(ratio, best[ratio], REPORT_SEED + i) for i in range(config.report_seeds)]
-            measured = train(members)
-            for i, member in enumerate(members):
-                values = {name: measured[name][i] for name in MEASURES} | {"rate": member.rate}
-                yield Record({"part": "seeds", "arm": arm, "ratio": ratio, "seed": member.seed}, values)
+        seeds = range(REPORT_SEED, REPORT_SEED + config.report_seeds)
+        members = [Member(ratio, tuning.best(tried[ratio]), seed) for ratio in config.ratios for seed in seeds]
+        measured = train(members)
+        for i, member in enumerate(members):
+            values = {name: measured[name][i] for name in MEASURES} | {"rate": 10.0 ** (member.rate / 2)}
+            values |= {"at_edge": float(tuning.outside(tried[member.ratio]) is not None)}
+            yield Record({"part": "seeds", "arm": arm, "ratio": member.ratio, "seed": member.seed}, values)
 
 
 Curves = dict[tuple[str, int], dict[str, Float64[np.ndarray, "seeds rows"]]]  # (arm, ratio) -> measure -> curves
 
 
 def curves_of(config: Config, records: Sequence[Record]) -> Curves:
-    """The report seeds, in their order, and the rate of each."""
+    """The report seeds, in their order, with their rates, and whether a rate lies at the edge of its grid."""
     curves: Curves = {}
     for arm in ARMS:
         for ratio in config.ratios:
             wanted = {"part": "seeds", "arm": arm, "ratio": ratio}
             rows = [r for r in records if wanted.items() <= r.settings.items()]
             rows.sort(key=lambda r: r.settings["seed"])
-            curves[arm, ratio] = {name: np.array([r.values[name] for r in rows]) for name in (*MEASURES, "rate")}
+            names = *MEASURES, "rate", "at_edge"
+            curves[arm, ratio] = {name: np.array([r.values[name] for r in rows]) for name in names}
     return curves
 
 
@@ -241,7 +244,7 @@ def lag_hypothesis(config: Config, curves: Curves) -> Hypothesis:
         f"The best learning rate of {arm} at 1:{r}, {curves[arm, r]['rate'][0]:.2g}, lies at the edge of its grid."
         for arm in ARMS
         for r in config.ratios
-        if curves[arm, r]["rate"][0] in (config.rates[0], config.rates[-1])
+        if curves[arm, r]["at_edge"][0]
     ]
     steps = config.log_every * (config.early + 1)
     balanced = gap(curves, ratio, "balanced")

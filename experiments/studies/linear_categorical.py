@@ -170,7 +170,7 @@ def torch_competes(dtype: jnp.dtype) -> bool:
     torch = importlib.import_module("torch")
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         return False
-    return dtype != jnp.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != jnp.bfloat16 or any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def growth_of_resident_size(run: Callable[[], object]) -> int | None:
