@@ -97,7 +97,7 @@ def records(gaps, spread=0.5):
             test = 90 - below - noise * (arm != SOFTMAX_CE)
             values = {"test": test, "margin": 9 + noise, "wrong": 90 + noise, "identity": 1e-6 + 0 * noise}
             scalars = {"rate": 0.1, "at_edge": float(inputs == "whitened")}
-            yield Record({"inputs": inputs, "arm": arm}, values | {"identified": 95 + noise} | scalars)
+            yield Record({"inputs": inputs, "arm": arm}, {**values, "identified": 95 + noise, **scalars})
 
 
 @pytest.mark.parametrize(
