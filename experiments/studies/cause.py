@@ -163,7 +163,7 @@ def trainer(inputs: str, config: Config) -> Callable[[Sequence[Member]], dict[st
 
 
 def identity(z: Float[Array, "n k"], square: Float[Array, "n k"], entropy: Float[Array, "n k"]) -> dict[str, Array]:
-    """The largest error of e = p - y, solved from g = J e and relative to its norm; and the examples in percent.
+    """The largest error of e = p - y, solved from g = J e and relative to its norm; and the number of examples.
 
     g_i = p_i (e_i - c) with c = <p, e>. So e_i = g_i / p_i + c, and c follows from the sum of e, which is 0.
     """
@@ -172,7 +172,7 @@ def identity(z: Float[Array, "n k"], square: Float[Array, "n k"], entropy: Float
     solved = ratio - jnp.mean(ratio, axis=-1, keepdims=True)
     error = jnp.max(jnp.abs(solved - entropy), axis=-1) / jnp.linalg.norm(entropy, axis=-1)
     known = jnp.min(log_p, axis=-1) > -FAR
-    return {"identity": jnp.max(jnp.where(known, error, 0)), "identified": 100 * jnp.mean(known)}
+    return {"identity": jnp.max(jnp.where(known, error, 0)), "identified": jnp.sum(known)}
 
 
 def run(config: Config) -> Iterator[Record | Progress]:
@@ -283,7 +283,7 @@ def identity_hypothesis(cells: Cells) -> Hypothesis:
     fewest = min(float(values["identified"].min()) for values in cells.values())
     return Hypothesis(
         "Preconditioned by the pseudoinverse of J, the gradient of squared error is that of cross-entropy.",
-        f"largest relative error at the starts: {worst:.1e}, over at least {fewest:.0f} % of the examples",
+        f"largest relative error at the starts: {worst:.1e}, over at least {fewest:.0f} examples of each",
         f"an error is above {IDENTITY:g}; undecided where a start has no example",
         decided(worst <= IDENTITY) if fewest > 0 else "undecided",
         [f"Examples with a logit more than {FAR:g} nats below the largest are left out: digits are lost there."],
