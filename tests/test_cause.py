@@ -123,6 +123,6 @@ def test_verdicts_follow_the_gaps(gaps, verdicts):
 
 
 def test_an_identity_without_examples_is_undecided():
-    far = [Record(s, v | {"identified": np.zeros(4)}) for s, v in records({SOFTMAX_SE: 30.0})]
+    far = [Record(s, {**v, "identified": np.zeros(4)}) for s, v in records({SOFTMAX_SE: 30.0})]
     with plots.style():
         assert cause.report(CONFIG, far).hypotheses[-1].verdict == "undecided"
