@@ -3,7 +3,9 @@
 A study offers three names, see `Study`: its settings, a generator of records, and a reading of stored records. One
 that can be cut into jobs offers a fourth, `parts(config) -> list[Config]`, whose records together are those of the
 whole. One whose values should agree between devices offers `tier(config, settings, value) -> Tier | None`, see
-`experiments.compare`. The first line of its docstring is its title. Studies never import each other.
+`experiments.compare`. One whose config names files or libraries offers `require(config)`. It raises an `InputError` if
+one is not there; it is called before a run, and not for a report. The first line of a study's docstring is its title.
+Studies never import each other.
 """
 
 import ast

@@ -34,6 +34,7 @@ from jprob import categorical, mle
 
 ARMS = (SOFTMAX_CE, SOFTMAX_SE)
 OUTPUT_STD = 0.01
+LABEL = 40  # characters of a data set and model in the figure
 POINTS, SAME = 2.0, 0.5  # of accuracy: a gap that counts, and one that counts as none
 SELECTION_SEED, REPORT_SEED = 80_000, 90_000  # the first; the verdicts' rules were fixed before these seeds ran
 
@@ -64,6 +65,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 data.check(name)
         except InputError as error:
             raise ValueError(f"names: {error}") from None
+
+
+def require(config: Config) -> None:
+    """Whether the data are there. A report is made without them."""
+    for name in config.names:
+        data.require(name)
 
 
 def standardised(dataset: data.Dataset) -> list[data.Split]:
@@ -250,7 +257,8 @@ def figure(cells: Cells) -> Plot:
         axis.errorbar(mean, row, xerr=reach, fmt="o", color=plots.PALETTE[0], capsize=3)
     axis.axvspan(-SAME, SAME, color=plots.PALETTE[5], alpha=0.2, linewidth=0)
     axis.axvline(0, color="black", linewidth=0.7)
-    axis.set_yticks(range(len(cells)), list(cells))
+    labels = [name if len(name) <= LABEL else f"...{name[-LABEL:]}" for name in cells]  # a folder has a long name
+    axis.set_yticks(range(len(cells)), labels)
     axis.set(xlabel="lead of softmax + cross-entropy (points of accuracy)", ylim=(len(cells) - 0.5, -0.5))
     return Plot(made, f"Mean lead and its 95 % interval. Grey: within {SAME:g} points, which counts as no lead.")
 
