@@ -1,6 +1,6 @@
 """Data sets by name, split the same way on every machine.
 
-Most are shipped by scikit-learn or Python. `idx:FOLDER` is a data set in the format of
+Most are shipped by scikit-learn or Python, or generated here. `idx:FOLDER` is a data set in the format of
 MNIST, in files that the user has: MNIST, Fashion-MNIST and others.
 
 Splits are drawn on the host with NumPy's PCG64. So a CPU, a GPU and a TPU train on the same examples. The loaded data
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments import mnist1d
 from experiments.errors import InputError, unknown
 
 _WORDS, _CONTEXT = 600_000, 8
@@ -44,6 +45,23 @@ class Dataset(NamedTuple):
     test: Split
     num_classes: int
     sha256: str  # of the six arrays
+
+
+class Published(NamedTuple):
+    """An accuracy that others report."""
+
+    accuracy: float  # of the test examples, in %
+    model: str
+    source: str
+
+
+_GREYDANUS = "Greydanus and Kobak (2024), ICML"
+PUBLISHED = {
+    "mnist1d": {
+        "linear": Published(32.0, "logistic regression", _GREYDANUS),
+        "deep MLP": Published(68.0, "two hidden layers of 100 ReLU units, with a shortcut", _GREYDANUS),
+    }
+}  # by data set and model
 
 
 def load(name: str) -> Dataset:
@@ -127,6 +145,11 @@ def _breast_cancer() -> Dataset:
 
     features, labels = map(np.asarray, load_breast_cancer(return_X_y=True))
     return _split(features, labels)
+
+
+def _mnist1d() -> Dataset:
+    """5000 signals of 40 numbers, 500 of each digit: 3200 train, 800 validate, 1000 test."""
+    return _split(*mnist1d.signals(_SEED), test=1000)
 
 
 def _idx(place: str) -> Dataset:
@@ -233,6 +256,7 @@ def _digest(arrays: Sequence[np.ndarray]) -> str:
 _LOADERS: dict[str, Callable[[], Dataset]] = {
     "breast_cancer": _breast_cancer,
     "digits": _digits,
+    "mnist1d": _mnist1d,
     "python_source": _python_source,
     "wine": _wine,
 }

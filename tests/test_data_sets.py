@@ -62,6 +62,14 @@ def test_a_training_is_that_by_hand(arm):
     assert got["test"][0] == pytest.approx(100 * right.mean(), rel=1e-6)
 
 
+def test_an_mlp_has_a_layer_of_tanh_and_a_deep_one_two_of_relu():
+    x, layer = jnp.array([[-1.0, 2.0]]), {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+    np.testing.assert_allclose(data_sets.outputs([layer] * 2, x), jnp.tanh(x), rtol=1e-6)
+    np.testing.assert_array_equal(data_sets.outputs([layer] * 3, x), [[0.0, 2.0]])
+    trained = data_sets.trainer("wine", "deep MLP", CONFIG)([Member(arm, -4, 1) for arm in data_sets.ARMS])
+    assert (trained["test"] > 80).all()
+
+
 def test_it_runs_small_and_an_unknown_name_is_refused_before_it():
     records = [record for record in data_sets.run(CONFIG) if isinstance(record, Record)]
     assert len(records) == 4
@@ -93,6 +101,24 @@ def test_verdicts_follow_the_leads(lead, spread, verdicts):
     ]  # fmt: skip
     with plots.style():
         assert [h.verdict for h in data_sets.report(CONFIG, records).hypotheses] == verdicts
+
+
+def accuracies(name, test):
+    """Records of both arms with the linear model."""
+    values = {"rate": 0.1, "at_edge": 0.0, "overlap": 0.25, "test": np.array(test)}
+    settings = {"part": "seeds", "data": name, "model": "linear"}
+    return [Record(settings | {"arm": arm}, {**values}) for arm in (SOFTMAX_CE, SOFTMAX_SE)]
+
+
+def test_published_accuracies_stand_next_to_those_of_cross_entropy():
+    with plots.style():
+        tables = data_sets.report(CONFIG, accuracies("wine", [90.0, 91.0]) + accuracies("mnist1d", [33.0, 35.0])).tables
+    (row,) = tables[1].rows
+    assert row[0] == "mnist1d, linear"
+    assert row[1].startswith("34.0 [")
+    assert row[2:] == ["32", "+2.0", "logistic regression", "Greydanus and Kobak (2024), ICML"]
+    with plots.style():
+        assert len(data_sets.report(CONFIG, accuracies("wine", [90.0, 91.0])).tables) == 1
 
 
 def write(config, path):
