@@ -204,12 +204,14 @@ def _check_top(table: dict[str, Any], origin: _Origin) -> None:
 
 
 def _study_settings(name: str, table: dict[str, Any], origin: _Origin) -> msgspec.Struct:
-    kind = studies.load(name).Config
-    _check(table, kind, (name,), origin)
+    study = studies.load(name)
+    _check(table, study.Config, (name,), origin)
     try:
-        return msgspec.convert(table, kind)
-    except msgspec.ValidationError as error:  # what the study's __post_init__ refuses: keys that do not fit together
+        settings = msgspec.convert(table, study.Config)
+        getattr(study, "require", lambda settings: None)(settings)
+    except (msgspec.ValidationError, InputError) as error:  # keys that do not fit together, or data that are not there
         raise origin.error((name,), str(error)) from None
+    return settings
 
 
 def _check(value: Any, kind: Any, key: Key, origin: _Origin) -> None:

@@ -1,11 +1,13 @@
-"""Data sets by name, split the same way on every machine. None needs a network: scikit-learn or Python ships them.
+"""Data sets by name, split the same way on every machine.
 
-`idx:FOLDER` is a data set in the format of MNIST, in files that the user has: MNIST, Fashion-MNIST and others.
+Most are shipped by scikit-learn or Python, or generated here. `idx:FOLDER` is a data set in the format of
+MNIST, in files that the user has: MNIST, Fashion-MNIST and others.
 
 Splits are drawn on the host with NumPy's PCG64. So a CPU, a GPU and a TPU train on the same examples. The loaded data
 are hashed, and the hash stands in the run's manifest.
 """
 
+import functools
 import gzip
 import hashlib
 import itertools
@@ -20,10 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments import mnist1d
 from experiments.errors import InputError, unknown
 
 _WORDS, _CONTEXT = 600_000, 8
-_IDX = "idx:"
 _IDX_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 _SEED = 0  # of the split that `load` gives: part of the data set's definition, not a setting
 
@@ -45,40 +47,75 @@ class Dataset(NamedTuple):
     sha256: str  # of the six arrays
 
 
+class Published(NamedTuple):
+    """An accuracy that others report."""
+
+    accuracy: float  # of the test examples, in %
+    model: str
+    source: str
+
+
+_GREYDANUS = "Greydanus and Kobak (2024), ICML"
+PUBLISHED = {
+    "mnist1d": {
+        "linear": Published(32.0, "logistic regression", _GREYDANUS),
+        "deep MLP": Published(68.0, "two hidden layers of 100 ReLU units, with a shortcut", _GREYDANUS),
+    }
+}  # by data set and model
+
+
 def load(name: str) -> Dataset:
     """The data set of that name. Its arrays are shared by all who load it, and read-only.
 
     Raises:
-      InputError: there is no such data set.
+      InputError: there is no such data set, or the files that it needs.
     """
-    check(name)
+    loader = _loader(name)
     if name not in _loaded:
-        _loaded[name] = _idx(_folder(name)) if name.startswith(_IDX) else _LOADERS[name]()
+        _loaded[name] = loader()
     return _loaded[name]
 
 
 def check(name: str) -> None:
-    """Whether there is a data set of that name; its files are not read.
+    """Whether `resampled` takes a name. No file is looked for.
 
     Raises:
-      InputError: there is none, or the folder of `idx:FOLDER` lacks a file.
+      InputError: there is no such data set, or its features are words.
     """
-    if name.startswith(_IDX):
-        for part in _IDX_FILES:
-            _idx_path(_folder(name), part)
-    elif name not in _LOADERS:
-        raise InputError(unknown(name, [*sorted(_LOADERS), f"{_IDX}FOLDER"], f'data set "{name}"'))
+    _loader(name)
+    if name == "python_source":
+        raise InputError(f'expected a data set whose features are measurements, got "{name}", whose features are words')
+
+
+def require(name: str) -> None:
+    """Loads a data set that not everybody has, so that a run which cannot have it ends before it begins.
+
+    Raises:
+      InputError: the files that it needs are not there.
+    """
+    if name not in _LOADERS:
+        load(name)
+
+
+def _loader(name: str) -> Callable[[], Dataset]:
+    kind, _, place = name.partition(":")
+    if kind in _PLACES and place:
+        return functools.partial(_PLACES[kind], place)
+    if name not in _LOADERS:
+        raise InputError(unknown(name, [*sorted(_LOADERS), "idx:FOLDER"], f'data set "{name}"'))
+    return _LOADERS[name]
 
 
 def resampled(name: str, seed: int) -> Dataset:
-    """The examples of a data set in another split: a quarter tests, a fifth of the rest validates. The seed is >= 1.
+    """The examples of a data set in another split, with parts of the same sizes. The seed is >= 1.
 
     Raises:
-      InputError: there is no such data set.
+      InputError: as of `check` and `load`.
     """
+    check(name)
     dataset = load(name)
     features, labels = map(np.concatenate, zip(dataset.train, dataset.validation, dataset.test, strict=True))
-    return _split(features, labels, seed)
+    return _split(features, labels, seed, test=len(dataset.test.labels), validation=len(dataset.validation.labels))
 
 
 def digests() -> dict[str, str]:
@@ -110,12 +147,14 @@ def _breast_cancer() -> Dataset:
     return _split(features, labels)
 
 
-def _folder(name: str) -> Path:
-    return Path(name.removeprefix(_IDX)).expanduser()
+def _mnist1d() -> Dataset:
+    """5000 signals of 40 numbers, 500 of each digit: 3200 train, 800 validate, 1000 test."""
+    return _split(*mnist1d.signals(_SEED), test=1000)
 
 
-def _idx(folder: Path) -> Dataset:
+def _idx(place: str) -> Dataset:
     """Images of unsigned bytes as numbers k / 255; a fifth of the training images validates."""
+    folder = Path(place).expanduser()
     images, labels, test_images, test_labels = (_idx_array(_idx_path(folder, part)) for part in _IDX_FILES)
     for part, x, y in (("train", images, labels), ("t10k", test_images, test_labels)):
         if len(x) != len(y) or not len(x):
@@ -182,18 +221,19 @@ def _python_source() -> Dataset:
     return _dataset(train, validation, test, len(numbers))
 
 
-def _split(features: np.ndarray, labels: np.ndarray, seed: int = _SEED) -> Dataset:
-    """A quarter for testing, then a fifth of the rest for validation, each with the classes in proportion."""
+def _split(
+    features: np.ndarray, labels: np.ndarray, seed: int = _SEED, *, test: float = 0.25, validation: float = 0.2
+) -> Dataset:
+    """Examples to test, then some of the rest to validate: shares or numbers, each with the classes in proportion."""
     generator = np.random.RandomState(np.random.PCG64(seed))  # the one way to give scikit-learn a PCG64
-    rest, test = _parts(Split(features.astype(np.float32), labels.astype(np.int32)), 0.25, generator)
-    train, validation = _parts(rest, 0.2, generator)
-    return _dataset(train, validation, test, int(labels.max()) + 1)
+    rest, tested = _parts(Split(features.astype(np.float32), labels.astype(np.int32)), test, generator)
+    return _dataset(*_parts(rest, validation, generator), tested, int(labels.max()) + 1)
 
 
-def _parts(split: Split, fraction: float, generator: np.random.RandomState) -> tuple[Split, Split]:
+def _parts(split: Split, size: float, generator: np.random.RandomState) -> tuple[Split, Split]:
     from sklearn.model_selection import train_test_split
 
-    parts = train_test_split(*split, test_size=fraction, stratify=split.labels, random_state=generator)
+    parts = train_test_split(*split, test_size=size, stratify=split.labels, random_state=generator)
     large, small, large_labels, small_labels = map(np.asarray, parts)
     return Split(large, large_labels), Split(small, small_labels)
 
@@ -216,7 +256,9 @@ def _digest(arrays: Sequence[np.ndarray]) -> str:
 _LOADERS: dict[str, Callable[[], Dataset]] = {
     "breast_cancer": _breast_cancer,
     "digits": _digits,
+    "mnist1d": _mnist1d,
     "python_source": _python_source,
     "wine": _wine,
 }
+_PLACES: dict[str, Callable[[str], Dataset]] = {"idx": _idx}
 _loaded: dict[str, Dataset] = {}

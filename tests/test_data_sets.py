@@ -1,13 +1,17 @@
 """The study of data sets: one program trains both arms, features are standardised, and verdicts can fail."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import optax
 import pytest
 from test_data import written
 
 from experiments import data, plots
+from experiments.__main__ import main
 from experiments.arms import SOFTMAX_CE, SOFTMAX_SE, loss
 from experiments.results import Record
 from experiments.studies import data_sets
@@ -58,6 +62,14 @@ def test_a_training_is_that_by_hand(arm):
     assert got["test"][0] == pytest.approx(100 * right.mean(), rel=1e-6)
 
 
+def test_an_mlp_has_a_layer_of_tanh_and_a_deep_one_two_of_relu():
+    x, layer = jnp.array([[-1.0, 2.0]]), {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+    np.testing.assert_allclose(data_sets.outputs([layer] * 2, x), jnp.tanh(x), rtol=1e-6)
+    np.testing.assert_array_equal(data_sets.outputs([layer] * 3, x), [[0.0, 2.0]])
+    trained = data_sets.trainer("wine", "deep MLP", CONFIG)([Member(arm, -4, 1) for arm in data_sets.ARMS])
+    assert (trained["test"] > 80).all()
+
+
 def test_it_runs_small_and_an_unknown_name_is_refused_before_it():
     records = [record for record in data_sets.run(CONFIG) if isinstance(record, Record)]
     assert len(records) == 4
@@ -91,9 +103,52 @@ def test_verdicts_follow_the_leads(lead, spread, verdicts):
         assert [h.verdict for h in data_sets.report(CONFIG, records).hypotheses] == verdicts
 
 
-def test_files_of_images_are_trained_on_in_any_split(tmp_path):
-    """Their test set is another share of all than that of a resampled split."""
+def accuracies(name, test):
+    """Records of both arms with the linear model."""
+    values = {"rate": 0.1, "at_edge": 0.0, "overlap": 0.25, "test": np.array(test)}
+    settings = {"part": "seeds", "data": name, "model": "linear"}
+    return [Record(settings | {"arm": arm}, {**values}) for arm in (SOFTMAX_CE, SOFTMAX_SE)]
+
+
+def test_published_accuracies_stand_next_to_those_of_cross_entropy():
+    with plots.style():
+        tables = data_sets.report(CONFIG, accuracies("wine", [90.0, 91.0]) + accuracies("mnist1d", [33.0, 35.0])).tables
+    (row,) = tables[1].rows
+    assert row[0] == "mnist1d, linear"
+    assert row[1].startswith("34.0 [")
+    assert row[2:] == ["32", "+2.0", "logistic regression", "Greydanus and Kobak (2024), ICML"]
+    with plots.style():
+        assert len(data_sets.report(CONFIG, accuracies("wine", [90.0, 91.0])).tables) == 1
+
+
+def write(config, path):
+    """A config of this study alone."""
+    lines = [f"{name} = {value!r}" for name, value in msgspec.to_builtins(config).items()]
+    path.write_text("\n".join(["# Small.", 'backend = "cpu"', "[data_sets]", *lines]))
+
+
+def test_files_of_images_are_trained_on_and_not_needed_for_the_report(tmp_path, capsys):
     name, _ = written(tmp_path / "mnist")
-    config = data_sets.Config(**{f: getattr(CONFIG, f) for f in CONFIG.__struct_fields__} | {"names": [name]})
-    records = [record for record in data_sets.run(config) if isinstance(record, Record)]
-    assert [r.values["overlap"] for r in records if r.settings["part"] == "seeds"] == [13 / 31] * 2
+    write(msgspec.structs.replace(CONFIG, names=[name]), tmp_path / "config.toml")
+    folder = str(tmp_path / "run")
+    assert main(["run", str(tmp_path / "config.toml"), "--out", folder]) == 0
+    assert data.digests()[name] in (tmp_path / "run" / "manifest.json").read_text()
+    shutil.rmtree(tmp_path / "mnist")
+    assert main(["report", folder]) == 0
+    assert main(["compare", folder, folder]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("idx:/nowhere", "data_sets: /nowhere: expected train-images-idx3-ubyte or"),
+        ("python_source", 'data_sets: names: expected a data set whose features are measurements, got "python_source"'),
+    ],
+)
+def test_data_that_cannot_serve_are_refused_before_the_run(tmp_path, capsys, name, line):
+    write(CONFIG, tmp_path / "config.toml")
+    setting = f'data_sets.names=["{name}"]'
+    assert main(["run", str(tmp_path / "config.toml"), "--set", setting, "--out", str(tmp_path / "run")]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"--set: {line}") or f": {line}" in told
+    assert not (tmp_path / "run").exists()

@@ -1,10 +1,18 @@
 """The studies, one module or package each: every module in this folder is a study, and there is no list to edit.
 
-A study offers three names, see `Study`: its settings, a generator of records, and a reading of stored records. One
-that takes minutes offers a fourth, `parts(config) -> list[Config]`, whose records together are those of the whole. A
-part is a job, and what an interrupted run does not measure twice. One whose values should agree between devices offers
-`tier(config, settings, value) -> Tier | None`, see `experiments.compare`. The first line of its docstring is its title.
-Studies never import each other.
+A study offers three names, see `Study`: its settings, a generator of records, and a reading of stored records. Three
+more are for some:
+
+    parts(config) -> list[Config]                     of a study that takes minutes. Their records together are those
+                                                      of the whole. A part is a job, and what an interrupted run does
+                                                      not measure twice.
+    tier(config, settings, value) -> Tier | None      of a study whose values agree between devices, see
+                                                      `experiments.compare`
+    require(config)                                   of a study whose config names files or libraries. It raises an
+                                                      `InputError` if one is not there, before a run, and not for a
+                                                      report.
+
+The first line of its docstring is its title. Studies never import each other.
 """
 
 import ast
