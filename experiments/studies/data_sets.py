@@ -46,7 +46,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Data sets by name, or as idx:FOLDER. The rates of Adam go from one decimal logarithm to another."""
+    """Data sets by name, idx:FOLDER or openml:NAME. The rates of Adam go from one decimal logarithm to another."""
 
     names: Annotated[list[str], msgspec.Meta(min_length=1, max_length=8)]
     models: Annotated[list[Literal["linear", "MLP", "deep MLP"]], msgspec.Meta(min_length=1)]
