@@ -170,17 +170,18 @@ def fit(
     if progress not in ("auto", "none"):
         raise ValueError(f'fit: progress must be "auto" or "none", got {progress!r}')
     given = jax.tree.map(strong, loop.begin(training, init(params, optimizer, key, model_state=model_state)))
-    has_source, outer = sources.is_source(data), jax.sharding.get_abstract_mesh()
-    if has_source and weights is not None:
+    # The source is called for the mesh that the caller set: it may compute on explicit axes.
+    source, outer = sources.opened(data), jax.sharding.get_abstract_mesh()
+    if source and weights is not None:
         raise ValueError("fit: weights are for arrays; let nll return those of a batch in an mle.Output")
-    arrays = (None, None) if has_source else loop.examples("fit", "data", data, weights)
+    arrays = (None, None) if source else loop.examples("fit", "data", data, weights)
     held_out = loop.held_out(training, validation, validation_weights)
     mesh = _placement.explicit_mesh((given, arrays, held_out))
     with _placement.automatic_axes(mesh), contextlib.ExitStack() as stack:
         arrays, held_out = _placement.to_automatic(sources.on_device((arrays, held_out)), mesh)
         of_validation = sharding.places(held_out and held_out[0])
         training = training._replace(places=sharding.places(arrays[0]), validation_places=of_validation)
-        feed = _Batches(training, data, outer) if has_source else _Arrays(training, arrays)
+        feed = _Batches(training, source, outer) if source else _Arrays(training, arrays)
         state = sharding.in_one_place(_placement.to_automatic(given, mesh), arrays)
         caught = stack.enter_context(signals.caught())
         store, saved, plan = None, None, _Plan(training, num_steps, max_skipped, save_every_seconds)
@@ -219,7 +220,7 @@ class _Arrays:
         self.training, self.data = training, data
         self.size = objective.num_examples("fit", "data", data)
 
-    def advance(self, state: State, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
+    def advance(self, state: State, step: int, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
         """The state after some rows of steps, and what they measured; at most `_MOST_ROWS`."""
         state, buffers = _rows(self.training, state, self.data, jnp.int32(num_rows))
         return state, jax.tree.map(lambda x: x[:num_rows], jax.device_get(buffers))
@@ -232,7 +233,7 @@ class _Arrays:
     def position(self) -> Any:
         """None: the step says it."""
 
-    def seek(self, position: Any, step: int) -> None:
+    def seek(self, position: Any) -> None:
         """Nothing: the state says it."""
 
 
@@ -269,19 +270,16 @@ def _rows(training, state, data, num_rows):
 class _Batches:
     """Data that come as batches from the host: while the device takes a step, the host fetches the next batch."""
 
-    def __init__(self, training: Training, data: Any, outer: Any) -> None:
-        # The source is called for the mesh that the caller of `fit` set: it may compute on explicit axes.
-        with jax.sharding.use_abstract_mesh(outer):
-            self.source = sources.opened(data)
-        self.training, self.outer, self.mesh = training, outer, None
+    def __init__(self, training: Training, source: Any, outer: Any) -> None:
+        self.training, self.source, self.outer, self.mesh = training, source, outer, None
 
-    def advance(self, state: State, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
+    def advance(self, state: State, step: int, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
         """The state after some rows of steps, and what they measured; fewer if `stop` says so, or the source ends."""
         state = jax.tree.map(jnp.copy, state)  # each step is given its state
         rows, steps, before = [], [], None
         while len(rows) < num_rows and not (rows and not steps and stop()):
             try:
-                batch = self._fetched()
+                batch = self._fetched(step)
             except sources.EndedError:
                 if steps or not rows:
                     raise
@@ -290,6 +288,7 @@ class _Batches:
             _arguments.options("fit", batch_size=size, micro_batches=self.training.micro_batches)
             state, metrics = _given_step(self.training, state, batch, None)
             steps.append(metrics)
+            step += 1
             jax.block_until_ready(before)  # the host is one batch ahead, and no more
             before = metrics.loss
             if len(steps) == self.training.log_every:
@@ -300,32 +299,27 @@ class _Batches:
     def batch(self, state: State, step: int, last_good: Any = None) -> tuple[PyTree, Array | None] | None:
         """The batch of a step: of a function, or of a source that may go back to the last_good, since training ends."""
         if isinstance(self.source, sources.Function):
-            there = self.source.step
-            self.source.seek(None, step)
-            try:
-                return self._fetched(), None
-            finally:
-                self.source.seek(None, there)
+            return self._fetched(step), None
         if last_good is None or not self.source.has_position:
             return None
-        self.seek(last_good.position, last_good.step)
-        for _ in range(last_good.step, step):
-            self._fetched()
-        return self._fetched(), None
+        self.seek(last_good.position)
+        for number in range(last_good.step, step):
+            self._fetched(number)
+        return self._fetched(step), None
 
     def position(self) -> Any:
         """The position in the source of the next batch."""
         with jax.sharding.use_abstract_mesh(self.outer):
             return self.source.position()
 
-    def seek(self, position: Any, step: int) -> None:
-        """Goes to such a position, reached after so many steps."""
+    def seek(self, position: Any) -> None:
+        """Goes to such a position."""
         with jax.sharding.use_abstract_mesh(self.outer):
-            self.source.seek(position, step)
+            self.source.seek(position)
 
-    def _fetched(self):
+    def _fetched(self, step):
         with jax.sharding.use_abstract_mesh(self.outer):
-            batch = self.source.next()
+            batch = self.source.next(step)
         self.mesh = _placement.explicit_mesh(batch)
         return _placement.to_automatic(sources.on_device(batch), self.mesh)
 
@@ -386,7 +380,7 @@ def _resumed(plan, feed, store, state):
         if isinstance(feed, _Batches) and not ended and not feed.source.has_position:
             which = "goes on from where it is" if feed.source.once else "begins again with its first batch"
             terminal.tell(f"data cannot tell their position: the source {which}")
-        feed.seek(saved.position, saved.step)
+        feed.seek(saved.position)
     return saved
 
 
@@ -432,7 +426,7 @@ def _train(plan, feed, held_out, reached, caught, log, show):
     while not reason:
         num_rows = pace.num_rows(min(interval - step % interval, num_steps - step) // log_every)
         try:
-            state, metrics = feed.advance(state, num_rows, partial(_stops, caught, time.monotonic()))
+            state, metrics = feed.advance(state, step, num_rows, partial(_stops, caught, time.monotonic()))
         except sources.EndedError as error:
             ended = f"{error}, at step {reached.saved.step} of {num_steps}"
             if error.__cause__ is not None:
