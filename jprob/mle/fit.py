@@ -343,7 +343,8 @@ class _Pace:
     """How long the next chunk is: so many rows that it takes `_SECONDS_OF_A_CHUNK`."""
 
     def __init__(self) -> None:
-        self.seconds_of_a_row, self.since, self.rows, self.seconds = None, None, 0, 0.0
+        self.seconds_of_a_row = self.rows_per_second = self.since = None
+        self.rows, self.seconds = 0, 0.0
 
     def num_rows(self, room: int) -> int:
         """Rows of the next chunk."""
@@ -357,16 +358,12 @@ class _Pace:
             seconds = processes.number_of_the_first(max(now - self.since, 1e-6))
             self.seconds_of_a_row = seconds / num_rows
             self.rows, self.seconds = self.rows + num_rows, self.seconds + seconds
+            self.rows_per_second = self.rows / self.seconds
         self.since = now
 
     def paused(self) -> None:
         """Something else takes time: the next chunk is measured from its own start."""
         self.since = self.since and time.monotonic()
-
-    @property
-    def rows_per_second(self) -> float | None:
-        """Rows per second of all chunks whose time is known."""
-        return self.rows / self.seconds if self.rows else None
 
 
 def _resumed(plan, feed, store, state):
