@@ -576,8 +576,9 @@ def _description(training, state, arrays, held_out, config):
     """The properties that a checkpoint must have in common with the run that resumes from it."""
     marked = partial(checkpoint.describe, fingerprint=True)
     names = ("batch_size", "log_every", "validate_every", "micro_batches", "ema_decay")
+    parts = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict))
     return {
-        **_flat("config", config),
+        **{f"config.{jax.tree_util.keystr(path, simple=True, separator='.')}": value for path, value in parts},
         **{name: getattr(training, name) for name in names},
         **({"monitor": training.monitor, "monitor_mode": training.monitor_mode} if held_out else {}),
         **({"data": "batches"} if arrays[0] is None else marked("data", arrays[0]) | marked("weights", arrays[1])),
@@ -601,12 +602,6 @@ def _versions(optimizer, state):
     text = re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)) + "".join(str(np.asarray(x)) for x in program.consts)
     packages = {name: importlib.metadata.version(name) for name in ("jprob", "jax", "jaxlib", "optax", "numpy")}
     return packages | {"update of the optimizer": hashlib.sha256(text.encode()).hexdigest()[:16]}
-
-
-def _flat(name, value):
-    if not isinstance(value, dict):
-        return {name: value}
-    return {key: x for part, inner in value.items() for key, x in _flat(f"{name}.{part}", inner).items()}
 
 
 def _tell_of_the_others(error, store):
