@@ -6,9 +6,8 @@ import importlib.metadata
 import os
 import re
 import signal
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -324,7 +323,6 @@ class _Batches:
         return _placement.to_automatic(sources.on_device(batch), self.mesh)
 
 
-_step = jax.jit(loop.one_step, static_argnums=0)
 _given_step = jax.jit(loop.one_step, static_argnums=0, donate_argnums=1)
 
 
@@ -534,9 +532,7 @@ def _first_skipped(training, feed, state, piece, first):
     return why
 
 
-def _diagnosis(
-    training: Training, feed: Any, state: State, steps: Sequence[int], last_good: checkpoint.Saved | None = None
-) -> str:
+def _diagnosis(training, feed, state, steps, last_good=None):
     """The names of what is not finite, in the first of these steps that has any; empty if none has.
 
     The params are those of the state. A step that is skipped changes none, so these are those of the step. Its batch is
@@ -554,9 +550,7 @@ def _diagnosis(
 
 def _not_finite(training, state, batch, weights):
     """The names of what is not finite in a step, and the faults that jprob's checks find; else nothing."""
-    _, metrics = _step(training, state, batch, weights)
-    if weights is not None:
-        batch = objective.without_weightless(batch, weights)
+    _, metrics = _given_step(training, jax.tree.map(jnp.copy, state), batch, weights)
     given = fast(state.params), state.model_state, batch, key_for_nll(state.key, state.step), weights
     gradient_of = jax.jit(objective.loss_and_gradient, static_argnums=(0, 2))
     gradient = gradient_of(training.objective, given, training.micro_batches)[1]
@@ -610,4 +604,4 @@ def _tell_of_the_others(error, store):
     if store and store.sound:
         saved = f"they go on from step {max(store.sound)}, saved in {store.directory}"
     reason = str(error).splitlines()[0]
-    print(f"fit: {reason}; if another process has gone, start all again: {saved}", file=sys.stderr, flush=True)
+    terminal.tell(f"{reason}; if another process has gone, start all again: {saved}", everywhere=True)
