@@ -159,7 +159,7 @@ def load_params(
 
 
 def _refuse_other_params(folder, there, prefix, wanted):
-    """The leaves of these trees must be there alike, by the names and types that the checkpoint has of its leaves."""
+    """Each of these trees must be in the checkpoint, with leaves of the same names and types."""
     if prefix and "best.score" not in there:
         raise ValueError(f"load_params: {folder} has no best params; {_ASK}")
     for part, tree in wanted.items():

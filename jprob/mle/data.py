@@ -57,7 +57,7 @@ class Iterated:
         self.has_position = self.by_iterator or hasattr(data, "state_dict")
 
     def next(self, step: int) -> PyTree:
-        """The next batch, whatever the step; the first again after the last."""
+        """The next batch, at any step; the first again after the last."""
         for _ in range(2):
             try:
                 batch = next(self._begun(), _END)
