@@ -23,8 +23,7 @@ def options(
             raise ValueError(f"{function}: {name} must be a whole number of at least 1, got {value!r}")
     for name, part in map(str.split, _MULTIPLES):
         if name in given and part in given and given[name] % given[part]:
-            expected = f"a multiple of {part} = {given[part]}"
-            raise ValueError(f"{function}: {name} must be {expected}, got {given[name]}")
+            raise ValueError(f"{function}: {name} must be a multiple of {part} = {given[part]}, got {given[name]}")
     if (validation is None) == ("validate_every" in given):
         only = "validation" if validation is not None else "validate_every"
         raise ValueError(f"{function}: validation and validate_every must be given together, got {only} alone")
@@ -51,8 +50,7 @@ def training(given: Any, validation: Any = None, validation_weights: Any = None,
     if given.monitor_mode not in ("min", "max"):
         raise ValueError(f'{given.function}: monitor_mode must be "min" or "max", got {given.monitor_mode!r}')
     monitor = None if given.monitor == "loss" else given.monitor
-    of_validation = {"weights": validation_weights, "nll": given.validation_nll}
-    alone = {f"validation_{name}": value for name, value in of_validation.items()} | {"monitor": monitor}
+    alone = {"validation_weights": validation_weights, "validation_nll": given.validation_nll, "monitor": monitor}
     for name, value in alone.items():
         if validation is None and value is not None:
             raise ValueError(f"{given.function}: {name} needs validation, got none")

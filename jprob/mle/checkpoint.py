@@ -101,9 +101,7 @@ def _fingerprint(x):
         x = x.astype(jnp.int8)
     size = min(x.dtype.itemsize, 4)
     bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, length in enumerate(bits.shape):
-        place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    place = jax.lax.iota(jnp.uint32, bits.size).reshape(bits.shape)
     return jnp.sum(_order.mixed(bits ^ _order.mixed(place + jnp.uint32(1))), dtype=jnp.uint32)
 
 
@@ -145,45 +143,39 @@ def load_params(
     directory = Path(checkpoint_dir).expanduser().absolute()
     found = _found(directory) if directory.is_dir() else []
     store = Store(directory, _orbax().StandardCheckpointHandler(), {}, {}, 1, found, set(found))
+    prefix = "best." if which == "best" else ""
+    wanted = {"params": like} if model_state is None else {"params": like, "model_state": model_state}
     with contextlib.closing(store.handler):
-        for step in reversed(found):
-            description = _attempt(store, step, _sealed)
-            if description is None:
-                continue
-            wanted = {"params": like} if model_state is None else {"params": like, "model_state": model_state}
-            prefix = "best." if which == "best" else ""
-            numbers = _numbers(description["leaves"], prefix, wanted, _folder(store, step))
-            arrays = _attempt(store, step, _state_arrays)
+        for step, description in _sealed_ones(store):
+            there = dict(description["leaves"])
+            _refuse_other_params(_folder(store, step), there, prefix, wanted)
+            arrays = _attempt(store, step, _named_arrays, there)
             if arrays is not None:
-                if prefix and not np.isfinite(arrays[str(numbers.pop())]):
+                if prefix and not np.isfinite(arrays["best.score"]):
                     raise ValueError(f"load_params: {_folder(store, step)} has no best params yet; {_ASK}")
-                leaves, treedef = jax.tree.flatten(wanted)
-                found = [_like(leaf, arrays.get(str(number))) for leaf, number in zip(leaves, numbers, strict=True)]
-                tree = treedef.unflatten(found)
-                return tree["params"] if model_state is None else (tree["params"], tree["model_state"])
+                loaded = [_filled(tree, arrays, describe(prefix + part, tree)) for part, tree in wanted.items()]
+                return loaded[0] if model_state is None else tuple(loaded)
     raise OSError(f"load_params: no checkpoint in {directory} can be read")
 
 
-def _numbers(leaves, prefix, wanted, folder):
-    """The numbers of the leaves of these trees among those of the state, which must be there alike."""
-    there = {name: (number, what) for number, (name, what) in enumerate(leaves)}
-    if prefix and not any(name.startswith(prefix) for name in there):
+def _refuse_other_params(folder, there, prefix, wanted):
+    """Each of these trees must be in the checkpoint, with leaves of the same names and types."""
+    if prefix and "best.score" not in there:
         raise ValueError(f"load_params: {folder} has no best params; {_ASK}")
-    numbers = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-        name = prefix + path[0].key + jax.tree_util.keystr(path[1:])
-        number, got = there.get(name, (None, "nothing"))
-        if got != _checks.describe(leaf):
-            raise ValueError(f"load_params: {name} of {folder} is {got}, like has {_checks.describe(leaf)}")
-        numbers.append(number)
-    of_wanted = [n for n in there if n.startswith(tuple(f"{prefix}{name}" for name in wanted))]
-    if len(of_wanted) != len(numbers):
-        raise ValueError(f"load_params: {folder} has {len(of_wanted)} arrays of these, like has {len(numbers)}")
-    return [*numbers, there["best.score"][0]] if prefix else numbers
+    for part, tree in wanted.items():
+        asked = describe(prefix + part, tree)
+        for name, what in asked.items():
+            if (got := there.get(name, "nothing")) != what:
+                raise ValueError(f"load_params: {name} of {folder} is {got}, like has {what}")
+        of_part = [name for name in there if name.startswith(prefix + part)]
+        if len(of_part) != len(asked):
+            raise ValueError(f"load_params: {folder} has {len(of_part)} arrays of these, like has {len(asked)}")
 
 
-def _state_arrays(store, step):
-    return store.handler.restore(_arrays_of(_folder(store, step)))["state"]
+def _named_arrays(store, step, names):
+    """The arrays of the state by these names, of which one without elements has none."""
+    arrays = store.handler.restore(_arrays_of(_folder(store, step)))["state"]
+    return {name: arrays.get(str(number)) for number, name in enumerate(names)}
 
 
 @contextlib.contextmanager
@@ -204,15 +196,14 @@ def opened(
     """
     if "://" in os.fspath(directory):
         raise ValueError(f"fit: checkpoint_dir must be a folder that this machine has mounted, got {directory}")
-    ocp = _orbax()
     directory = Path(directory).expanduser().absolute()
     with contextlib.ExitStack() as stack:
+        handler = stack.enter_context(contextlib.closing(_orbax().StandardCheckpointHandler()))
         with processes.together():
             _check_writable(directory)
             if jax.process_index() == 0:
                 stack.enter_context(_locked(directory))
                 _remove_unfinished(directory)
-        handler = stack.enter_context(contextlib.closing(ocp.StandardCheckpointHandler()))
         found = processes.steps_of_the_first(_found(directory))
         store = Store(directory, handler, run, versions or {}, max_to_keep, found, set(found))
         for step in found:
@@ -234,10 +225,7 @@ def latest(store: Store, template: State) -> Saved | None:
       ValueError: the checkpoint belongs to another run; the message names the first difference.
       OSError: there are checkpoints, and none can be read.
     """
-    for step in sorted(store.sound, reverse=True):
-        description = _attempt(store, step, _sealed)
-        if description is None:
-            continue
+    for step, description in _sealed_ones(store):
         with processes.together():
             _refuse_another_run(store, step, description["run"])
         arrays = _attempt(store, step, _arrays, template, description["history"])
@@ -267,9 +255,8 @@ def save(store: Store, saved: Saved) -> None:
             gc.collect()  # what orbax had begun would complain when it is collected later
             if jax.process_index() == 0:
                 _remove_unfinished(store.directory)  # a full disk wants it back
-    if reason is not None:
-        good = f"the last good one is {_folder(store, max(store.sound))}" if store.sound else "there is none"
-        raise OSError(f"fit: checkpoint {_folder(store, saved.step)} cannot be written: {reason}; {good}")
+            good = f"the last good one is {_folder(store, max(store.sound))}" if store.sound else "there is none"
+            raise OSError(f"fit: checkpoint {_folder(store, saved.step)} cannot be written: {reason}; {good}")
     store.sound.add(saved.step)
     _drop_old(store)
 
@@ -331,17 +318,14 @@ def _quiet():
     orbax logs them too, and closes its event loop when one array has failed. The other arrays are still being written
     or read, and complain by way of the hook.
     """
-    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = lambda fault: None if "Event loop is closed" in str(fault.exc_value) else hook(fault)
-    try:
+    with contextlib.ExitStack() as stack:
+        for logger in map(logging.getLogger, ("absl", "asyncio")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
+        hook = sys.unraisablehook
+        stack.callback(setattr, sys, "unraisablehook", hook)
+        sys.unraisablehook = lambda fault: None if "Event loop is closed" in str(fault.exc_value) else hook(fault)
         yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        sys.unraisablehook = hook
 
 
 def _attempt(store, step, read, *arguments):
@@ -353,6 +337,14 @@ def _attempt(store, step, read, *arguments):
         store.sound.discard(step)
         terminal.tell(f"checkpoint {_folder(store, step)} cannot be read: {_reason(error)}")
         return None
+
+
+def _sealed_ones(store):
+    """The checkpoints whose files are all as they were, the newest first: their steps and descriptions."""
+    for step in sorted(store.sound, reverse=True):
+        description = _attempt(store, step, _sealed)
+        if description is not None:
+            yield step, description
 
 
 def _sealed(store, step):
@@ -389,9 +381,10 @@ def _arrays(store, step, template, lengths):
     return _with_hyperparams_of(template, state), history
 
 
-def _filled(template, arrays):
+def _filled(template, arrays, names=None):
     leaves, treedef = jax.tree.flatten(template)
-    return treedef.unflatten([_like(leaf, arrays.get(str(i))) for i, leaf in enumerate(leaves)])
+    names = map(str, range(len(leaves))) if names is None else names
+    return treedef.unflatten([_like(leaf, arrays.get(name)) for leaf, name in zip(leaves, names, strict=True)])
 
 
 def _with_hyperparams_of(template, state):
@@ -462,7 +455,7 @@ def _write(store, saved):
             (unfinished / _DESCRIPTION).write_text(json.dumps(description))
             (unfinished / _SEAL).write_text(json.dumps(_sums(unfinished)))
             _sync(unfinished / _DESCRIPTION, unfinished / _SEAL, unfinished)  # orbax does so with the arrays
-            if saved.step in _steps(store.directory):
+            if _holds_some(folder):
                 _remove(folder)  # it could not be read
             unfinished.rename(folder)
             _sync(store.directory)
@@ -479,15 +472,13 @@ def _sync(*paths):
 
 
 def _found(directory):
-    """The same as `_steps`. A folder that is named like a checkpoint and holds nothing of one is named on stderr."""
+    """The steps of folders that are named like a checkpoint and hold some of one. All else is somebody else's.
+
+    A folder that is named like one and holds nothing of one is named on stderr.
+    """
     for path in sorted(_named(directory)):
         if path.is_dir() and not _holds_some(path):
             terminal.tell(f"checkpoint {path} cannot be read: the folder holds nothing of a checkpoint")
-    return _steps(directory)
-
-
-def _steps(directory):
-    """Those of folders that are named like a checkpoint and hold some of one. All else is somebody else's."""
     return sorted(int(path.name) for path in _named(directory) if _holds_some(path))
 
 
@@ -530,10 +521,10 @@ def _drop_old(store):
     kept = set(sorted(store.sound)[-store.max_to_keep :])
     store.sound.intersection_update(kept)
     if jax.process_index() == 0:
-        for step in _steps(store.directory):
-            if step not in kept:
+        for path in _named(store.directory):
+            if int(path.name) not in kept and _holds_some(path):
                 with contextlib.suppress(OSError):  # one more than need be is no reason to end the training
-                    _remove(_folder(store, step))
+                    _remove(path)
 
 
 def _reason(error):

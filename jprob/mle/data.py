@@ -16,12 +16,6 @@ from jaxtyping import PyTree
 
 from .. import _checks
 
-FORMS = (
-    "arrays with one leading axis of examples (a tuple or dict of them), a function of the step, or an iterable or"
-    " iterator of batches"
-)
-
-
 _END = object()
 
 
@@ -29,43 +23,27 @@ class EndedError(Exception):
     """The source gives no more batches, or failed; the message says which."""
 
 
-def is_source(data: Any) -> bool:
-    """It gives batches, rather than being arrays."""
-    leaves = jax.tree.leaves(data, is_leaf=lambda x: isinstance(x, Iterator))
-    arrays = leaves and all(hasattr(x, "shape") for x in leaves)
-    got = _checks.describe(data)
-    if isinstance(data, tuple | dict) and not arrays:
-        got = f"a {got} with {_checks.describe(next((x for x in leaves if not hasattr(x, 'shape')), data))}"
-    elif not isinstance(data, list | str) and (arrays or callable(data) or isinstance(data, Iterable)):
-        return not arrays
-    raise ValueError(f"fit: data must be {FORMS}, got {got}")
-
-
 class Function:
-    """Batches from `batch_at(step)`; its position is the step itself."""
+    """Batches from `batch_at(step)`; it has no position but the step."""
 
     has_position, once = True, False
 
     def __init__(self, batch_at: Any) -> None:
-        """Begins at step 0."""
-        self.batch_at, self.step = batch_at, 0
+        """Keeps the function."""
+        self.batch_at = batch_at
 
-    def next(self) -> PyTree:
-        """The batch of the next step."""
+    def next(self, step: int) -> PyTree:
+        """The batch of a step."""
         try:
-            batch = self.batch_at(self.step)
+            return self.batch_at(step)
         except Exception as error:
-            raise EndedError(f"data({self.step}) failed: {_first_line(error)}") from error
-        self.step += 1
-        return batch
+            raise EndedError(f"data({step}) failed: {_first_line(error)}") from error
 
     def position(self) -> Any:
-        """None: the step is known anyway."""
-        return None
+        """None: the step says it."""
 
-    def seek(self, position: Any, step: int) -> None:
-        """Goes to a step."""
-        self.step = step
+    def seek(self, position: Any) -> None:
+        """Nothing: the step says it."""
 
 
 class Iterated:
@@ -78,21 +56,19 @@ class Iterated:
         self.by_iterator = not hasattr(data, "state_dict") and hasattr(self._begun(), "get_state")
         self.has_position = self.by_iterator or hasattr(data, "state_dict")
 
-    def next(self) -> PyTree:
-        """The next batch; the first again after the last."""
-        try:
-            for _ in range(2):
+    def next(self, step: int) -> PyTree:
+        """The next batch, at any step; the first again after the last."""
+        for _ in range(2):
+            try:
                 batch = next(self._begun(), _END)
-                if batch is not _END:
-                    self.given += 1
-                    return batch
-                if self.once:
-                    raise EndedError(f"data ended after {self.given} batches")
-                self.iterator = None
-        except (EndedError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            raise EndedError(f"data failed after {self.given} batches: {_first_line(error)}") from error
+            except Exception as error:
+                raise EndedError(f"data failed after {self.given} batches: {_first_line(error)}") from error
+            if batch is not _END:
+                self.given += 1
+                return batch
+            if self.once:
+                raise EndedError(f"data ended after {self.given} batches")
+            self.iterator = None
         raise ValueError("fit: data must give batches each time they are iterated, got none")
 
     def position(self) -> Any:
@@ -103,17 +79,15 @@ class Iterated:
             return {"base64": base64.b64encode(state).decode()} if is_bytes else json_copy("get_state()", state)
         return json_copy("state_dict() of data", self.data.state_dict()) if self.has_position else None
 
-    def seek(self, position: Any, step: int) -> None:
+    def seek(self, position: Any) -> None:
         """Goes to a position, if there is one; else begins again."""
         if self.once and not self.has_position:
             return  # an iterator goes on from where it is
         self.iterator = None
-        if position is None:
-            return
-        if self.by_iterator:
+        if position is not None and self.by_iterator:
             is_bytes = isinstance(position, dict) and position.keys() == {"base64"}
             self._begun().set_state(base64.b64decode(position["base64"]) if is_bytes else position)
-        else:
+        elif position is not None:
             self.data.load_state_dict(position)
 
     def _begun(self):
@@ -122,9 +96,19 @@ class Iterated:
         return self.iterator
 
 
-def opened(data: Any) -> Function | Iterated:
-    """The source of these batches."""
-    return Function(data) if callable(data) else Iterated(data)
+def opened(data: Any) -> Function | Iterated | None:
+    """The source of these batches; None for arrays."""
+    leaves = jax.tree.leaves(data, is_leaf=lambda x: isinstance(x, Iterator))
+    arrays = leaves and all(hasattr(x, "shape") for x in leaves)
+    got = _checks.describe(data)
+    if isinstance(data, tuple | dict) and not arrays:
+        got = f"a {got} with {_checks.describe(next((x for x in leaves if not hasattr(x, 'shape')), data))}"
+    elif not isinstance(data, list | str) and (arrays or callable(data) or isinstance(data, Iterable)):
+        if arrays:
+            return None
+        return Function(data) if callable(data) else Iterated(data)
+    forms = "arrays with one leading axis of examples (a tuple or dict of them), a function of the step"
+    raise ValueError(f"fit: data must be {forms}, or an iterable or iterator of batches, got {got}")
 
 
 def on_device(tree: PyTree) -> PyTree:

@@ -6,9 +6,8 @@ import importlib.metadata
 import os
 import re
 import signal
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -170,17 +169,18 @@ def fit(
     if progress not in ("auto", "none"):
         raise ValueError(f'fit: progress must be "auto" or "none", got {progress!r}')
     given = jax.tree.map(strong, loop.begin(training, init(params, optimizer, key, model_state=model_state)))
-    has_source, outer = sources.is_source(data), jax.sharding.get_abstract_mesh()
-    if has_source and weights is not None:
+    # The source is called for the mesh that the caller set: it may compute on explicit axes.
+    source, outer = sources.opened(data), jax.sharding.get_abstract_mesh()
+    if source and weights is not None:
         raise ValueError("fit: weights are for arrays; let nll return those of a batch in an mle.Output")
-    arrays = (None, None) if has_source else loop.examples("fit", "data", data, weights)
+    arrays = (None, None) if source else loop.examples("fit", "data", data, weights)
     held_out = loop.held_out(training, validation, validation_weights)
     mesh = _placement.explicit_mesh((given, arrays, held_out))
     with _placement.automatic_axes(mesh), contextlib.ExitStack() as stack:
         arrays, held_out = _placement.to_automatic(sources.on_device((arrays, held_out)), mesh)
         of_validation = sharding.places(held_out and held_out[0])
         training = training._replace(places=sharding.places(arrays[0]), validation_places=of_validation)
-        feed = _Batches(training, data, outer) if has_source else _Arrays(training, arrays)
+        feed = _Batches(training, source, outer) if source else _Arrays(training, arrays)
         state = sharding.in_one_place(_placement.to_automatic(given, mesh), arrays)
         caught = stack.enter_context(signals.caught())
         store, saved, plan = None, None, _Plan(training, num_steps, max_skipped, save_every_seconds)
@@ -219,7 +219,7 @@ class _Arrays:
         self.training, self.data = training, data
         self.size = objective.num_examples("fit", "data", data)
 
-    def advance(self, state: State, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
+    def advance(self, state: State, step: int, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
         """The state after some rows of steps, and what they measured; at most `_MOST_ROWS`."""
         state, buffers = _rows(self.training, state, self.data, jnp.int32(num_rows))
         return state, jax.tree.map(lambda x: x[:num_rows], jax.device_get(buffers))
@@ -232,7 +232,7 @@ class _Arrays:
     def position(self) -> Any:
         """None: the step says it."""
 
-    def seek(self, position: Any, step: int) -> None:
+    def seek(self, position: Any) -> None:
         """Nothing: the state says it."""
 
 
@@ -269,19 +269,16 @@ def _rows(training, state, data, num_rows):
 class _Batches:
     """Data that come as batches from the host: while the device takes a step, the host fetches the next batch."""
 
-    def __init__(self, training: Training, data: Any, outer: Any) -> None:
-        # The source is called for the mesh that the caller of `fit` set: it may compute on explicit axes.
-        with jax.sharding.use_abstract_mesh(outer):
-            self.source = sources.opened(data)
-        self.training, self.outer, self.mesh = training, outer, None
+    def __init__(self, training: Training, source: Any, outer: Any) -> None:
+        self.training, self.source, self.outer, self.mesh = training, source, outer, None
 
-    def advance(self, state: State, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
+    def advance(self, state: State, step: int, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
         """The state after some rows of steps, and what they measured; fewer if `stop` says so, or the source ends."""
         state = jax.tree.map(jnp.copy, state)  # each step is given its state
         rows, steps, before = [], [], None
         while len(rows) < num_rows and not (rows and not steps and stop()):
             try:
-                batch = self._fetched()
+                batch = self._fetched(step)
             except sources.EndedError:
                 if steps or not rows:
                     raise
@@ -290,6 +287,7 @@ class _Batches:
             _arguments.options("fit", batch_size=size, micro_batches=self.training.micro_batches)
             state, metrics = _given_step(self.training, state, batch, None)
             steps.append(metrics)
+            step += 1
             jax.block_until_ready(before)  # the host is one batch ahead, and no more
             before = metrics.loss
             if len(steps) == self.training.log_every:
@@ -300,37 +298,31 @@ class _Batches:
     def batch(self, state: State, step: int, last_good: Any = None) -> tuple[PyTree, Array | None] | None:
         """The batch of a step: of a function, or of a source that may go back to the last_good, since training ends."""
         if isinstance(self.source, sources.Function):
-            there = self.source.step
-            self.source.seek(None, step)
-            try:
-                return self._fetched(), None
-            finally:
-                self.source.seek(None, there)
+            return self._fetched(step), None
         if last_good is None or not self.source.has_position:
             return None
-        self.seek(last_good.position, last_good.step)
-        for _ in range(last_good.step, step):
-            self._fetched()
-        return self._fetched(), None
+        self.seek(last_good.position)
+        for number in range(last_good.step, step):
+            self._fetched(number)
+        return self._fetched(step), None
 
     def position(self) -> Any:
         """The position in the source of the next batch."""
         with jax.sharding.use_abstract_mesh(self.outer):
             return self.source.position()
 
-    def seek(self, position: Any, step: int) -> None:
-        """Goes to such a position, reached after so many steps."""
+    def seek(self, position: Any) -> None:
+        """Goes to such a position."""
         with jax.sharding.use_abstract_mesh(self.outer):
-            self.source.seek(position, step)
+            self.source.seek(position)
 
-    def _fetched(self):
+    def _fetched(self, step):
         with jax.sharding.use_abstract_mesh(self.outer):
-            batch = self.source.next()
+            batch = self.source.next(step)
         self.mesh = _placement.explicit_mesh(batch)
         return _placement.to_automatic(sources.on_device(batch), self.mesh)
 
 
-_step = jax.jit(loop.one_step, static_argnums=0)
 _given_step = jax.jit(loop.one_step, static_argnums=0, donate_argnums=1)
 
 
@@ -349,7 +341,8 @@ class _Pace:
     """How long the next chunk is: so many rows that it takes `_SECONDS_OF_A_CHUNK`."""
 
     def __init__(self) -> None:
-        self.seconds_of_a_row, self.since, self.rows, self.seconds = None, None, 0, 0.0
+        self.seconds_of_a_row = self.rows_per_second = self.since = None
+        self.rows, self.seconds = 0, 0.0
 
     def num_rows(self, room: int) -> int:
         """Rows of the next chunk."""
@@ -363,16 +356,12 @@ class _Pace:
             seconds = processes.number_of_the_first(max(now - self.since, 1e-6))
             self.seconds_of_a_row = seconds / num_rows
             self.rows, self.seconds = self.rows + num_rows, self.seconds + seconds
+            self.rows_per_second = self.rows / self.seconds
         self.since = now
 
     def paused(self) -> None:
         """Something else takes time: the next chunk is measured from its own start."""
         self.since = self.since and time.monotonic()
-
-    @property
-    def rows_per_second(self) -> float | None:
-        """Rows per second of all chunks whose time is known."""
-        return self.rows / self.seconds if self.rows else None
 
 
 def _resumed(plan, feed, store, state):
@@ -386,7 +375,7 @@ def _resumed(plan, feed, store, state):
         if isinstance(feed, _Batches) and not ended and not feed.source.has_position:
             which = "goes on from where it is" if feed.source.once else "begins again with its first batch"
             terminal.tell(f"data cannot tell their position: the source {which}")
-        feed.seek(saved.position, saved.step)
+        feed.seek(saved.position)
     return saved
 
 
@@ -432,7 +421,7 @@ def _train(plan, feed, held_out, reached, caught, log, show):
     while not reason:
         num_rows = pace.num_rows(min(interval - step % interval, num_steps - step) // log_every)
         try:
-            state, metrics = feed.advance(state, num_rows, partial(_stops, caught, time.monotonic()))
+            state, metrics = feed.advance(state, step, num_rows, partial(_stops, caught, time.monotonic()))
         except sources.EndedError as error:
             ended = f"{error}, at step {reached.saved.step} of {num_steps}"
             if error.__cause__ is not None:
@@ -543,9 +532,7 @@ def _first_skipped(training, feed, state, piece, first):
     return why
 
 
-def _diagnosis(
-    training: Training, feed: Any, state: State, steps: Sequence[int], last_good: checkpoint.Saved | None = None
-) -> str:
+def _diagnosis(training, feed, state, steps, last_good=None):
     """The names of what is not finite, in the first of these steps that has any; empty if none has.
 
     The params are those of the state. A step that is skipped changes none, so these are those of the step. Its batch is
@@ -563,9 +550,7 @@ def _diagnosis(
 
 def _not_finite(training, state, batch, weights):
     """The names of what is not finite in a step, and the faults that jprob's checks find; else nothing."""
-    _, metrics = _step(training, state, batch, weights)
-    if weights is not None:
-        batch = objective.without_weightless(batch, weights)
+    _, metrics = _given_step(training, jax.tree.map(jnp.copy, state), batch, weights)
     given = fast(state.params), state.model_state, batch, key_for_nll(state.key, state.step), weights
     gradient_of = jax.jit(objective.loss_and_gradient, static_argnums=(0, 2))
     gradient = gradient_of(training.objective, given, training.micro_batches)[1]
@@ -585,8 +570,9 @@ def _description(training, state, arrays, held_out, config):
     """The properties that a checkpoint must have in common with the run that resumes from it."""
     marked = partial(checkpoint.describe, fingerprint=True)
     names = ("batch_size", "log_every", "validate_every", "micro_batches", "ema_decay")
+    parts = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict))
     return {
-        **_flat("config", config),
+        **{f"config.{jax.tree_util.keystr(path, simple=True, separator='.')}": value for path, value in parts},
         **{name: getattr(training, name) for name in names},
         **({"monitor": training.monitor, "monitor_mode": training.monitor_mode} if held_out else {}),
         **({"data": "batches"} if arrays[0] is None else marked("data", arrays[0]) | marked("weights", arrays[1])),
@@ -612,16 +598,10 @@ def _versions(optimizer, state):
     return packages | {"update of the optimizer": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
-def _flat(name, value):
-    if not isinstance(value, dict):
-        return {name: value}
-    return {key: x for part, inner in value.items() for key, x in _flat(f"{name}.{part}", inner).items()}
-
-
 def _tell_of_the_others(error, store):
     """Tells about the other processes, before jax ends those that are left once one has gone."""
     saved = "nothing is saved"
     if store and store.sound:
         saved = f"they go on from step {max(store.sound)}, saved in {store.directory}"
     reason = str(error).splitlines()[0]
-    print(f"fit: {reason}; if another process has gone, start all again: {saved}", file=sys.stderr, flush=True)
+    terminal.tell(f"{reason}; if another process has gone, start all again: {saved}", everywhere=True)

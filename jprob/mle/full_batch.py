@@ -28,6 +28,8 @@ _MEMORY = 50
 # Steps in a row that find neither a lower loss nor a smaller gradient. Sound descent has had up to 15 of them: the loss
 # no longer tells two points apart, and the gradient still does.
 _PATIENCE = 20
+# Without the short cuts that accelerators take by default: a covariance needs its digits.
+_product = partial(jnp.matmul, precision="highest")
 
 
 class FullBatchFit(NamedTuple):
@@ -198,11 +200,11 @@ def _fitted(nll, max_steps, params, data, weights, key, tolerance):
     flat, unravel = _flat("fit_full_batch", params)
     tolerance = _checks.number("fit_full_batch", "gradient_tolerance", tolerance, _checks.NOT_NEGATIVE, flat.dtype)
     data, weights = _examples("fit_full_batch", data, weights)
-    loss, solver = Objective("fit_full_batch", nll).mean, optax.lbfgs(memory_size=_MEMORY)
+    mean, solver = Objective("fit_full_batch", nll).mean, optax.lbfgs(memory_size=_MEMORY)
 
     def objective(flat):
         # One dtype throughout, that of the params, for any dtype that nll returns.
-        return loss(unravel(flat), None, data, key, weights)[0].astype(flat.dtype)
+        return mean(unravel(flat), None, data, key, weights)[0].astype(flat.dtype)
 
     def goes_on(search):
         finite = jnp.isfinite(search.loss) & jnp.isfinite(search.gradient_norm)
@@ -214,7 +216,10 @@ def _fitted(nll, max_steps, params, data, weights, key, tolerance):
         gradient = jnp.where(goes_on(search), search.gradient, 0)
         return _line_search(solver, objective, search._replace(gradient=gradient))
 
-    end = jax.lax.while_loop(goes_on, one, _start(solver, objective, flat))
+    loss, gradient = jax.value_and_grad(objective)(flat)
+    norm, zero = jnp.linalg.norm(gradient), jnp.zeros((), jnp.int32)
+    start = _Search(flat, loss, gradient, norm, solver.init(flat), zero, zero, loss, norm)
+    end = jax.lax.while_loop(goes_on, one, start)
     converged = end.gradient_norm <= tolerance
     return FullBatchFit(unravel(end.flat), end.loss, end.gradient_norm, end.steps, converged)
 
@@ -235,12 +240,6 @@ def _covariance(nll, kind, params, data, weights, key):
         half = _product(_product(gradients, factor), factor.T)
         matrix = _product(half.T, half)
     return Covariance(unravel(jnp.sqrt(jnp.diagonal(matrix))), matrix)
-
-
-def _start(solver, objective, flat):
-    loss, gradient = jax.value_and_grad(objective)(flat)
-    norm, zero = jnp.linalg.norm(gradient), jnp.zeros((), jnp.int32)
-    return _Search(flat, loss, gradient, norm, solver.init(flat), zero, zero, loss, norm)
 
 
 def _line_search(solver, objective, search):
@@ -277,8 +276,3 @@ def _examples(function, data, weights):
         return data, jnp.ones(size)
     weights = _checks.weights(function, "the examples", (size,), weights)
     return without_weightless(data, weights), weights
-
-
-def _product(left, right):
-    """Without the short cuts that accelerators take by default: a covariance needs its digits."""
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

@@ -123,8 +123,7 @@ def step(
     _arguments.state("step", state)
     if weights is not None:
         weights = _checks.weights("step", "the examples", (size,), jnp.asarray(weights))
-    if ema_decay is not None:
-        state = with_average(state)
+    state = begin(training, state)
     mesh = _placement.explicit_mesh((state, batch, weights))
     with _placement.automatic_axes(mesh):
         after, metrics = _step(training, *_placement.to_automatic((state, batch, weights), mesh))
@@ -256,7 +255,7 @@ def _run(training: Training, num_steps: int, state: State, data: Any, validation
         rows = numbers.reshape(-1, training.log_every, training.batch_size)
         return jax.lax.scan(partial(row, training, data), state, rows)
 
-    def train_and_validate(state, numbers):
+    def validated(state, numbers):
         state, metrics = train(state, numbers)
         state, means = validate(training, state, validation)
         return state, (metrics, means)
@@ -264,7 +263,7 @@ def _run(training: Training, num_steps: int, state: State, data: Any, validation
     if training.validate_every is None:
         state, metrics = train(state, numbers)
         return state, history_of(metrics)
-    block = train_and_validate if training.patience is None else _unless_stale(train_and_validate, training.patience)
+    block = validated if training.patience is None else partial(_unless_stale, validated, training.patience)
     blocks = numbers.reshape(-1, training.validate_every, training.batch_size)
     state, (metrics, means) = jax.lax.scan(block, state, blocks)
     return state, history_of(jax.tree.map(jnp.ravel, metrics), means)
@@ -311,15 +310,13 @@ def take(
 
 def begin(training: Training, state: State) -> State:
     """The state with an average and a best, if they are asked for and not there yet."""
-    if training.ema_decay is not None:
+    if training.ema_decay is not None and state.average is None:
         state = with_average(state)
     if training.validate_every is None or state.best is not None:
         return state
     worst = jnp.array(math.inf if training.monitor_mode == "min" else -math.inf, jnp.float32)
-    scored, model_state, step = jax.tree.map(
-        jnp.copy, (training.evaluation_params(state), state.model_state, state.step)
-    )
-    return state._replace(best=Best(scored, model_state, worst, step))
+    best = Best(training.evaluation_params(state), state.model_state, worst, state.step)
+    return state._replace(best=jax.tree.map(jnp.copy, best))
 
 
 def spread_as(before: State, after: State) -> State:
@@ -355,8 +352,7 @@ def validate(training: Training, state: Any, validation: Any) -> tuple[State, ob
     means = means._replace(loss=jnp.where(means.weight == 0, jnp.nan, means.loss))  # no score, and not the best one
     named = {"loss": means.loss} | means.metrics
     if training.monitor not in named:
-        expected = f"one of {', '.join(named)}"
-        raise ValueError(f"{training.function}: monitor must be {expected}, got {training.monitor!r}")
+        raise ValueError(f"{training.function}: monitor must be one of {', '.join(named)}, got {training.monitor!r}")
     score = named[training.monitor].astype(state.best.score.dtype)
     better = score < state.best.score if training.monitor_mode == "min" else score > state.best.score
     new = Best(scored, state.model_state, score, state.step)
@@ -365,17 +361,12 @@ def validate(training: Training, state: Any, validation: Any) -> tuple[State, ob
     return state._replace(best=best, validations_since_best=validations_since_best), means
 
 
-def _unless_stale(block, patience):
+def _unless_stale(block, patience, state, rows):
     """The block, or nothing: for one member it is not computed then, under `vmap` it is selected away."""
-
-    def guarded(state, rows):
-        measured = jax.eval_shape(block, state, rows)[1]
-        nothing = jax.tree.map(lambda x: jnp.full(x.shape, 0 if x.dtype == jnp.int32 else jnp.inf, x.dtype), measured)
-        return jax.lax.cond(
-            state.validations_since_best < patience, block, lambda state, rows: (state, nothing), state, rows
-        )
-
-    return guarded
+    measured = jax.eval_shape(block, state, rows)[1]
+    nothing = jax.tree.map(lambda x: jnp.full(x.shape, 0 if x.dtype == jnp.int32 else jnp.inf, x.dtype), measured)
+    goes_on = state.validations_since_best < patience
+    return jax.lax.cond(goes_on, block, lambda state, rows: (state, nothing), state, rows)
 
 
 def _update(training: Training, state: State, batch: PyTree, weights: Array | None) -> tuple[State, Metrics]:

@@ -65,17 +65,14 @@ class Objective(NamedTuple):
         if weights is not None:
             weights = weights.astype(losses.dtype).reshape(-1, *[1] * (losses.ndim - 1))
             w = jnp.broadcast_to(weights, losses.shape) if w is None else w.astype(losses.dtype) * weights
-        after = model_state if out.model_state is None else out.model_state
-        metrics = {name: jnp.asarray(value).astype(losses.dtype) for name, value in (out.metrics or {}).items()}
-        if w is None:
-            weight = jnp.asarray(losses.size, losses.dtype)
-            return Sums(jnp.sum(losses), weight, jax.tree.map(jnp.sum, metrics)), after
-        w = jax.lax.stop_gradient(w.astype(losses.dtype))
+        w = None if w is None else jax.lax.stop_gradient(w.astype(losses.dtype))
 
         def total(values):
-            return jnp.sum(_product(w, values))
+            return jnp.sum(values if w is None else _product(w, values))
 
-        return Sums(total(losses), jnp.sum(w), jax.tree.map(total, metrics)), after
+        weight = jnp.asarray(losses.size, losses.dtype) if w is None else jnp.sum(w)
+        metrics = {name: total(jnp.asarray(x).astype(losses.dtype)) for name, x in (out.metrics or {}).items()}
+        return Sums(total(losses), weight, metrics), out.model_state
 
     def mean(
         self, params: PyTree, model_state: PyTree, batch: PyTree, key: Key[Array, ""], weights: Array | None
@@ -122,14 +119,13 @@ class Objective(NamedTuple):
         for name, value in metrics.items():
             _checks.same_shape(self.function, "losses", f"metrics[{name!r}]", out.losses.shape, jnp.asarray(value))
         if out.weights is not None:
-            weights = _checks.weights(self.function, "losses", out.losses.shape, out.weights)
-            out = out._replace(weights=weights)
-        if out.model_state is not None:
-            if model_state is None:
-                raise ValueError(f"{self.function}: nll returned a model_state; give init one to start from")
-            same_types(self.function, "a model_state", "nll", model_state, out.model_state)
-            out = out._replace(model_state=jax.tree.map(strong, out.model_state))
-        return out
+            out = out._replace(weights=_checks.weights(self.function, "losses", out.losses.shape, out.weights))
+        if out.model_state is None:
+            return out._replace(model_state=model_state)
+        if model_state is None:
+            raise ValueError(f"{self.function}: nll returned a model_state; give init one to start from")
+        same_types(self.function, "a model_state", "nll", model_state, out.model_state)
+        return out._replace(model_state=jax.tree.map(strong, out.model_state))
 
 
 def loss_and_gradient(objective: Objective, given: tuple[Any, ...], micro_batches: int) -> tuple[Sums, PyTree, PyTree]:
@@ -146,7 +142,8 @@ def loss_and_gradient(objective: Objective, given: tuple[Any, ...], micro_batche
         (_, (sums, after)), gradient = jax.value_and_grad(objective.mean, has_aux=True)(*given)
         return means(sums), gradient, after
     params, model_state, batch, key, weights = given
-    parts = in_parts((batch, weights), micro_batches)
+    # Examples far apart make a part, so that devices that share the batch share each part alike.
+    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), (batch, weights))
     scale = 1 / num_examples(objective.function, "batch", batch)
 
     def add(carry, part):
@@ -170,19 +167,8 @@ def loss_and_gradient(objective: Objective, given: tuple[Any, ...], micro_batche
 
 def means(sums: Sums) -> Sums:
     """The means that follow from sums, and the weight."""
-
-    def divide(total):
-        return total / or_one(sums.weight)
-
-    return Sums(divide(sums.loss), sums.weight, jax.tree.map(divide, sums.metrics))
-
-
-def in_parts(tree: PyTree, number: int) -> PyTree:
-    """Each array in so many parts along a new leading axis.
-
-    Examples far apart make a part: devices that share the batch share each part alike.
-    """
-    return jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), tree)
+    divisor = or_one(sums.weight)
+    return jax.tree.map(lambda total: total / divisor, sums)._replace(weight=sums.weight)
 
 
 def without_weightless(examples: PyTree, weights: Any) -> PyTree:

@@ -173,8 +173,6 @@ def wide(x: Array) -> Array:
 
 def with_average(state: State) -> State:
     """The state with an average of the params, which has seen no step yet."""
-    if state.average is not None:
-        return state
     return state._replace(average=optax.EmaState(zero(), jax.tree.map(lambda p: jnp.copy(wide(p)), state.params)))
 
 

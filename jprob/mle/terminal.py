@@ -12,9 +12,9 @@ import jax
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def tell(line: str) -> None:
-    """Prints a line on stderr, on process 0 only."""
-    if jax.process_index() == 0:
+def tell(line: str, *, everywhere: bool = False) -> None:
+    """Prints a line on stderr, on process 0 only unless `everywhere`."""
+    if everywhere or jax.process_index() == 0:
         print(f"fit: {line}", file=sys.stderr, flush=True)
 
 
@@ -24,21 +24,15 @@ def progress(num_steps: int, kind: str) -> Iterator[Callable[[int, float, float 
     if kind == "none" or jax.process_index():
         yield lambda step, loss, speed: None
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and importlib.util.find_spec("rich"):
-        with _bar(num_steps) as show:
-            yield show
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress
+
+        columns = ("fit: step", MofNCompleteColumn(), BarColumn(), "{task.fields[note]}")
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=num_steps, note="compiling")
+            yield lambda step, loss, speed: bar.update(task, completed=step, note=_note(num_steps, step, loss, speed))
     else:
         yield _lines(num_steps)
-
-
-@contextlib.contextmanager
-def _bar(num_steps):
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress
-
-    columns = ("fit: step", MofNCompleteColumn(), BarColumn(), "{task.fields[note]}")
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=num_steps, note="compiling")
-        yield lambda step, loss, speed: bar.update(task, completed=step, note=_note(num_steps, step, loss, speed))
 
 
 def _lines(num_steps):
