@@ -589,6 +589,40 @@ def test_a_source_without_a_position_says_what_a_resume_does(tmp_path, capfd):
     assert_same_bits(longer.state, fitted(batch_at).state)  # 24 is the end of an epoch, and 6 batches are all
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_source_that_had_another_kind_of_position_says_what_a_resume_does(before, tmp_path, capfd):
+    """One with a position is followed by one without, or the other way round: the data begin again."""
+
+    class Loader:
+        def __iter__(self):
+            return map(batch_at, range(6))
+
+    class Positioned(Loader):
+        def state_dict(self):
+            return {"batches": 0}
+
+        def load_state_dict(self, state):
+            assert state == {"batches": 0}
+
+    first, second = (Positioned, Loader) if before else (Loader, Positioned)
+    fitted(first(), num_steps=24, checkpoint_dir=tmp_path)
+    longer = fitted(second(), num_steps=60, checkpoint_dir=tmp_path)
+    told = "fit: data cannot tell their position: the source begins again with its first batch\n"
+    assert told in capfd.readouterr().err
+    assert_same_bits(longer.state, fitted(batch_at).state)
+
+
+def test_an_optimizer_that_asks_for_the_value_alone_is_saved(tmp_path):
+    """Its update takes no other argument, also where the program of the update is described for a checkpoint."""
+
+    def update(updates, state, params=None, *, value):
+        return jax.tree.map(lambda g: -0.01 * g * jnp.minimum(value, 1), updates), state
+
+    asking = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    saved, plain = (fitted(optimizer=asking, num_steps=9, checkpoint_dir=where) for where in (tmp_path, None))
+    assert_same_bits(saved.state, plain.state)
+
+
 class GrainIterator:
     """The part of Grain's iterators that tells and takes a position."""
 

@@ -80,9 +80,10 @@ class Iterated:
         return json_copy("state_dict() of data", self.data.state_dict()) if self.has_position else None
 
     def seek(self, position: Any) -> None:
-        """Goes to a position, if there is one; else begins again."""
-        if self.once and not self.has_position:
-            return  # an iterator goes on from where it is
+        """Goes to a position, if there is one and the source has positions; else begins again."""
+        if not self.has_position:
+            self.iterator = self.iterator if self.once else None  # an iterator goes on from where it is
+            return
         self.iterator = None
         if position is not None and self.by_iterator:
             is_bytes = isinstance(position, dict) and position.keys() == {"base64"}

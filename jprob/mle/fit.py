@@ -372,8 +372,10 @@ def _resumed(plan, feed, store, state):
         ended = _end(plan, saved.step, saved.state)
         words = "ended before, at" if ended else "going on from"
         terminal.tell(f"{words} step {saved.step} of {plan.num_steps}, saved in {store.directory}")
-        if isinstance(feed, _Batches) and not ended and not feed.source.has_position:
-            which = "goes on from where it is" if feed.source.once else "begins again with its first batch"
+        source = getattr(feed, "source", None)
+        lost = isinstance(source, sources.Iterated) and (saved.position is None or not source.has_position)
+        if lost and not ended:
+            which = "goes on from where it is" if source.once else "begins again with its first batch"
             terminal.tell(f"data cannot tell their position: the source {which}")
         feed.seek(saved.position)
     return saved
@@ -587,10 +589,10 @@ def _versions(optimizer, state):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.optimizer_state, state.params))
 
     def update(optimizer_state, params):
-        gradient = fast(params)
-        value = optax.tree.sum(gradient)
-        every = optax.with_extra_args_support(optimizer).update
-        return every(gradient, optimizer_state, params, value=value, grad=gradient, value_fn=optax.tree.sum)
+        gradient, total = fast(params), optax.tree.sum
+        extra = {"value": total(gradient), "grad": gradient, "value_fn": total, "obj_fn": total}
+        extra |= {"grad_fn": lambda params, *_: params}
+        return loop.update_of(optimizer)(gradient, optimizer_state, params, **extra)
 
     program = jax.make_jaxpr(update)(*shapes)
     text = re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)) + "".join(str(np.asarray(x)) for x in program.consts)

@@ -281,6 +281,10 @@ def _steps(training: Training, data: Any, state: State, numbers: Array) -> tuple
         short = size % row.size
         if state.model_state is None or not short:
             return taken(row, state)
+        if short % training.micro_batches:
+            whole = f"the last batch has {short} of them, and a model with a state takes no filler"
+            fault = f"micro_batches must divide the examples of each batch, got {training.micro_batches}: {whole}"
+            raise ValueError(f"{training.function}: {fault}")
         # A model with a state, such as batch norm, must not see what fills up a short batch.
         return jax.lax.cond(row[-1] < size, *(partial(taken, part, whole=True) for part in (row, row[:short])), state)
 
@@ -386,12 +390,10 @@ def _update(training: Training, state: State, batch: PyTree, weights: Array | No
     def updated(gradient):
         extra = {"value": means.loss, "grad": gradient, "value_fn": loss_at, "obj_fn": loss_at}
         extra |= {"grad_fn": lambda params, *_: at(params)[1]}
-        update = optax.with_extra_args_support(training.optimizer).update
-        parameters = inspect.signature(update).parameters.values()
-        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
-            extra = {parameter.name: extra[parameter.name] for parameter in parameters if parameter.name in extra}
         try:
-            updates, optimizer_state = update(gradient, state.optimizer_state, state.params, **extra)
+            updates, optimizer_state = update_of(training.optimizer)(
+                gradient, state.optimizer_state, state.params, **extra
+            )
         except TypeError as error:
             if "keyword" not in str(error):
                 raise
@@ -413,6 +415,15 @@ def _update(training: Training, state: State, batch: PyTree, weights: Array | No
     params, model_state, optimizer_state, average = new
     after = state._replace(params=params, model_state=model_state, optimizer_state=optimizer_state, average=average)
     return after._replace(step=state.step + 1), measured
+
+
+def update_of(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """The update of an optimizer, which leaves out the extra arguments that the optimizer does not take."""
+    update = optax.with_extra_args_support(optimizer).update
+    parameters = inspect.signature(update).parameters
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return update
+    return lambda *args, **extra: update(*args, **{name: x for name, x in extra.items() if name in parameters})
 
 
 def _is_cheap(jaxpr):
