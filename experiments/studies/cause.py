@@ -283,7 +283,7 @@ def identity_hypothesis(cells: Cells) -> Hypothesis:
     fewest = min(float(values["identified"].min()) for values in cells.values())
     return Hypothesis(
         "Preconditioned by the pseudoinverse of J, the gradient of squared error is that of cross-entropy.",
-        f"largest relative error at the starts: {worst:.1e}, over at least {fewest:.0f} examples of each",
+        f"largest relative error at the starts: {worst:.1e}, over {fewest:.0f} or more examples of each",
         f"an error is above {IDENTITY:g}; undecided where a start has no example",
         decided(worst <= IDENTITY) if fewest > 0 else "undecided",
         [f"Examples with a logit more than {FAR:g} nats below the largest are left out: digits are lost there."],
