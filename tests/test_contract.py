@@ -41,9 +41,13 @@ MODULES = [
     "calibration.reliability",
 ]  # fmt: skip
 
-# Operation by operation, of which each compiles: three modules, the others under the marker slow.
-EAGER = [name if name.startswith(("categorical.", "gaussian.", "metrics.confusion_matrix"))
-         else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]  # fmt: skip
+# Laws whose values are those of jax, if a trace or another law passes: three of them, the others if asked for.
+FEW = ("categorical.cross_entropy", "gaussian.nll", "metrics.confusion_matrix")
+
+
+def slow_but(few, names):
+    return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
 
 VECTORIZED = jnp.vectorize(abs).__code__  # the code of all that is vectorized, which is a vmap itself
 
@@ -207,16 +211,25 @@ def test_numpy_arrays_are_taken_where_jit_is_disabled(case):
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
-@these(EAGER)
+@these(slow_but(FEW, MODULES))
 def test_jit_equals_eager(case):
     with jax.disable_jit():
         got = case.function(*(as_numpy(a) for a in case.args))
     close(got, evaluated(case)[0])
 
 
-@these([name for name in dict.fromkeys([*RULES, *MODULES]) if CASES[name].per_example and not is_vmap(CASES[name])])
+# By vmap. The loop below has the rest: a case that is a vmap itself is one example alone there.
+MAPPED = [name for name in dict.fromkeys([*RULES, *MODULES]) if CASES[name].per_example and not is_vmap(CASES[name])]
+
+
+@these(MAPPED)
+def test_a_batch_has_the_shapes_of_each_example_alone(case):
+    got, want = (jax.eval_shape(f, *case.args) for f in (jax.vmap(value_and_gradient(case)), value_and_gradient(case)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+
+
+@these(slow_but(MODULES, MAPPED))
 def test_a_batch_is_each_example_alone(case):
-    """By vmap. The loop below has the rest: a case that is a vmap itself is one example alone there."""
     close(jax.jit(jax.vmap(value_and_gradient(case)))(*case.args), evaluated(case))
 
 
@@ -352,7 +365,8 @@ def test_explicit_axes_are_taken(case):
     chex.assert_trees_all_equal_shapes_and_dtypes(got, jax.eval_shape(value_and_gradient(case), *case.args))
 
 
-@these([*MODULES, "gaussian.quantile", "mvn.kl_divergence", "mvn.sample"])
+@these(slow_but([*FEW, "linear_categorical.log_prob", "mvn.sample"],
+                [*MODULES, "gaussian.quantile", "mvn.kl_divergence", "mvn.sample"]))  # fmt: skip
 def test_explicit_axes_change_nothing(case):
     args = on_explicit_axes(case, jax.device_put)
     with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
