@@ -5,6 +5,7 @@ import gc
 import inspect
 import itertools
 import re
+from contextlib import nullcontext
 
 import chex
 import jax
@@ -40,7 +41,28 @@ MODULES = [
     "calibration.reliability",
 ]  # fmt: skip
 
+# Laws whose values are those of jax, if a trace or another law passes: three of them, the others if asked for.
+FEW = ("categorical.cross_entropy", "gaussian.nll", "metrics.confusion_matrix")
+
+
+def slow_but(few, names):
+    return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 VECTORIZED = jnp.vectorize(abs).__code__  # the code of all that is vectorized, which is a vmap itself
+
+
+def is_vmap(case):
+    return getattr(case.function, "__code__", None) is VECTORIZED
+
+
+# The same rules for many sets at once, or with another number.
+REPETITIONS = [name for name in CASES if name.endswith(", sets")] + ["categorical.js_divergence, weighted"]
+
+
+def repeated(name):
+    """The name, marked slow if it is of a repetition."""
+    return pytest.param(name, marks=pytest.mark.slow) if name in REPETITIONS else name
 
 
 def takes_axis(case):
@@ -48,11 +70,20 @@ def takes_axis(case):
     return case.per_example and "axis" in parameters
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _tracebacks_are_whole():
+    """To take the frames of jax out of a traceback takes longer than the call that raises."""
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "off")
+    yield
+    jax.config.update("jax_traceback_filtering", before)
+
+
 def is_key(array):
     return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=[*map(repeated, CASES)], scope="module")
 def case(request):
     """The scope groups the tests by case, so that each finds what the others have compiled."""
     return CASES[request.param]
@@ -64,7 +95,7 @@ def where(condition):
 
 
 def these(names):
-    return pytest.mark.parametrize("case", names, indirect=True)
+    return pytest.mark.parametrize("case", [*map(repeated, names)], indirect=True)
 
 
 smooth = where(lambda case: case.differentiable)  # there is something to differentiate
@@ -123,6 +154,11 @@ def cast(case, dtype):
     return case._replace(args=tuple(a if is_key(a) else a.astype(kinds.get(a.dtype.kind, a.dtype)) for a in case.args))
 
 
+def shapes(case, dtype):
+    """The shapes and dtypes of these arguments, without their values."""
+    return jax.eval_shape(lambda: cast(case, dtype).args)
+
+
 def normal(seed, likes):
     rng = np.random.default_rng(seed)
     return tuple(jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in likes)
@@ -175,20 +211,26 @@ def test_numpy_arrays_are_taken_where_jit_is_disabled(case):
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
-@these(MODULES)
+@these(slow_but(FEW, MODULES))
 def test_jit_equals_eager(case):
     with jax.disable_jit():
         got = case.function(*(as_numpy(a) for a in case.args))
     close(got, evaluated(case)[0])
 
 
-@these([name for name in dict.fromkeys([*RULES, *MODULES]) if CASES[name].per_example])
+# By vmap. The loop below has the rest: a case that is a vmap itself is one example alone there.
+MAPPED = [name for name in dict.fromkeys([*RULES, *MODULES]) if CASES[name].per_example and not is_vmap(CASES[name])]
+
+
+@these(MAPPED)
+def test_a_batch_has_the_shapes_of_each_example_alone(case):
+    got, want = (jax.eval_shape(f, *case.args) for f in (jax.vmap(value_and_gradient(case)), value_and_gradient(case)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+
+
+@these(slow_but(MODULES, MAPPED))
 def test_a_batch_is_each_example_alone(case):
-    """By vmap; by a loop where the case is a vmap itself."""
-    is_vmap = getattr(case.function, "__code__", None) is VECTORIZED
-    alone = value_and_gradient(case)
-    close(jax.jit(lambda *args: jax.lax.map(lambda args: alone(*args), args) if is_vmap else jax.vmap(alone)(*args))(
-        *case.args), evaluated(case))  # fmt: skip
+    close(jax.jit(jax.vmap(value_and_gradient(case)))(*case.args), evaluated(case))
 
 
 @where(takes_axis)
@@ -209,19 +251,19 @@ def test_forward_and_reverse_mode_agree(case):
 
 
 @these(RULES)
-def test_second_derivatives_are_those_of_the_function(case):
-    """Hessian-vector products in both orders of differentiation, against differences of the gradient in float64."""
+@pytest.mark.parametrize(
+    "order", ["forward over reverse", pytest.param("reverse over forward", marks=pytest.mark.slow)]
+)
+def test_second_derivatives_are_those_of_the_function(case, order):
+    """A Hessian-vector product in either order of differentiation, against differences of the gradient in float64."""
     function, args = varied(case)
     direction = normal(1, args)
     squares = lambda *values: jnp.sum(jnp.square(function(*values)))  # noqa: E731
+    push = lambda f: lambda *values: jax.jvp(f, values, direction)[1]  # noqa: E731
     slope = lambda f: jax.grad(f, tuple(range(len(args))))  # noqa: E731
-    push = lambda *values: jax.jvp(squares, values, direction)[1]  # noqa: E731
-    products = jax.jit(lambda: (jax.jvp(slope(squares), args, direction)[1], slope(push)(*args)))()
-    want = _difference_of_gradients(case, direction)
-    for order, product in zip(("forward over reverse", "reverse over forward"), products, strict=True):
-        for got, truth in zip(product, want, strict=True):
-            scale = max(1, float(np.abs(truth).max()))
-            np.testing.assert_allclose(np.asarray(got), truth, rtol=0, atol=2e-5 * scale, err_msg=order)
+    product = push(slope(squares)) if order == "forward over reverse" else slope(push(squares))
+    for got, truth in zip(jax.jit(lambda: product(*args))(), _difference_of_gradients(case, direction), strict=True):
+        np.testing.assert_allclose(np.asarray(got), truth, rtol=0, atol=2e-5 * max(1, float(np.abs(truth).max())))
 
 
 def _difference_of_gradients(case, direction):
@@ -261,16 +303,13 @@ def nothing_older():
 
 
 @pytest.mark.usefixtures("nothing_older")
-def test_nothing_leaks_out_of_a_trace(case):
-    with jax.checking_leaks():
-        jax.eval_shape(value_and_gradient(case), *cast(case, jnp.float16).args)
-
-
-def test_dtypes_of_value_and_gradient(case):
+def test_dtypes_of_value_and_gradient_and_no_leak_of_a_trace(case):
     """From shapes alone, which compiles nothing: with x64 and without, the same."""
-    for dtype, x64 in ((jnp.float16, False), (jnp.bfloat16, True)):
+    for dtype, x64, mode in ((jnp.float16, False, jax.checking_leaks()), (jnp.bfloat16, True, nullcontext())):
         with jax.enable_x64(x64):
-            value, slopes = jax.eval_shape(value_and_gradient(case), *cast(case, dtype).args)
+            args = shapes(case, dtype)
+            with mode:
+                value, slopes = jax.eval_shape(value_and_gradient(case), *args)
         expected = dtype if case.is_map else jnp.float32
         assert value.dtype in ((jnp.int32, jnp.bool_) if case.is_integer else (expected,))
         assert all(slope.dtype == dtype for slope in slopes)
@@ -280,7 +319,7 @@ def test_dtypes_of_value_and_gradient(case):
 def test_float64_is_computed_in_float64(case):
     """No number of the program is a float32."""
     with jax.enable_x64(True):
-        jaxpr = jax.make_jaxpr(value_and_gradient(case))(*cast(case, jnp.float64).args)
+        jaxpr = jax.make_jaxpr(value_and_gradient(case))(*shapes(case, jnp.float64))
     dtypes = {(v.aval.dtype, e.primitive.name) for e in equations(jaxpr.jaxpr) for v in e.outvars}
     assert not {(d, name) for d, name in dtypes if jnp.issubdtype(d, jnp.floating) and d != jnp.float64}
 
@@ -316,24 +355,40 @@ def on_explicit_axes(case, place):
     return [a if is_key(a) or a.ndim == 0 or a.shape[0] % 8 else place(a, sharding) for a in case.args]
 
 
+def shape_on(array, sharding):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
 def test_explicit_axes_are_taken(case):
     """From shapes alone: without its sharding rule, an operation fails while it is traced."""
-    like = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)  # noqa: E731
-    got = jax.eval_shape(value_and_gradient(case), *on_explicit_axes(case, like))
+    got = jax.eval_shape(value_and_gradient(case), *on_explicit_axes(case, shape_on))
     chex.assert_trees_all_equal_shapes_and_dtypes(got, jax.eval_shape(value_and_gradient(case), *case.args))
 
 
-@these([*MODULES, "gaussian.quantile", "mvn.kl_divergence", "mvn.sample"])
+@these(slow_but([*FEW, "linear_categorical.log_prob", "mvn.sample"],
+                [*MODULES, "gaussian.quantile", "mvn.kl_divergence", "mvn.sample"]))  # fmt: skip
 def test_explicit_axes_change_nothing(case):
     args = on_explicit_axes(case, jax.device_put)
     with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
         close(jax.jit(value_and_gradient(case))(*args), evaluated(case))
 
 
-@where(takes_axis)
-def test_classes_may_lie_on_an_explicit_axis(case):
+def classes_first(case):
+    """The case with its classes on the leading axis."""
     args = tuple(a if a.ndim == 2 else a[:3] for a in case.args)
-    classes = case._replace(function=functools.partial(case.function, axis=0), args=args)
+    return case._replace(function=functools.partial(case.function, axis=0), args=args)
+
+
+@where(takes_axis)
+def test_classes_on_an_explicit_axis_are_taken(case):
+    classes = classes_first(case)
+    got = jax.eval_shape(value_and_gradient(classes), *on_explicit_axes(classes, shape_on))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, jax.eval_shape(value_and_gradient(classes), *classes.args))
+
+
+@these(["categorical.softmax", "categorical.cross_entropy", "categorical.kl_divergence", "bayes.log_evidence"])
+def test_classes_may_lie_on_an_explicit_axis(case):
+    classes = classes_first(case)
     close(jax.jit(value_and_gradient(classes))(*on_explicit_axes(classes, jax.device_put)), evaluated(classes))
 
 
@@ -432,24 +487,27 @@ BAD = (np.inf, -np.inf, np.nan, -1.0, 0.0, 2.0, 1e-38)
 def test_a_masked_example_poisons_nothing(case):
     """A cotangent of 0 for one example: its arguments change no gradient, its own nor one that others share."""
 
-    def gradients(args, own):
-        """Gradients of the sum over all examples but the first: with the other arguments as they are, and shared."""
+    def gradients(shared, *args):
+        """Gradients of the sum over all examples but the first. Arguments that are shared have one row for all."""
 
-        def loss(shared, *values):
-            rows = [jnp.broadcast_to(v[1:2], v.shape) if shared and i != own else v for i, v in enumerate(values)]
+        def loss(*values):
+            rows = [jnp.where(one, jnp.broadcast_to(v[1:2], v.shape), v) for one, v in zip(shared, values, strict=True)]
             out = case.function(*rows)
             return jnp.sum(jnp.where((jnp.arange(8) > 0).reshape(-1, *[1] * (out.ndim - 1)), out, 0))
 
-        return [jax.grad(functools.partial(loss, shared), case.differentiable)(*args) for shared in (False, True)]
+        return jax.grad(loss, case.differentiable)(*args)
 
-    for i in case.differentiable:
-        program = jax.jit(functools.partial(gradients, own=i))
-        want = program(list(case.args))
+    program, each = jax.jit(gradients), np.arange(len(case.args))
+    for i, others in itertools.product(case.differentiable, (False, True)):
+        shared = others & (each != i)
+        want = program(shared, *case.args)
         for bad in BAD:
             for place in {(0,), (0,) * case.args[i].ndim}:
                 args = list(case.args)
-                args[i] = args[i].at[place].set(bad)
-                chex.assert_trees_all_equal(program(args), want, custom_message=f"argument {i} is {bad}")
+                args[i] = np.asarray(args[i]).copy()
+                args[i][place] = bad
+                got = program(shared, *args)
+                chex.assert_trees_all_equal(got, want, custom_message=f"argument {i} is {bad}")
 
 
 def test_checks_are_traced_where_they_are_asked_for_and_nowhere_else():

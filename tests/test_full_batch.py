@@ -92,7 +92,7 @@ def test_it_agrees_with_fit_temperature():
     labels = categorical.sample(jax.random.key(0), logits / 2)
     nll = lambda inverse, batch, key: categorical.cross_entropy(inverse * batch[0], batch[1])  # noqa: E731
     fit = fit_full_batch(nll, jnp.array(1.0), (logits, labels), gradient_tolerance=1e-6)
-    curvature = jax.hessian(lambda b: jnp.mean(nll(b, (logits, labels), None)))(fit.params)
+    curvature = jax.jit(jax.hessian(lambda b: jnp.mean(nll(b, (logits, labels), None))))(fit.params)
     assert fit.converged
     # Beside the tolerance, both gradients have the rounding of a mean of logits of about 3.
     allowed = (1e-6 + 2 * 3 * 16 * U) / (curvature * fit.params)
@@ -174,7 +174,7 @@ def test_where_it_converged_the_gradient_is_within_the_tolerance(dtype, toleranc
         fit = fit_full_batch(ridge, *classes(dtype), gradient_tolerance=tolerance)
     with jax.enable_x64(True):
         params, data = jnp.asarray(fit.params, "float64"), classes("float64")[1]
-        gradient = jax.grad(lambda p: jnp.mean(ridge(p, data, None)))(params)
+        gradient = jax.jit(jax.grad(lambda p: jnp.mean(ridge(p, data, None))))(params)
     assert fit.converged
     assert np.asarray(fit.gradient_norm) <= tolerance
     # The gradient is a mean of entries of about 1, each rounded 16 times.
@@ -389,7 +389,7 @@ def test_another_parametrisation_has_the_covariance_of_the_delta_method(kind, x6
     back = lambda q: jnp.stack([q[0] - 2 * jnp.log(q[1]), jnp.log(q[1])])  # noqa: E731
     nll = lambda p, x, key: gaussian.nll(x, p[0], log_scale=p[1])  # noqa: E731
     params = jnp.stack([loc, jnp.log(scale)])
-    jacobian = jax.jacobian(change)(params)
+    jacobian = jax.jit(jax.jacobian(change))(params)
     want = jacobian @ covariance(nll, params, x, kind=kind).matrix @ jacobian.T
     got = covariance(lambda q, x, key: nll(back(q), x, key), change(params), x, kind=kind).matrix
     np.testing.assert_allclose(got, want, rtol=1e-12)
@@ -413,6 +413,18 @@ def test_vmap_of_the_covariance_is_each_alone(x64):
             np.testing.assert_allclose(got[i], want, rtol=0, atol=1e-13 * float(want.max()))
 
 
+def regression(params, batch, key):
+    return gaussian.nll(batch[1], params["slope"] * batch[0], log_scale=params["log_scale"])
+
+
+@jax.jit
+@jax.vmap
+def fitted_and_judged(x, y):
+    start = {"slope": jnp.array(0.0), "log_scale": jnp.array(0.0)}
+    fit = fit_full_batch(regression, start, (x, y), gradient_tolerance=1e-4)
+    return fit, *(covariance(regression, fit.params, (x, y), kind=k).standard_errors for k in ("fisher", "sandwich"))
+
+
 @pytest.mark.parametrize(("noise", "kind"), [("equal", "fisher"), ("unequal", "sandwich")])
 def test_the_standard_error_is_the_spread_over_data_sets(noise, kind):
     """1000 data sets are drawn, fitted and judged at once. Their spread has deviation 1 / sqrt(2 * 1000) of itself."""
@@ -422,15 +434,7 @@ def test_the_standard_error_is_the_spread_over_data_sets(noise, kind):
     scale = 1 if noise == "equal" else jnp.exp(x / 2)
     y = 3 * x + scale * jax.random.normal(keys[1], (sets, n))
 
-    def nll(params, batch, key):
-        return gaussian.nll(batch[1], params["slope"] * batch[0], log_scale=params["log_scale"])
-
-    def study(x, y):
-        start = {"slope": jnp.array(0.0), "log_scale": jnp.array(0.0)}
-        fit = fit_full_batch(nll, start, (x, y), gradient_tolerance=1e-4)
-        return fit, *(covariance(nll, fit.params, (x, y), kind=k).standard_errors for k in ("fisher", "sandwich"))
-
-    fit, *errors = jax.jit(jax.vmap(study))(x, y)
+    fit, *errors = fitted_and_judged(x, y)
     spread = float(jnp.std(fit.params["slope"]))
     ratios = dict(zip(("fisher", "sandwich"), [float(jnp.mean(e["slope"])) / spread for e in errors], strict=True))
     assert fit.converged.all()

@@ -1,5 +1,6 @@
 """Exactness of the Gaussian functions, value and gradient, in units of u."""
 
+import functools
 import math
 
 import chex
@@ -121,7 +122,7 @@ def test_every_function_of_a_point_is_exact_at_any_scale_to_30_sigma(dtype):
                 within(float(got[i]), truth, bound, dtype, *size, out=got.dtype)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("beta", [0.0, pytest.param(0.25, marks=pytest.mark.slow), 1.0])
 def test_a_log_scale_is_as_good_as_its_exponential(wide, beta):
     logs = [s for s in (-80.0, -60.0, -1.5, 0.0, 2.25, 60.0, 80.0) if beta == 0 or abs(2 * beta * s) < 60]
     x, log_scale = (jnp.asarray(a.ravel(), wide) for a in np.meshgrid(R, logs))
@@ -207,13 +208,14 @@ def test_limits_at_infinity_have_gradient_0():
     assert gaussian.cdf(ends).tolist() == [0, 1]
     assert gaussian.log_cdf(ends).tolist() == [-math.inf, 0]
     for function in (gaussian.prob, gaussian.cdf):
-        slopes = jax.grad(lambda *a, f=function: jnp.sum(f(*a)), (0, 1, 2))(ends, jnp.zeros(2), jnp.ones(2))
+        _, *slopes = with_slopes(function, ends, jnp.zeros(2), jnp.ones(2))
         assert jnp.stack(slopes).tolist() == [[0, 0]] * 3
-    for order in (jax.grad, lambda f: jax.grad(jax.grad(f))):
-        assert order(gaussian.log_cdf)(jnp.array(jnp.inf)) == 0
+    orders = [jax.grad(gaussian.log_cdf), jax.grad(jax.grad(gaussian.log_cdf))]
+    assert jax.jit(lambda x: [order(x) for order in orders])(jnp.inf) == [0, 0]
     assert gaussian.log_cdf(jnp.array(-1e18)) == pytest.approx(-5e35)
 
 
+@functools.cache
 def _quantile(p):
     """Newton's method, each step of which doubles the digits, on log Phi, which is concave."""
     r = oracles.mpf(0)
@@ -233,9 +235,8 @@ def test_quantile_is_the_inverse_of_cdf_at_any_scale(dtype):
     scale = [s for s in SCALES[dtype] if s < float(jnp.finfo(dtype).max) / 20]
     q, scale = (jnp.asarray(a.ravel(), dtype) for a in np.meshgrid(q, scale))
     value, *slopes = with_slopes(gaussian.quantile, q, scale, scale)
-    truth = {}
     for i, (p, loc, s) in enumerate(zip(*map(oracles.exactly, (q, scale, scale)), strict=True)):
-        r = truth.setdefault(p, _quantile(p))
+        r = _quantile(p)
         within(float(value[i]), loc + s * r, 16, dtype, abs(loc) + abs(s * r))
         wants = s / oracles.mpmath.npdf(r), oracles.mpf(1), r
         for got, want, bound in zip(slopes, wants, (32, 0, 16), strict=True):
@@ -310,9 +311,7 @@ def test_interval_prob_has_its_corner_cases():
     got = gaussian.interval_prob(low, high)
     assert got[:6].tolist() == [1, 0.5, 0.5, 0, 0, 0]
     assert got[6] == pytest.approx(2.866516e-07, rel=1e-6)
-    slopes = jax.grad(lambda *a: jnp.sum(gaussian.interval_prob(*a)), (0, 1, 2, 3))(
-        low, high, jnp.zeros(7), jnp.ones(7)
-    )
+    _, *slopes = with_slopes(gaussian.interval_prob, low, high, jnp.zeros(7), jnp.ones(7))
     assert jnp.isfinite(jnp.stack(slopes)).all()
     inside = gaussian.interval_prob(-jnp.arange(1.0, 4.0), jnp.arange(1.0, 4.0))
     assert inside == pytest.approx([0.682689492, 0.954499736, 0.997300204], rel=16 * 2.0**-24)
@@ -320,7 +319,7 @@ def test_interval_prob_has_its_corner_cases():
 
 def test_kl_and_cross_entropy_keep_the_digits_of_near_equal_scales(dtype):
     gaps = np.array([0.0, 1e-6, 1e-3, 0.1, 0.3, 1.0, 5.0])
-    scale, gap, p_loc, widen = (a.ravel() for a in np.meshgrid(SCALES[dtype], gaps, [0.0, 1.0, -1.0], [-1.0, 0.0, 1.0]))
+    scale, gap, p_loc, widen = (a.ravel() for a in np.meshgrid(SCALES[dtype], gaps, [0.0, -1.0], [-1.0, 0.0, 1.0]))
     least, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max) / 200
     keep = (scale > 200 * least) & (scale < most) & ((p_loc * gap == 0) | (scale > least / np.maximum(gap, 1e-9)))
     scale, gap, p_loc, widen = (v[keep] for v in (scale, gap, p_loc, widen))
@@ -371,7 +370,8 @@ def test_kl_of_scales_that_share_no_digit_is_their_log_ratio():
     assert gaussian.kl_divergence(0.0, 1e30, 0.0, 1e-30) == math.inf
 
 
-@pytest.mark.parametrize("beta", [0.25, 0.5, 1.0])
+# The law above tries a beta of 1, with a log_scale.
+@pytest.mark.parametrize("beta", [0.5, *(pytest.param(beta, marks=pytest.mark.slow) for beta in (0.25, 1.0))])
 def test_beta_nll_weighs_the_gradient_by_a_constant(wide, beta):
     args = regimes(wide)
     usual = (args[2] > 1e-15) & (args[2] < 1e15)  # scales whose weight is in the range of the dtype

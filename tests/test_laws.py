@@ -69,7 +69,9 @@ PROBS = {
 
 
 @pytest.mark.parametrize("name", LOG_PROBS | PROBS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float32", *(pytest.param(other, marks=pytest.mark.slow) for other in ("float16", "float64"))]
+)
 def test_no_probability_is_above_1(name, dtype):
     rng = np.random.default_rng(0)
     low, high = (-jnp.inf, 0) if name in LOG_PROBS else (0, 1)

@@ -86,9 +86,10 @@ def test_the_loss_is_that_of_the_logits(options):
         close(got, want)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_target_distribution_is_one_of_the_logits(options):
+@pytest.mark.parametrize("name", ["mean", "sum", pytest.param("none", marks=pytest.mark.slow)])
+def test_a_target_distribution_is_one_of_the_logits(name):
     """Values and gradients, in blocks, sharded or not; a label and its one-hot are the same."""
+    options = OPTIONS[name]
     targets, one_hot = jax.nn.softmax(normal(16, 8)), jax.nn.one_hot(SHARDED_Y.ravel(), 8)
     x, w, b, weights = SHARDED[0].reshape(16, H), *SHARDED[1:3], SHARDED[3].ravel()
     form = {name: options[name] for name in ("softcap", "temperature") if name in options}
@@ -280,7 +281,7 @@ def test_confident_tokens_keep_their_gradient(temperature):
     np.testing.assert_allclose(slope[:, 2], -others / (1 + others) / temperature, rtol=2 * bound + 64 * U)
 
 
-@pytest.mark.parametrize("c", [2.0, 30.0])
+@pytest.mark.parametrize("c", [pytest.param(2.0, marks=pytest.mark.slow), 30.0])
 @pytest.mark.usefixtures("optimized")
 def test_a_softcap_keeps_the_digits_of_every_gradient(c):
     """However far beyond the cap a logit lies, and of second derivatives too, in the rematerialised scan of blocks.
@@ -546,7 +547,12 @@ def test_labels_of_any_integer_dtype(dtype):
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"label_smoothing": 0.1}, {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 1.0}]
+    "form",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"label_smoothing": 0.1},
+        {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 1.0},
+    ],
 )
 def test_an_impossible_class_is_as_if_not_there(form):
     """Whatever the options: no softcap makes it possible, and no smoothing expects it."""
@@ -797,6 +803,13 @@ WAYS = {"five classes": of_five_classes, "blocks": functools.partial(verbs, bloc
         "shards": of_shards(True), "unchecked shards": of_shards(False)}  # fmt: skip
 
 
+# The way of shards is in blocks too.
+each_way = pytest.mark.parametrize(
+    "way",
+    ["five classes", "shards", *(pytest.param(w, marks=pytest.mark.slow) for w in ("blocks", "unchecked shards"))],
+)
+
+
 @functools.cache
 def first_derivatives(way):
     """Values that the mask keeps, and their tangents; the gradient of the sum of their squares."""
@@ -813,7 +826,7 @@ def first_derivatives(way):
     return jax.jit(derivatives)
 
 
-@pytest.mark.parametrize("way", [*[*WAYS][:3], pytest.param("unchecked shards", marks=pytest.mark.slow)])
+@each_way
 def test_every_verb_in_blocks_of_a_sharded_vocabulary_whatever_a_mask_hides(way):
     """Classes that only fill up change nothing. A masked label out of range poisons nothing."""
     models, hidden = (*MODELS, TEACHER), jnp.zeros((2, 8), bool)
@@ -827,7 +840,7 @@ def test_every_verb_in_blocks_of_a_sharded_vocabulary_whatever_a_mask_hides(way)
     assert not any(got[1][i][hidden].any() for i in (0, 3, 6))
 
 
-@pytest.mark.parametrize("way", [*[*WAYS][:3], pytest.param("unchecked shards", marks=pytest.mark.slow)])
+@each_way
 def test_a_masked_infinity_poisons_nothing(way):
     """Each model excludes a class that the other expects, and the label is one of them: only the entropy is finite."""
     models = *MODELS[:2], MODELS[2].at[0].set(-jnp.inf), *MODELS[3:5], MODELS[5].at[1].set(-jnp.inf), TEACHER
