@@ -7,6 +7,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 # The settings of a strict program: no silent promotion of dtypes or ranks. Set here, subprocesses have them too.
 os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+# To take the frames of jax out of a traceback takes longer than the call that raises.
+os.environ["JAX_TRACEBACK_FILTERING"] = "off"
 
 import jax
 import jaxtyping

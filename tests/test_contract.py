@@ -70,15 +70,6 @@ def takes_axis(case):
     return case.per_example and "axis" in parameters
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _tracebacks_are_whole():
-    """To take the frames of jax out of a traceback takes longer than the call that raises."""
-    before = jax.config.jax_traceback_filtering
-    jax.config.update("jax_traceback_filtering", "off")
-    yield
-    jax.config.update("jax_traceback_filtering", before)
-
-
 def is_key(array):
     return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
