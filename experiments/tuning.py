@@ -86,6 +86,15 @@ def outside(curve: Curve) -> int | None:
     return {min(curve): rate - 1, max(curve): rate + 1}.get(rate)
 
 
+def rate_text(rate: float) -> str:
+    """Two digits of a learning rate, without an exponent while it is below a million.
+
+    >>> rate_text(10**-2.5), rate_text(10**2.5)
+    ('0.0032', '320')
+    """
+    return f"{float(f'{rate:.2g}'):g}"
+
+
 def together(
     train: Callable[[Sequence[Training]], dict[str, np.ndarray]], members: Sequence[Training], size: int
 ) -> dict[str, np.ndarray]:

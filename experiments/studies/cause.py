@@ -326,7 +326,7 @@ def report(config: Config, records: Sequence[Record]) -> Section:
     rows = []
     for (inputs, arm), values in cells.items():
         behind = "" if arm == SOFTMAX_CE else told(-lead(cells, inputs, arm))
-        rows.append([inputs, arm, f"{float(values['rate']):.2g}", f"{values['test'].mean():.1f}", behind])
+        rows.append([inputs, arm, tuning.rate_text(float(values["rate"])), f"{values['test'].mean():.1f}", behind])
     header = ["inputs", "arm", "rate", "accuracy (%)", "lead over cross-entropy"]
     table = Table("Test accuracy, and the lead with its 95 % interval in points.", header, rows)
     makers = size_hypothesis, weight_hypothesis, inputs_hypothesis, identity_hypothesis

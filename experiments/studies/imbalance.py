@@ -241,7 +241,8 @@ def lag_hypothesis(config: Config, curves: Curves) -> Hypothesis:
     """Squared error has the lower balanced accuracy."""
     ratio, even = max(config.ratios), min(config.ratios)
     edges = [
-        f"The best learning rate of {arm} at 1:{r}, {curves[arm, r]['rate'][0]:.2g}, lies at the edge of its grid."
+        f"The best learning rate of {arm} at 1:{r}, {tuning.rate_text(curves[arm, r]['rate'][0])}, lies at the edge of "
+        "its grid."
         for arm in ARMS
         for r in config.ratios
         if curves[arm, r]["at_edge"][0]
@@ -337,7 +338,7 @@ def table(config: Config, curves: Curves) -> Table:
             each = curves[arm, ratio]
             numbers = [f"{each[name][:, -1].mean():.1f}" for name in MEASURES]
             early = f"{each['p_true'][:, config.early].mean():.1f}"
-            rows.append([f"1:{ratio}", arm, f"{each['rate'][0]:.2g}", *numbers, early])
+            rows.append([f"1:{ratio}", arm, tuning.rate_text(each["rate"][0]), *numbers, early])
         for name, pair in (("best classifier", best_scores(config, ratio)), ("constant", constant(config, ratio))):
             rows.append([f"1:{ratio}", name, "-", *(f"{value:.1f}" for value in pair), *["-"] * 4])
     header = ["ratio", "arm", "rate", *MEASURES.values(), "the same, early"]

@@ -275,7 +275,8 @@ def leads(cells: Cells, share: float, tuned: str, arm: str = SOFTMAX_SE) -> tupl
 def edges(cells: Cells, share: float, tuned: str) -> list[str]:
     """Arms whose best rate may lie beyond the grid."""
     return [
-        f"The best learning rate of {arm}, {cells[arm, share, tuned].rate:.2g}, lies at the edge of its grid."
+        f"The best learning rate of {arm}, {tuning.rate_text(cells[arm, share, tuned].rate)}, lies at the edge of its "
+        "grid."
         for arm in ARMS
         if cells[arm, share, tuned].at_edge
     ]
@@ -380,7 +381,7 @@ def table(config: Config, cells: Cells) -> Table:
     for (arm, share, tuned), runs in cells.items():
         memorised = f"{runs.memorised[:, -1].mean():.0%}" if share else "-"
         numbers = f"{runs.last.mean():.1f}", f"{runs.best.mean():.1f}", memorised
-        rows.append([arm, f"{share:.0%}", tuned, f"{runs.rate:.2g}", *numbers])
+        rows.append([arm, f"{share:.0%}", tuned, tuning.rate_text(runs.rate), *numbers])
     header = ["arm", "wrong labels", "tuned", "rate", "last (%)", "best (%)", "memorised"]
     return Table(
         "Test accuracy at the last and at the best epoch, and the share of wrong labels memorised.", header, rows

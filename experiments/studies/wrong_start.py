@@ -367,6 +367,7 @@ def accuracy_figure(pick: Seeds, config: Config) -> Plot:
     figure, axes = panels([cell_name(cell) for cell in cells(config)], "test accuracy (%)")
     for axis, cell in zip(axes, cells(config), strict=True):
         against_std(axis, pick, config, "test_accuracy", cell)
+        axis.set_ylim(0, 105)
     plots.legend(figure, *axes[0].get_legend_handles_labels())
     return Plot(
         figure,
@@ -432,7 +433,7 @@ def gap_table(pick: Seeds, config: Config) -> Table:
         for std in config.stds:
             g = gap(pick, SOFTMAX_CE, SOFTMAX_SE, std=std, **cell)
             accuracy = [f"{pick('test_accuracy', arm=arm, std=std, **cell).mean():.2f}" for arm in ARMS]
-            rates = [f"{pick('rate', arm=arm, std=std, **cell)[0]:.2g}" for arm in ARMS]
+            rates = [tuning.rate_text(pick("rate", arm=arm, std=std, **cell)[0]) for arm in ARMS]
             p_values.append(stats.resampled_p(g, overlap()))
             same = f"{stats.equivalence(g, MARGIN, overlap()):.3f}"
             pairs = [f"{a} at {rate}" for a, rate in zip(accuracy, rates, strict=True)]
