@@ -437,7 +437,8 @@ def ends(values, group):
 
 @pytest.mark.parametrize(
     ("case", "name", "batch"),
-    [*((case, name, ()) for case in CROWDS for name in OF_MANY),
+    [*(pytest.param(case, name, (), marks=[pytest.mark.slow] if name == "js_divergence" else [])  # compiles for 7 s
+       for case in CROWDS for name in OF_MANY),
      ("spread by 30", "cross_entropy", (2,)),
      *(pytest.param("spread by 30", name, (2,), marks=pytest.mark.slow) for name in ("entropy", "kl_divergence"))],
 )  # fmt: skip

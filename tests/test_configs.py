@@ -71,8 +71,6 @@ def test_a_config_parses_and_its_header_says_what_it_claims_and_costs(path):
         assert any(word in line for line in header), f"{path.name}: its header does not say {word}"
 
 
-# Configs whose header is older than the line that dates it. Measured again, a config leaves this set.
-UNDATED = {"loop.toml"}
 MEASURED = re.compile(r"^# Measured: (?P<day>\d{4}-\d\d-\d\d), settings (?P<sha256>[0-9a-f]{12})$", re.MULTILINE)
 
 
@@ -80,9 +78,8 @@ MEASURED = re.compile(r"^# Measured: (?P<day>\d{4}-\d\d-\d\d), settings (?P<sha2
 def test_the_numbers_in_a_header_are_those_of_its_settings(path):
     """The hash is the first 12 digits of config.sha256 in the manifest of the run that gave the numbers."""
     found = MEASURED.findall(path.read_text())
-    assert len(found) == (path.name not in UNDATED), f"{path.name}: expected one line '# Measured: DAY, settings HASH'"
-    for _, sha256 in found:
-        assert settings_of(path) == sha256, f"{path.name}: its header is of other settings: measure it again"
+    assert len(found) == 1, f"{path.name}: expected one line '# Measured: DAY, settings HASH'"
+    assert settings_of(path) == found[0][1], f"{path.name}: its header is of other settings: measure it again"
 
 
 QUOTED = [ROOT / "README.md", ROOT / "experiments/explore/wrong_start.csv", *sorted(ROOT.glob("docs/**/*.md"))]

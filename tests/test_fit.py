@@ -15,6 +15,7 @@ import optax
 import pytest
 from test_loop import assert_same_bits, lenient
 
+import jprob
 from jprob import categorical, mle
 from jprob.mle import _order, fit, terminal
 
@@ -165,6 +166,26 @@ def test_chunks_are_short(seconds_of_a_row, monkeypatch):
         pace.done(num_rows)
         done, chunks = done + num_rows, chunks + 1
     assert chunks <= 3 + total * max(seconds_of_a_row * 1.5**2 / 0.25, 1 / host._MOST_ROWS)
+
+
+def test_a_slow_log_does_not_shorten_the_chunks(monkeypatch):
+    """A row takes 10 ms and the log a minute, by a clock that stands still otherwise."""
+    clock, reports = [0.0], []
+    monkeypatch.setattr(host.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(host, "_SECONDS_OF_A_CHUNK", 0.3)
+    advance = host._Arrays.advance
+
+    def timed(feed, state, step, num_rows, stop):
+        clock[0] += 0.01 * num_rows
+        return advance(feed, state, step, num_rows, stop)
+
+    def log(report):
+        clock[0] += 60.0
+        reports.append(report.step)
+
+    monkeypatch.setattr(host._Arrays, "advance", timed)
+    fitted(log=log, num_steps=600, save_every_seconds=1e9)
+    assert len(reports) <= 4 + 600 * 0.01 / 0.2
 
 
 def test_chunks_of_all_lengths_are_one_program(monkeypatch):
@@ -458,6 +479,28 @@ def test_a_skipped_step_names_the_leaf_and_the_label(capfd):
     assert f"fit: step 2 is skipped: loss nan, the gradient is finite: {message}" in capfd.readouterr().err
 
 
+def test_a_masked_label_is_not_named_for_the_fault_of_another(capfd):
+    """Padding of -100 has weight 0. The fault is a feature that is NaN, or an update that overflows."""
+
+    def padded(params, batch, key):
+        return mle.Output(categorical.cross_entropy(batch[0] @ params, batch[1]), weights=batch[1] >= 0)
+
+    x, y, start = jnp.ones((4, FEATURES)), jnp.array([0, 1, -100, 2]), jnp.zeros((FEATURES, 3))
+    for features, rate, told in [
+        (x.at[0, 0].set(jnp.nan), 0.1, "loss nan, the gradient is not finite in params"),
+        (x, 1e38, "loss 1.0986123085021973, the gradient is finite, but not the update"),
+    ]:
+        batch = lambda step, features=features: (features, y)  # noqa: E731
+        result = fit(padded, optax.sgd(rate), start, batch, KEY, num_steps=1, batch_size=4, progress="none")
+        assert result.skipped == f"1 of 1 steps skipped: {told}"
+
+
+def test_inside_of_a_trace_it_is_refused_in_one_line():
+    message = "fit: expected a call outside of jit, vmap and checkify, which take mle.run and mle.step"
+    with pytest.raises(ValueError, match=message):
+        jprob.checkify(fitted)()
+
+
 LINE = r"fit: step (\d+) of 60, loss \d\.\d+(, \S+ steps/s, \d+:\d\d:\d\d left)?\n"
 
 
@@ -716,6 +759,7 @@ class Empty(Batches):
         ({"progress": "loud"}, 'fit: progress must be "auto" or "none", got \'loud\''),
         ({"data": (X, Y[:5])}, "fit: expected data with one leading axis of examples, got shapes [(24, 5), (5,)]"),
         ({"data": [(X, Y)]}, "fit: data must be arrays with one leading axis of examples (a tuple or dict of them), a"),
+        ({"data": [(X, Y)]}, "or iterator of batches, got list; pass lambda step: batches[step % len(batches)]"),
         ({"data": (X, "y")}, "or iterator of batches, got a tuple with str"),
         ({"data": 3}, "or iterator of batches, got int"),
         ({"data": batch_at, "weights": Y}, "fit: weights are for arrays; let nll return those of a batch in an"),
@@ -723,7 +767,8 @@ class Empty(Batches):
         pytest.param({"log": 3}, "fit: log must be a function, got int", marks=pytest.mark.wrong_types),
         pytest.param({"monitor": 3}, "the name of a metric, got 3", marks=pytest.mark.wrong_types),
         ({"monitor_mode": "low"}, 'fit: monitor_mode must be "min" or "max", got \'low\''),
-        (VALIDATION | {"monitor": "accuracy"}, "fit: monitor must be one of loss, got 'accuracy'"),
+        (VALIDATION | {"monitor": "right"}, 'fit: monitor_mode must be "min" or "max", got None'),
+        (VALIDATION | {"monitor": "right", "monitor_mode": "max"}, "fit: monitor must be one of loss, got 'right'"),
         ({"params": {"w": "a"}}, "init: params['w'] must be a floating-point array, got str; see eqx.partition(model"),
         ({"nll": nll_of_a_list()}, "fit: nll must be hashable, such as a function defined with def, got "),
         ({"data": NotOfJson()}, "fit: state_dict() of data must be made of values of JSON: Object of type ndarray"),

@@ -738,7 +738,7 @@ def test_weights_metrics_and_model_state_of_an_output(micro_batches):
     assert (states.skipped == 1).all()
     assert states.model_state["batches"].tolist() == [5, 5]
     assert history.metrics["right"].shape == (2, 6)
-    message = "run: micro_batches must divide the examples of each batch, got 2: the last batch has 1 of them"
+    message = "run: micro_batches must divide each batch of a model with a state, got 2 for the 1 examples of the last"
     with pytest.raises(ValueError, match=message):
         mle.run(rich, optimizer, state, (X[:5], Y[:5]), num_steps=6, batch_size=4, micro_batches=2)
 

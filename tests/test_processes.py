@@ -107,6 +107,7 @@ def lines(told):
     return [line for line in told.splitlines() if line.startswith("fit: ")]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_go_on_together_and_one_goes_on_from_them(tmp_path, capfd):
     folder = tmp_path / "run"
     codes, told = two("train", folder, 3)

@@ -47,7 +47,7 @@ def training(given: Any, validation: Any = None, validation_weights: Any = None,
     options(given.function, validation=validation, **counts, **{name: getattr(given, name) for name in names})
     if not isinstance(given.monitor, str):
         raise ValueError(f'{given.function}: monitor must be "loss" or the name of a metric, got {given.monitor!r}')
-    if given.monitor_mode not in ("min", "max"):
+    if given.monitor_mode not in ("min", "max", *([None] if given.monitor == "loss" else [])):
         raise ValueError(f'{given.function}: monitor_mode must be "min" or "max", got {given.monitor_mode!r}')
     monitor = None if given.monitor == "loss" else given.monitor
     alone = {"validation_weights": validation_weights, "validation_nll": given.validation_nll, "monitor": monitor}

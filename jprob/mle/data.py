@@ -109,7 +109,8 @@ def opened(data: Any) -> Function | Iterated | None:
             return None
         return Function(data) if callable(data) else Iterated(data)
     forms = "arrays with one leading axis of examples (a tuple or dict of them), a function of the step"
-    raise ValueError(f"fit: data must be {forms}, or an iterable or iterator of batches, got {got}")
+    cure = "; pass lambda step: batches[step % len(batches)]" if isinstance(data, list) else ""
+    raise ValueError(f"fit: data must be {forms}, or an iterable or iterator of batches, got {got}{cure}")
 
 
 def on_device(tree: PyTree) -> PyTree:

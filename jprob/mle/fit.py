@@ -78,7 +78,7 @@ def fit(
     validate_every: int | None = None,
     evaluation_params: Callable[[State], PyTree] = averaged_params,
     monitor: str = "loss",
-    monitor_mode: str = "min",
+    monitor_mode: str | None = None,
     patience: int | None = None,
     micro_batches: int = 1,
     ema_decay: float | None = None,
@@ -125,7 +125,7 @@ def fit(
       validate_every: steps from one validation to the next, a multiple of `log_every`.
       evaluation_params: from a state to the params to score, as for `run`.
       monitor: value that the best params and `patience` follow, as for `run`.
-      monitor_mode: "min" or "max", as for `run`.
+      monitor_mode: "min" or "max", as for `run`. A metric needs it.
       patience: training ends after so many validations in a row that are not better than the best.
       micro_batches: parts to cut each batch into, as for `run`.
       ema_decay: decay of the average of the params, as for `run`.
@@ -160,6 +160,8 @@ def fit(
     >>> print(f"{result.state.params:.3f}", result.history.loss.shape, result.reason)
     3.000 (20,) num_steps
     """
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise ValueError("fit: expected a call outside of jit, vmap and checkify, which take mle.run and mle.step")
     numbers = batch_size, micro_batches, ema_decay, log_every, validate_every, patience
     training = Training("fit", nll, optimizer, *numbers, validation_nll, evaluation_params, monitor, monitor_mode)
     counts = {"num_steps": num_steps, "max_skipped": max_skipped, "max_to_keep": max_to_keep}
@@ -461,6 +463,7 @@ def _train(plan, feed, held_out, reached, caught, log, show):
         except BaseException:
             reached.save()
             raise
+        pace.paused()
         reason = reason or ("log" if asked else "")
         if reason or _signal(caught):
             break
@@ -540,13 +543,13 @@ def _diagnosis(training, feed, state, steps, last_good=None):
     The params are those of the state. A step that is skipped changes none, so these are those of the step. Its batch is
     asked for again.
     """
-    try:
+    with contextlib.suppress(
+        Exception
+    ):  # of any class: the source is the caller's, and its fault here must end nothing
         for step in steps:
             batch = feed.batch(state, step, last_good)
             if batch and (found := _not_finite(training, state._replace(step=jnp.int32(step)), *batch)):
                 return found
-    except Exception:  # of any class: the source is the caller's, and its fault here must end nothing
-        return ""
     return ""
 
 
@@ -558,14 +561,14 @@ def _not_finite(training, state, batch, weights):
     gradient = gradient_of(training.objective, given, training.micro_batches)[1]
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
     names = [jax.tree_util.keystr(path) for path, leaf in leaves if not jnp.all(jnp.isfinite(leaf))]
-    what = f"the gradient is not finite in params{names[0]}" if names else "the gradient is finite"
-    if not names and jnp.isfinite(metrics.loss):
-        if jnp.isfinite(metrics.update_norm):
-            return ""
-        what += ", but not the update"
+    what = f"loss {metrics.loss}, the gradient is"
+    if names:  # what the checks find is not the cause: its gradient is finite
+        return f"{what} not finite in params{names[0]}"
+    if jnp.isfinite(metrics.loss):
+        return "" if jnp.isfinite(metrics.update_norm) else f"{what} finite, but not the update"
     error, _ = _checks.checkify(training.objective.mean)(*given)
     message = (error.get() or "").split(" (`check` failed)")[0]
-    return f"loss {metrics.loss}, {what}" + (f": {message}" if message else "")
+    return f"{what} finite" + (f": {message}" if message else "")
 
 
 def _description(training, state, arrays, held_out, config):
@@ -576,7 +579,7 @@ def _description(training, state, arrays, held_out, config):
     return {
         **{f"config.{jax.tree_util.keystr(path, simple=True, separator='.')}": value for path, value in parts},
         **{name: getattr(training, name) for name in names},
-        **({"monitor": training.monitor, "monitor_mode": training.monitor_mode} if held_out else {}),
+        **({"monitor": training.monitor, "monitor_mode": training.monitor_mode or "min"} if held_out else {}),
         **({"data": "batches"} if arrays[0] is None else marked("data", arrays[0]) | marked("weights", arrays[1])),
         **(marked("validation", held_out[0]) | marked("validation_weights", held_out[1]) if held_out else {}),
         **checkpoint.describe("", state),

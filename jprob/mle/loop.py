@@ -60,7 +60,7 @@ class Training(NamedTuple):
     validation_nll: Nll | None = None
     evaluation_params: Callable[[State], PyTree] = averaged_params
     monitor: str = "loss"
-    monitor_mode: str = "min"
+    monitor_mode: str | None = None
     places: tuple[Any, ...] = ()
     validation_places: tuple[Any, ...] = ()
 
@@ -157,7 +157,7 @@ def run(
     validate_every: int | None = None,
     evaluation_params: Callable[[State], PyTree] = averaged_params,
     monitor: str = "loss",
-    monitor_mode: str = "min",
+    monitor_mode: str | None = None,
     patience: int | None = None,
     micro_batches: int = 1,
     ema_decay: float | None = None,
@@ -201,7 +201,8 @@ def run(
       evaluation_params: from a state to the params to score, static. By default the average if one is kept, else the
         params (of a lookahead, the slow ones). Use it for optimizers that evaluate elsewhere, such as schedule-free.
       monitor: value that the best params and `patience` follow, static: "loss", or the name of a metric.
-      monitor_mode: "min" if lower is better, "max" if higher is, static.
+      monitor_mode: "min" if lower is better, as it is by default for the loss, "max" if higher is, static. A metric
+        needs it.
       patience: stop after so many validations in a row that were not better than the best, static. Nothing of the state
         changes any more then, nor does it in later runs with this patience. A NaN is never better.
       micro_batches: parts to cut each batch into, as for `step`, static; a divisor of `batch_size`.
@@ -282,9 +283,10 @@ def _steps(training: Training, data: Any, state: State, numbers: Array) -> tuple
         if state.model_state is None or not short:
             return taken(row, state)
         if short % training.micro_batches:
-            whole = f"the last batch has {short} of them, and a model with a state takes no filler"
-            fault = f"micro_batches must divide the examples of each batch, got {training.micro_batches}: {whole}"
-            raise ValueError(f"{training.function}: {fault}")
+            got = f"got {training.micro_batches} for the {short} examples of the last"
+            raise ValueError(
+                f"{training.function}: micro_batches must divide each batch of a model with a state, {got}"
+            )
         # A model with a state, such as batch norm, must not see what fills up a short batch.
         return jax.lax.cond(row[-1] < size, *(partial(taken, part, whole=True) for part in (row, row[:short])), state)
 
@@ -318,7 +320,7 @@ def begin(training: Training, state: State) -> State:
         state = with_average(state)
     if training.validate_every is None or state.best is not None:
         return state
-    worst = jnp.array(math.inf if training.monitor_mode == "min" else -math.inf, jnp.float32)
+    worst = jnp.array(-math.inf if training.monitor_mode == "max" else math.inf, jnp.float32)
     best = Best(training.evaluation_params(state), state.model_state, worst, state.step)
     return state._replace(best=jax.tree.map(jnp.copy, best))
 
@@ -358,7 +360,7 @@ def validate(training: Training, state: Any, validation: Any) -> tuple[State, ob
     if training.monitor not in named:
         raise ValueError(f"{training.function}: monitor must be one of {', '.join(named)}, got {training.monitor!r}")
     score = named[training.monitor].astype(state.best.score.dtype)
-    better = score < state.best.score if training.monitor_mode == "min" else score > state.best.score
+    better = score > state.best.score if training.monitor_mode == "max" else score < state.best.score
     new = Best(scored, state.model_state, score, state.step)
     best = jax.tree.map(partial(jnp.where, better), new, state.best)
     validations_since_best = jnp.where(better, 0, state.validations_since_best + 1)
