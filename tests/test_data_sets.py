@@ -40,7 +40,7 @@ def test_features_are_standardised_by_the_training_examples_alone():
     assert not any(part.features[:, 0].any() for part in (train, validation, test))
     mean, deviation = (getattr(np, name)(still[:, 1], dtype=np.float64) for name in ("mean", "std"))
     want = (wine.test.features[:, 1] - mean) / deviation
-    # The mean of a hundred float32 numbers is off by some of its ulps, and so is a difference from it.
+    # The mean of a hundred float32 numbers is off by some of its ulps. So is a difference from it.
     np.testing.assert_allclose(test.features[:, 1], want, rtol=0, atol=64 * 2.0**-24 * mean / deviation)
 
 

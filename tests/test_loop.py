@@ -758,7 +758,7 @@ def test_validation_has_its_own_nll_and_the_best_follow_a_metric():
     assert by_metric.best.step == by_loss.best.step
     np.testing.assert_allclose(by_metric.best.score, -by_loss.best.score, rtol=16 * U)
     with pytest.raises(ValueError, match="run: monitor must be one of loss, minus, got 'accuracy'"):
-        mle.run(nll, optimizer, start(optimizer), (X, Y), **options, validation_nll=other, monitor="accuracy")
+        mle.run(nll, optimizer, start(optimizer), (X, Y), **options, **more | {"monitor": "accuracy"})
 
 
 def test_weights_of_examples_are_repetitions():

@@ -105,9 +105,7 @@ def opened(data: Any) -> Function | Iterated | None:
     if isinstance(data, tuple | dict) and not arrays:
         got = f"a {got} with {_checks.describe(next((x for x in leaves if not hasattr(x, 'shape')), data))}"
     elif not isinstance(data, list | str) and (arrays or callable(data) or isinstance(data, Iterable)):
-        if arrays:
-            return None
-        return Function(data) if callable(data) else Iterated(data)
+        return None if arrays else Function(data) if callable(data) else Iterated(data)
     forms = "arrays with one leading axis of examples (a tuple or dict of them), a function of the step"
     cure = "; pass lambda step: batches[step % len(batches)]" if isinstance(data, list) else ""
     raise ValueError(f"fit: data must be {forms}, or an iterable or iterator of batches, got {got}{cure}")

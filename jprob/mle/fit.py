@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Bool, Key, PyTree, Real
 
 from .. import _checks, _placement
@@ -160,7 +161,7 @@ def fit(
     >>> print(f"{result.state.params:.3f}", result.history.loss.shape, result.reason)
     3.000 (20,) num_steps
     """
-    if isinstance(jnp.zeros(()), jax.core.Tracer):
+    if isinstance(jnp.zeros(()), Tracer):
         raise ValueError("fit: expected a call outside of jit, vmap and checkify, which take mle.run and mle.step")
     numbers = batch_size, micro_batches, ema_decay, log_every, validate_every, patience
     training = Training("fit", nll, optimizer, *numbers, validation_nll, evaluation_params, monitor, monitor_mode)
@@ -375,8 +376,8 @@ def _resumed(plan, feed, store, state):
         words = "ended before, at" if ended else "going on from"
         terminal.tell(f"{words} step {saved.step} of {plan.num_steps}, saved in {store.directory}")
         source = getattr(feed, "source", None)
-        lost = isinstance(source, sources.Iterated) and (saved.position is None or not source.has_position)
-        if lost and not ended:
+        known = saved.position is not None and getattr(source, "has_position", False)
+        if isinstance(source, sources.Iterated) and not known and not ended:
             which = "goes on from where it is" if source.once else "begins again with its first batch"
             terminal.tell(f"data cannot tell their position: the source {which}")
         feed.seek(saved.position)
@@ -543,9 +544,7 @@ def _diagnosis(training, feed, state, steps, last_good=None):
     The params are those of the state. A step that is skipped changes none, so these are those of the step. Its batch is
     asked for again.
     """
-    with contextlib.suppress(
-        Exception
-    ):  # of any class: the source is the caller's, and its fault here must end nothing
+    with contextlib.suppress(Exception):  # of any class: a fault of the caller's source must end nothing here
         for step in steps:
             batch = feed.batch(state, step, last_good)
             if batch and (found := _not_finite(training, state._replace(step=jnp.int32(step)), *batch)):

@@ -283,10 +283,8 @@ def _steps(training: Training, data: Any, state: State, numbers: Array) -> tuple
         if state.model_state is None or not short:
             return taken(row, state)
         if short % training.micro_batches:
-            got = f"got {training.micro_batches} for the {short} examples of the last"
-            raise ValueError(
-                f"{training.function}: micro_batches must divide each batch of a model with a state, {got}"
-            )
+            fault = f"micro_batches must divide each batch of a model with a state, got {training.micro_batches}"
+            raise ValueError(f"{training.function}: {fault} for the {short} examples of the last")
         # A model with a state, such as batch norm, must not see what fills up a short batch.
         return jax.lax.cond(row[-1] < size, *(partial(taken, part, whole=True) for part in (row, row[:short])), state)
 
