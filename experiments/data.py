@@ -20,6 +20,7 @@ import sysconfig
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,12 +114,16 @@ def resampled(name: str, seed: int) -> Dataset:
     """The examples of a data set in another split, with parts of the same sizes. The seed is >= 1.
 
     Raises:
-      InputError: as of `check` and `load`.
+      InputError: as of `check` and `load`, or the classes are too many for the parts.
     """
     check(name)
     dataset = load(name)
     features, labels = map(np.concatenate, zip(dataset.train, dataset.validation, dataset.test, strict=True))
-    return _split(features, labels, seed, test=len(dataset.test.labels), validation=len(dataset.validation.labels))
+    sizes = {"test": len(dataset.test.labels), "validation": len(dataset.validation.labels)}
+    try:
+        return _split(features, labels, seed, **sizes)
+    except ValueError as error:  # of scikit-learn: a part has fewer examples than classes
+        raise InputError(f'data set "{name}": cannot be split again: {error}') from None
 
 
 def digests() -> dict[str, str]:
@@ -179,7 +184,7 @@ def _openml(name: str) -> Dataset:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "A network error occurred", UserWarning)  # the last is told below
             fetched: Any = fetch_openml(**named, as_frame=False, parser="liac-arff", n_retries=1)
-    except OSError as error:
+    except (OSError, HTTPException) as error:  # no network, or a transfer that broke
         raise InputError(f"openml:{name}: cannot be fetched: {getattr(error, 'reason', error)}") from None
     except ValueError as error:  # there is no such data set, or its columns are texts
         raise InputError(f"openml:{name}: {error}") from None

@@ -148,11 +148,11 @@ def _merge(run: Run, study: str, parts: Sequence[Piece], failed: Sequence[str]) 
 
     if any(piece.name in failed for piece in parts):
         return
-    records, seconds, data = [], 0.0, run.manifest["data"]
+    records, seconds = [], 0.0
     for piece in parts:
         with folders.existing(_folder(run, piece)) as part:
             records += part.store.records(study)
             seconds += part.manifest["seconds"][study]
-            data |= part.manifest["data"]
-    run.update_manifest(seconds=run.manifest["seconds"] | {study: seconds}, data=data)
+            run.update_manifest(data=runner.same_data(run, part.manifest["data"]))
+    run.update_manifest(seconds=run.manifest["seconds"] | {study: seconds})
     run.store.finish(study, seconds, runner.without_repetition(records))

@@ -24,7 +24,8 @@ CREATE TABLE studies (          -- the studies that are finished
     study TEXT PRIMARY KEY, finished TEXT NOT NULL, seconds REAL NOT NULL,
     sha256 TEXT NOT NULL);                    -- of its records, see Store.digest
 CREATE TABLE parts (            -- the parts that are finished, also of studies that are not
-    study TEXT NOT NULL, part INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY (study, part)) WITHOUT ROWID;
+    study TEXT NOT NULL, part INTEGER NOT NULL, seconds REAL NOT NULL, records INTEGER NOT NULL,
+    PRIMARY KEY (study, part)) WITHOUT ROWID;
 CREATE TABLE runs (             -- one row a record: a finished piece of a study
     run TEXT PRIMARY KEY, study TEXT NOT NULL, settings TEXT NOT NULL);  -- settings: a JSON object
 CREATE TABLE measurements (     -- step: 0, 1, ... along a curve, -1 for a single number
@@ -101,14 +102,15 @@ class Store:
                 curves.setdefault(name, []).append(value)
         return values | {name: np.array(curve) for name, curve in curves.items()}
 
-    def finish_part(self, study: str, part: int, seconds: float) -> None:
-        """Marks a part of a study as finished: its records are all written."""
+    def finish_part(self, study: str, part: int, seconds: float, records: int) -> None:
+        """Marks a part of a study as finished: so many records are its own, and all are written."""
         with self.database as database:
-            database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", [study, part, seconds])
+            database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?)", [study, part, seconds, records])
 
-    def finished_parts(self, study: str) -> dict[int, float]:
-        """The numbers of the finished parts, and the seconds that each took."""
-        return dict(self.database.execute("SELECT part, seconds FROM parts WHERE study = ?", [study]))
+    def finished_parts(self, study: str) -> dict[int, tuple[float, int]]:
+        """The numbers of the finished parts, with the seconds and the records of each."""
+        rows = self.database.execute("SELECT part, seconds, records FROM parts WHERE study = ?", [study])
+        return {part: (seconds, records) for part, seconds, records in rows}
 
     def finish(self, study: str, seconds: float, records: Iterable[Record] = ()) -> None:
         """Stores records that were measured elsewhere and marks their study as finished: all of it, or nothing.

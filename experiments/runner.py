@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,13 +61,15 @@ def _run_studies(config: Config, run: Run) -> None:
 
 def _run_study(name: str, settings: Any, run: Run, update: progress.Update) -> None:
     update(name, Progress(0.0, "starting"))
-    for item in without_repetition(_measured(name, studies.load(name), settings, run)):
+    kept = sum(records for _, records in run.store.finished_parts(name).values())  # the first ones, in their order
+    before = run.store.records(name)[:kept]
+    for item in without_repetition(_measured(name, studies.load(name), settings, run), before):
         if isinstance(item, Progress):
             # The end is announced below, when everything is stored.
             update(name, item._replace(done=min(item.done, 0.999)))
         else:
             run.store.write(name, item)
-    seconds, count = sum(run.store.finished_parts(name).values()), len(run.store.records(name))
+    seconds, count = map(sum, zip(*run.store.finished_parts(name).values(), strict=True))
     run.update_manifest(seconds=run.manifest["seconds"] | {name: seconds})
     run.store.finish(name, seconds)  # last: a kill before it and the study, manifest and all, is done again
     update(name, Progress(1.0, f"finished in {seconds:.1f} s, {count} records"))
@@ -79,16 +81,31 @@ def _measured(name: str, study: studies.Study, settings: Any, run: Run) -> Itera
     for i, part in enumerate(parts):
         if i in finished:
             continue
-        start = time.perf_counter()
+        start, count = time.perf_counter(), 0
         for item in study.run(part):
+            count += isinstance(item, Record)
             yield item._replace(done=(i + item.done) / len(parts)) if isinstance(item, Progress) else item
-        run.update_manifest(data=run.manifest["data"] | data.digests())
-        run.store.finish_part(name, i, time.perf_counter() - start)
+        run.update_manifest(data=same_data(run, data.digests()))
+        run.store.finish_part(name, i, time.perf_counter() - start, count)
 
 
-def without_repetition(items: Iterable[Item]) -> Iterator[Item]:
+def same_data(run: Run, digests: dict[str, str]) -> dict[str, str]:
+    """The digests of the run with these.
+
+    Raises:
+      InputError: a data set is not the one that an earlier part was measured on.
+    """
+    known = run.manifest["data"]
+    for name in digests.keys() & known.keys():
+        if digests[name] != known[name]:
+            problem = f"{name}: expected the data of what is measured, got others; remove the folder to measure again"
+            raise InputError(f"{run.folder}: {problem}")
+    return known | digests
+
+
+def without_repetition(items: Iterable[Item], before: Sequence[Record] = ()) -> Iterator[Item]:
     """Passes the items on; a study that describes two records alike would lose the first without a word."""
-    seen: set[str] = set()
+    seen = {results.run_key("", record.settings) for record in before}
     for item in items:
         if isinstance(item, Record):
             key = results.run_key("", item.settings)

@@ -495,10 +495,15 @@ def test_a_masked_label_is_not_named_for_the_fault_of_another(capfd):
         assert result.skipped == f"1 of 1 steps skipped: {told}"
 
 
+def with_key(key):
+    return fit(nll, ADAM, PARAMS, (X, Y), key, num_steps=1, batch_size=4, progress="none")
+
+
 def test_inside_of_a_trace_it_is_refused_in_one_line():
     message = "fit: expected a call outside of jit, vmap and checkify, which take mle.run and mle.step"
-    with pytest.raises(ValueError, match=message):
-        jprob.checkify(fitted)()
+    for traced in (jprob.checkify(fitted), jax.jit(fitted), lambda: jax.vmap(lambda key: with_key(key))(KEY[None])):
+        with pytest.raises(ValueError, match=message):
+            traced()
 
 
 LINE = r"fit: step (\d+) of 60, loss \d\.\d+(, \S+ steps/s, \d+:\d\d:\d\d left)?\n"
@@ -613,6 +618,23 @@ def test_an_error_has_what_was_reached():
     assert_same_bits(caught.value.result[:2], fitted(batch_at, num_steps=9)[:2])
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_a_source_that_fails_once_within_a_chunk_ends_it(seconds, monkeypatch):
+    """A loader would begin again after it, and a generator seem to have ended: after 9 batches it fails, as told."""
+    monkeypatch.setattr(host, "_SECONDS_OF_A_CHUNK", seconds)
+
+    class Loader:
+        def __iter__(self):
+            for number in range(20):
+                if number == 9:
+                    raise LookupError("gone")
+                yield batch_at(number)
+
+    for data in (Loader(), iter(Loader())):
+        with pytest.raises(RuntimeError, match="fit: data failed after 9 batches: LookupError: gone, at step 9 of 60"):
+            fitted(data)
+
+
 def test_an_iterator_ends_it_in_one_line_with_what_was_reached(tmp_path, capfd):
     result = fitted(map(batch_at, range(20)), checkpoint_dir=tmp_path)
     assert (result.reason, int(result.state.step)) == ("data", 20)
@@ -657,15 +679,18 @@ def test_a_source_that_had_another_kind_of_position_says_what_a_resume_does(befo
     assert_same_bits(longer.state, fitted(batch_at).state)
 
 
-def test_an_optimizer_that_asks_for_the_value_alone_is_saved(tmp_path):
-    """Its update takes no other argument, also where the program of the update is described for a checkpoint."""
+def test_an_optimizer_that_asks_for_more_is_saved(tmp_path):
+    """Also where the program of its update is described for a checkpoint: the value alone, or a function of params."""
 
     def update(updates, state, params=None, *, value):
         return jax.tree.map(lambda g: -0.01 * g * jnp.minimum(value, 1), updates), state
 
     asking = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    saved, plain = (fitted(optimizer=asking, num_steps=9, checkpoint_dir=where) for where in (tmp_path, None))
-    assert_same_bits(saved.state, plain.state)
+    searching = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5))
+    for name, optimizer in {"value": asking, "search": searching}.items():
+        where = {"checkpoint_dir": tmp_path / name}
+        saved, plain = (fitted(optimizer=optimizer, num_steps=9, **options) for options in (where, {}))
+        assert_same_bits(saved.state, plain.state)
 
 
 class GrainIterator:
@@ -759,7 +784,7 @@ class Empty(Batches):
         ({"progress": "loud"}, 'fit: progress must be "auto" or "none", got \'loud\''),
         ({"data": (X, Y[:5])}, "fit: expected data with one leading axis of examples, got shapes [(24, 5), (5,)]"),
         ({"data": [(X, Y)]}, "fit: data must be arrays with one leading axis of examples (a tuple or dict of them), a"),
-        ({"data": [(X, Y)]}, "or iterator of batches, got list; pass lambda step: batches[step % len(batches)]"),
+        ({"data": [(X, Y)]}, "or iterator of batches, got list; pass a tuple of arrays, or lambda step: batch"),
         ({"data": (X, "y")}, "or iterator of batches, got a tuple with str"),
         ({"data": 3}, "or iterator of batches, got int"),
         ({"data": batch_at, "weights": Y}, "fit: weights are for arrays; let nll return those of a batch in an"),

@@ -14,7 +14,7 @@ import jax
 import pytest
 import tiny_studies
 
-from experiments import folders, manifest, results, studies
+from experiments import data, folders, manifest, results, studies
 from experiments.__main__ import main
 
 COIN = "configs/coin.toml"
@@ -87,7 +87,7 @@ def test_an_error_in_a_study_keeps_what_is_finished_and_the_same_command_continu
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
-def test_what_is_measured_is_not_measured_twice(monkeypatch, last):
+def test_what_is_measured_is_not_measured_twice(monkeypatch, capsys, last):
     """An error in each of four parts in turn: the same command runs the others, and the folder is that of one run."""
     command, grid, ran = ["run", COIN, "--set", "grid.arms=['A', 'B']", "--set", "grid.seeds=[1, 2]"], None, []
     assert main([*command, "--out", "whole"]) == 0
@@ -102,13 +102,29 @@ def test_what_is_measured_is_not_measured_twice(monkeypatch, last):
             raise RuntimeError("broken off after the record")
 
     monkeypatch.setattr(grid, "run", run)
+    loaded = {"coins": "first"}
+    monkeypatch.setattr(data, "digests", lambda: loaded)
     with pytest.raises(RuntimeError, match="broken off"):
         main([*command, "--out", "run"])
+    if last:  # a part is finished
+        loaded["coins"] = "others"
+        assert main([*command, "--out", "run"]) == 2
+        line = "run: coins: expected the data of what is measured, got others; remove the folder to measure again\n"
+        assert capsys.readouterr().err.endswith(line)
+        loaded["coins"], ran[last + 1 :] = "first", []
     assert main([*command, "--out", "run"]) == 0
     cells = [("A", 1), ("A", 2), ("B", 1), ("B", 2)]
     assert ran == cells[: last + 1] + cells[last:]
     with folders.existing(Path("run")) as resumed, folders.existing(Path("whole")) as whole:
         assert resumed.store.digest("grid") == whole.store.digest("grid")
+
+
+def test_two_parts_that_describe_a_record_alike_are_stopped_each_time(monkeypatch):
+    grid = studies.load("grid")
+    monkeypatch.setattr(grid, "parts", lambda config: [config, config])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="two records have the settings"):
+            main(["run", COIN, "--set", "grid.arms=['A']", "--set", "grid.seeds=[1]", "--out", "run"])
 
 
 def test_a_study_that_describes_two_records_alike_is_stopped(monkeypatch):

@@ -15,7 +15,8 @@ the logit of the right class is p - 1. That of half the Brier score is smaller b
 
 Protocol: every seed draws its own data. The arms are paired: equal seeds have equal data. Both arms take the same
 number of SGD steps. The learning rate is tuned for each arm and ratio, on seeds that are not report seeds. The
-criterion is the balanced accuracy of validation data at the last step. The half-decade grid is widened while the best
+criterion is the balanced accuracy of validation data at the last step. Rates within one standard error of the best are
+ties: the middle one is taken. The half-decade grid is widened while the best
 rate lies at its edge. Validation and test data have equal classes.
 Their examples are weighted by the prior for accuracy and F1. Balanced accuracy and recall do not depend on the weights.
 Data sets are independent, so intervals are bootstrap intervals.

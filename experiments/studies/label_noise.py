@@ -12,8 +12,9 @@ Brier score is bounded, and that of cross-entropy is not.
 The model classifies digits (64 pixels, 10 classes) through one ReLU layer, trained with Adam. Every seed draws its own
 split, wrong labels and initial weights. The arms are paired: equal seeds have equal draws.
 
-Seeds that select the learning rate are not report seeds. The half-decade grid is widened while the best rate lies at
-its edge. The rate of an arm is tuned at the last epoch, in two ways:
+Seeds that select the learning rate are not report seeds. Rates within one standard error of the best are ties: the
+middle one is taken. The half-decade grid is widened while the best rate lies at its edge. The rate of an arm is tuned
+at the last epoch, in two ways:
 
 - "to generalise": the highest accuracy on noisy validation labels. A small rate can win, since it stops early too.
 - "to memorise": the highest accuracy on the noisy training labels.

@@ -81,14 +81,12 @@ class Iterated:
 
     def seek(self, position: Any) -> None:
         """Goes to a position, if there is one and the source has positions; else begins again."""
-        if not self.has_position:
-            self.iterator = self.iterator if self.once else None  # an iterator goes on from where it is
-            return
-        self.iterator = None
+        if self.has_position or not self.once:  # an iterator without positions goes on from where it is
+            self.iterator = None
         if position is not None and self.by_iterator:
             is_bytes = isinstance(position, dict) and position.keys() == {"base64"}
             self._begun().set_state(base64.b64decode(position["base64"]) if is_bytes else position)
-        elif position is not None:
+        elif position is not None and self.has_position:
             self.data.load_state_dict(position)
 
     def _begun(self):
@@ -107,7 +105,7 @@ def opened(data: Any) -> Function | Iterated | None:
     elif not isinstance(data, list | str) and (arrays or callable(data) or isinstance(data, Iterable)):
         return None if arrays else Function(data) if callable(data) else Iterated(data)
     forms = "arrays with one leading axis of examples (a tuple or dict of them), a function of the step"
-    cure = "; pass lambda step: batches[step % len(batches)]" if isinstance(data, list) else ""
+    cure = "; pass a tuple of arrays, or lambda step: batches[step % len(batches)]" if isinstance(data, list) else ""
     raise ValueError(f"fit: data must be {forms}, or an iterable or iterator of batches, got {got}{cure}")
 
 

@@ -161,7 +161,7 @@ def fit(
     >>> print(f"{result.state.params:.3f}", result.history.loss.shape, result.reason)
     3.000 (20,) num_steps
     """
-    if isinstance(jnp.zeros(()), Tracer):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((jnp.zeros(()), params, key))):
         raise ValueError("fit: expected a call outside of jit, vmap and checkify, which take mle.run and mle.step")
     numbers = batch_size, micro_batches, ema_decay, log_every, validate_every, patience
     training = Training("fit", nll, optimizer, *numbers, validation_nll, evaluation_params, monitor, monitor_mode)
@@ -273,19 +273,22 @@ class _Batches:
     """Data that come as batches from the host: while the device takes a step, the host fetches the next batch."""
 
     def __init__(self, training: Training, source: Any, outer: Any) -> None:
-        self.training, self.source, self.outer, self.mesh = training, source, outer, None
+        self.training, self.source, self.outer, self.mesh, self.ended = training, source, outer, None, None
 
     def advance(self, state: State, step: int, num_rows: int, stop: Callable[[], bool]) -> tuple[State, Metrics]:
         """The state after some rows of steps, and what they measured; fewer if `stop` says so, or the source ends."""
         state = jax.tree.map(jnp.copy, state)  # each step is given its state
         rows, steps, before = [], [], None
+        if self.ended:
+            raise self.ended
         while len(rows) < num_rows and not (rows and not steps and stop()):
             try:
                 batch = self._fetched(step)
-            except sources.EndedError:
+            except sources.EndedError as error:
+                self.ended = error
                 if steps or not rows:
                     raise
-                break  # what was reached counts; the next call meets the end again
+                break  # what was reached counts; the next call tells the end: a source that failed may go on as if new
             size = objective.num_examples("fit", "a batch of data", batch)
             _arguments.options("fit", batch_size=size, micro_batches=self.training.micro_batches)
             state, metrics = _given_step(self.training, state, batch, None)
@@ -561,7 +564,7 @@ def _not_finite(training, state, batch, weights):
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
     names = [jax.tree_util.keystr(path) for path, leaf in leaves if not jnp.all(jnp.isfinite(leaf))]
     what = f"loss {metrics.loss}, the gradient is"
-    if names:  # what the checks find is not the cause: its gradient is finite
+    if names:  # labels and scales out of range leave it finite
         return f"{what} not finite in params{names[0]}"
     if jnp.isfinite(metrics.loss):
         return "" if jnp.isfinite(metrics.update_norm) else f"{what} finite, but not the update"
@@ -591,9 +594,9 @@ def _versions(optimizer, state):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.optimizer_state, state.params))
 
     def update(optimizer_state, params):
-        gradient, total = fast(params), optax.tree.sum
-        extra = {"value": total(gradient), "grad": gradient, "value_fn": total, "obj_fn": total}
-        extra |= {"grad_fn": lambda params, *_: params}
+        gradient = fast(params)
+        extra = dict.fromkeys(("value_fn", "obj_fn"), lambda tree, grad_fn=None, obj_fn=None: optax.tree.sum(tree))
+        extra |= {"value": optax.tree.sum(gradient), "grad": gradient, "grad_fn": lambda params, *_: params}
         return loop.update_of(optimizer)(gradient, optimizer_state, params, **extra)
 
     program = jax.make_jaxpr(update)(*shapes)
