@@ -28,7 +28,8 @@ SMOKE = {
     "central_limit": ["num_terms=[1, 8, 16]", "draws=100"],
     "collapse": ["modulus=5", "hidden_units=3", "num_steps=100", "seeds=2",
                  "trainings=[{name='Adam', operation='division', layer_norm=true, optimizer='adam', "
-                 "learning_rate=1e-3, weight_decay=0.0, eps=1e-30, losses=['usual', 'jprob', 'float64', 'usual16', 'smoothed']}]",
+                 "learning_rate=1e-3, weight_decay=0.0, eps=1e-30, "
+                 "losses=['usual', 'jprob', 'float64', 'usual16', 'smoothed']}]",
                  "family=[{measure='spikes', training='Adam'}, {measure='accuracy', training='Adam'}, "
                  "{measure='smoothing', training='Adam'}]"],
     "data_sets": ["names=['wine', 'mnist1d']", "models=['linear', 'CNN']", "epochs=1", "batch_size=512",
