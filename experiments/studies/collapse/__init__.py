@@ -46,7 +46,7 @@ __all__ = ["Config", "report", "run"]
 
 
 def features(training: Training, params, pairs):
-    """What the logits are made of. The product of two one-hot numbers with a kernel is a sum of two of its rows."""
+    """The inputs of the output layer. The product of two one-hot numbers with a kernel is a sum of two of its rows."""
     first = params["left"][pairs[:, 0]] + params["right"][pairs[:, 1]]
     last = jax.nn.relu(jax.nn.relu(first) @ params["hidden"])
     return jax.nn.standardize(last) if training.layer_norm else last
