@@ -50,7 +50,7 @@ def dtype(request):
 
 # Here programs are compiled as a user has them: digits are counted, or bits compared with those of another process.
 # Elsewhere a program is compared with a program, and to make either fast takes longer than to run it.
-OPTIMIZED = {"test_accuracy", "test_bayes", "test_bernoulli", "test_categorical", "test_expectation", "test_gaussian",
+OPTIMIZED = {"test_accuracy", "test_bayes", "test_bernoulli", "test_categorical", "test_expectation",
              "test_launch", "test_killed", "test_precision", "test_processes"}  # fmt: skip
 
 
@@ -68,6 +68,9 @@ def _optimize(value):
     compiler.get_compile_options = _USUAL if value else _quick_options  # jax has no public setting for all programs
 
 
+_optimize(False)  # also the programs that modules run on import
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_a_module(request):
     """They serve no other module; kept, they fill gigabytes."""
@@ -78,7 +81,7 @@ def _programs_of_a_module(request):
 
 @pytest.fixture
 def optimized(request):
-    """For the one test of a module in which digits are counted."""
+    """For the tests of a module in which digits are counted."""
     _optimize(True)
     yield
     _optimize(False)

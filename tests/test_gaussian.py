@@ -71,13 +71,13 @@ def within(got, want, bound, dtype, size=None, out=None):
 
 
 @pytest.fixture(params=["float32", "float64"])
-def wide(request):
+def wide(request, optimized):
     with jax.enable_x64(request.param == "float64"):
         yield request.param
 
 
 @pytest.fixture(params=U)
-def dtype(request):
+def dtype(request, optimized):
     with jax.enable_x64(request.param == "float64"):
         yield request.param
 

@@ -62,7 +62,6 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.usefixtures("optimized")
 def test_the_loss_is_that_of_the_logits(options):
     """Values and all gradients (those of nll and logsumexp too), for any blocks and both layouts of the kernel."""
     cotangents = normal(N), normal(N), normal(N)
