@@ -7,6 +7,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 # The settings of a strict program: no silent promotion of dtypes or ranks. Set here, subprocesses have them too.
 os.environ |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+# Threads of BLAS that wait for each other take a hundred times the time of the fits here.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # To take the frames of jax out of a traceback takes longer than the call that raises.
 os.environ["JAX_TRACEBACK_FILTERING"] = "off"
 
@@ -50,8 +52,8 @@ def dtype(request):
 
 # Here programs are compiled as a user has them: digits are counted, or bits compared with those of another process.
 # Elsewhere a program is compared with a program, and to make either fast takes longer than to run it.
-OPTIMIZED = {"test_accuracy", "test_bayes", "test_bernoulli", "test_categorical", "test_expectation", "test_gaussian",
-             "test_launch", "test_killed", "test_precision", "test_processes"}  # fmt: skip
+# So are single tests, by the marker `optimized`.
+OPTIMIZED = {"test_accuracy", "test_launch", "test_killed", "test_precision", "test_processes"}
 
 
 _USUAL = compiler.get_compile_options
@@ -68,17 +70,20 @@ def _optimize(value):
     compiler.get_compile_options = _USUAL if value else _quick_options  # jax has no public setting for all programs
 
 
+_optimize(False)  # also the programs that modules run on import
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Ahead of all fixtures; no program is one that was compiled the other way."""
+    optimize = item.path.stem in OPTIMIZED or item.get_closest_marker("optimized") is not None
+    if optimize != (compiler.get_compile_options is _USUAL):
+        jax.clear_caches()
+        _optimize(optimize)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _programs_of_a_module(request):
+def _programs_of_a_module():
     """They serve no other module; kept, they fill gigabytes."""
-    _optimize(request.path.stem in OPTIMIZED)
     yield
     jax.clear_caches()
-
-
-@pytest.fixture
-def optimized(request):
-    """For the one test of a module in which digits are counted."""
-    _optimize(True)
-    yield
-    _optimize(False)

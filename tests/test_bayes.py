@@ -20,6 +20,7 @@ def span(x):
 
 @pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 20.0])
+@pytest.mark.optimized
 def test_the_posterior_is_exact_whatever_constants_are_added(dtype, spread, shift):
     rng = np.random.default_rng(0)
     prior, likelihood = (jnp.asarray(shift + spread * rng.normal(size=6), dtype) for _ in range(2))
@@ -31,6 +32,7 @@ def test_the_posterior_is_exact_whatever_constants_are_added(dtype, spread, shif
 @pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0, 40.0])
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("spread", [0.1, 3.0, 20.0])
+@pytest.mark.optimized
 def test_the_log_evidence_keeps_its_digits_near_0(dtype, size, sign, spread):
     rng = np.random.default_rng(1)
     prior = jnp.asarray(spread * rng.normal(size=6), dtype)
@@ -72,6 +74,7 @@ def test_what_is_excluded_stays_so():
 
 
 @pytest.mark.parametrize("steps", [1, 7, 300])
+@pytest.mark.optimized
 def test_updating_one_by_one_is_updating_at_once(dtype, steps):
     rng = np.random.default_rng(2)
     prior = jnp.asarray(rng.normal(size=4), dtype)
@@ -111,6 +114,7 @@ def test_an_impossible_observation_ends_a_sequence_from_there_on():
 
 @pytest.mark.parametrize("a", [1.0, 1e-3, 1e-30, 1e30])
 @pytest.mark.parametrize("b", [1.0, 1e-30, 1e30])
+@pytest.mark.optimized
 def test_the_gaussian_posterior_is_exact_for_any_scales(dtype, a, b):
     x = jnp.asarray([1.0, 2.5, -0.5], dtype) * a
     w = jnp.asarray([1.0, 0.5, 2.0], dtype)

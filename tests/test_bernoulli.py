@@ -15,7 +15,12 @@ U = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 
 LOGITS = [0.0, 2.0**-8, 1.0, 8.0, 17.0, 20.0, 60.0, 87.0]
 
 
-@pytest.fixture(params=U)
+DTYPES = ["bfloat16", "float64", pytest.param("float16", marks=pytest.mark.slow),
+          pytest.param("float32", marks=pytest.mark.optimized),
+          pytest.param("float64", marks=[pytest.mark.optimized, pytest.mark.slow], id="float64 as is")]  # fmt: skip
+
+
+@pytest.fixture(params=DTYPES)
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):
         yield request.param
@@ -68,6 +73,7 @@ def test_entropy_and_brier_score_are_exact(dtype):
 
 
 @pytest.mark.parametrize(("p", "q"), [(0.0, 0.0), (1.0, 1.0 + 2.0**-20), (-3.0, 4.0), (20.0, 19.0), (60.0, -60.0)])
+@pytest.mark.optimized
 def test_kl_has_the_digits_its_inputs_determine(p, q):
     got = bernoulli.kl_divergence(jnp.array(p), jnp.array(q))
     want = oracles.kl_divergence([oracles.mpf(0), oracles.mpf(p)], [oracles.mpf(0), oracles.mpf(q)])
@@ -99,6 +105,7 @@ def test_draws_have_the_frequency_of_their_probability():
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.optimized
 def test_rare_answers_are_drawn_as_often_as_they_should_be(sign):
     """2^-28 is below the resolution of 23 random bits. 4e7 draws of 23 bits would hold 5 of them instead of .15."""
     z = jnp.array(sign * 28 * math.log(2))

@@ -36,7 +36,7 @@ def bins_of(c, num_bins):
 
 @pytest.mark.parametrize("num_bins", [1, 7, 15])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 def test_all_follows_its_definition(num_bins, weighted):
     z, labels, w = examples()
     table = calibration.reliability(z, labels, num_bins=num_bins, weights=w if weighted else None)
@@ -105,7 +105,7 @@ def test_bins_of_equal_mass_hold_equal_weight(num_bins):
     np.testing.assert_array_equal(ties.weight, [8] + [0] * (num_bins - 1))
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 def test_a_confident_model_keeps_the_digits_of_its_error():
     z = jnp.array([[20.0, 0.0]])
     table = calibration.reliability(z, jnp.array([0]))

@@ -13,8 +13,10 @@ import pytest
 from jprob import categorical
 
 U = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}  # of the dtype computed in
-# float16 takes the path of bfloat16: computed in float32, rounded once.
-DTYPES = [pytest.param("float16", marks=pytest.mark.slow), "bfloat16", "float32", "float64"]
+# float16 takes the path of bfloat16: computed in float32, rounded once. float64 takes that of float32.
+DTYPES = ["bfloat16", "float64", pytest.param("float16", marks=pytest.mark.slow),
+          pytest.param("float32", marks=pytest.mark.optimized),
+          pytest.param("float64", marks=[pytest.mark.optimized, pytest.mark.slow], id="float64 as is")]  # fmt: skip
 
 
 def rows() -> dict[str, list[float]]:
@@ -128,6 +130,7 @@ def test_brier_score_and_its_gradient_are_exact_where_they_decay(dtype):
         assert oracles.error(got, want, tiny(dtype)) <= tolerance(dtype, dtype, 3 * logits), (z, label)
 
 
+@pytest.mark.optimized
 def test_one_and_two_classes_need_no_third():
     """The shapes that the batches above do not have."""
     for row in ([3.0], [0.0, 0.0], [20.0, 0.0], [-17.0, 0.0]):
@@ -297,6 +300,7 @@ def test_distillation_is_the_tempered_divergence(dtype):
 
 
 @pytest.mark.parametrize("temperature", [0.3, 3.0])
+@pytest.mark.optimized
 def test_distillation_takes_logits_whose_quotient_by_the_temperature_overflows(temperature):
     """The teacher is certain of class 0."""
     student, teacher = jnp.array([1.0, 2.0, 3.0]), jnp.array([3e38, -3e38, 0.0])
@@ -335,6 +339,7 @@ def test_draws_at_temperature_0_are_modes_and_at_infinity_uniform():
     assert np.abs(hot[:3] - 30_000).max() <= 5 * math.sqrt(20_000)
 
 
+@pytest.mark.optimized
 def test_rare_classes_are_drawn_as_often_as_they_should_be():
     """2^-28 is below the resolution of 23 random bits. 4e7 draws of 23 bits would hold 5 of them instead of .15."""
     z = jnp.array([0.0, -28 * math.log(2)])
@@ -442,6 +447,7 @@ def ends(values, group):
      ("spread by 30", "cross_entropy", (2,)),
      *(pytest.param("spread by 30", name, (2,), marks=pytest.mark.slow) for name in ("entropy", "kl_divergence"))],
 )  # fmt: skip
+@pytest.mark.optimized
 def test_many_classes_add_the_logarithm_of_their_number(case, name, batch):
     (function, argnums), (rows, group, _) = OF_MANY[name], crowd(case)
     program = value_and_slopes(function, argnums, batched=bool(batch))
@@ -464,6 +470,7 @@ def test_many_classes_add_the_logarithm_of_their_number(case, name, batch):
     ([27.0, -7.5, -9.5], [-9.5, -7.5, 27.0]),
     ([40.0, 0.0, 1.0], [41.0, 0.5, 1.0]),
 ])  # fmt: skip
+@pytest.mark.optimized
 def test_kl_slopes_of_confident_classes_keep_their_digits(p, q):
     """Each entry is compared on its own scale, not the largest one's; that of the top class is the rest."""
     slopes = jax.grad(categorical.kl_divergence, argnums=(0, 1))(jnp.array(p), jnp.array(q))
@@ -476,6 +483,7 @@ def test_kl_slopes_of_confident_classes_keep_their_digits(p, q):
         assert oracles.error(got, want, tiny("float32")) <= tolerance("float32", "float32", jnp.array(p), jnp.array(q))
 
 
+@pytest.mark.optimized
 def test_more_classes_than_float32_counts():
     last = 2**24 + 1
     z = jnp.zeros(last + 1).at[last].set(30.0).at[last - 1].set(29.0)
@@ -511,6 +519,7 @@ def test_temperature_has_its_limits():
     assert slope == pytest.approx(math.e / (1 + 2 * math.e), rel=1e-6)
 
 
+@pytest.mark.optimized
 def test_a_nan_is_none_that_the_compiler_may_replace():
     """XLA on CPU makes a number of `exp(where(ok, x, nan))`, also if exp and where come from two functions."""
     z, tempered = jnp.array([1.0, 2.0]), jax.jit(lambda z, t: categorical.softmax(z, temperature=t))

@@ -328,13 +328,11 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize(("said", "change"), DIFFERENCES.items(), ids=DIFFERENCES)
-def test_the_folder_of_another_run_is_left_alone(capsys, said, change):
+def test_the_folder_of_another_run_is_left_alone(capsys, folder_of_coin, said, change):
     seed = "8" if "seed" in said else "7"
-    assert main(["run", COIN, "--out", "run", "--set", f"coin.seed={seed}"]) == 0
     stored = json.loads(Path("run/manifest.json").read_text())
     change(stored)
     Path("run/manifest.json").write_text(json.dumps(stored | {"identity": "a" * 64}))
-    capsys.readouterr()
     before = tiny_studies.tree()
     assert main(["run", COIN, "--out", "run", "--set", f"coin.seed={seed}"]) == 2
     line = capsys.readouterr().err
@@ -454,27 +452,27 @@ def test_a_platform_without_its_plugin_is_one_line(monkeypatch, backend, platfor
 OUTPUTS = [["list"], ["results", "run"], ["results", "run", "--format", "csv"], ["results", "run", "--format", "sql"]]
 
 
+@pytest.mark.usefixtures("folder_of_coin")
 @pytest.mark.parametrize("arguments", [*OUTPUTS, ["report", "run"]])
 def test_output_that_does_not_fit_is_one_line(arguments):
-    assert main(["run", COIN, "--out", "run"]) == 0
     with open("/dev/full", "w") as full:
         status, _, errors = ended(*arguments, stdout=full)
     assert (status, errors) == (2, "stdout: cannot be written: No space left on device\n")
 
 
+@pytest.mark.usefixtures("folder_of_coin")
 def test_a_closed_output_is_one_line():
-    assert main(["run", COIN, "--out", "run"]) == 0
     command = f"import os, sys; os.close(1); os.execv(sys.executable, {tiny_studies.COMMAND} + sys.argv[1:])"
     for arguments in [["list"], ["results", "run"], ["report", "run"]]:
         status, _, errors = ended(*arguments, program=command)
         assert (status, errors) == (2, "stdout: cannot be written: it is closed\n")
 
 
+@pytest.mark.usefixtures("folder_of_coin")
 @pytest.mark.parametrize("loss", ["os.close(2)", "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)"])
 @pytest.mark.parametrize(("arguments", "status"), [(["run", COIN, "--out", "run"], 0), (["run", "nowhere"], 2)])
 def test_nobody_who_listens_is_no_mistake(loss, arguments, status):
     """On a folder that is finished, what goes to stderr comes first."""
-    assert main(["run", COIN, "--out", "run"]) == 0
     command = f"import os, sys; {loss}; os.execv(sys.executable, {tiny_studies.COMMAND} + sys.argv[1:])"
     got, out, _ = ended(*arguments, program=command)
     assert got == status
@@ -482,8 +480,8 @@ def test_nobody_who_listens_is_no_mistake(loss, arguments, status):
     assert "finished before" not in out
 
 
+@pytest.mark.usefixtures("folder_of_coin")
 def test_a_backend_of_matplotlib_changes_nothing(monkeypatch):
-    assert main(["run", COIN, "--out", "run"]) == 0
     monkeypatch.setenv("MPLBACKEND", "zzz")
     assert ended("report", "run")[0::2] == (0, "")
 
@@ -567,9 +565,9 @@ def test_a_column_is_shown_by_its_name(capsys, folder_of_coin):
     assert capsys.readouterr().out.split() == ["[bold]", "[/red]", "1", "2"]
 
 
+@pytest.mark.usefixtures("folder_of_coin")
 @pytest.mark.parametrize("arguments", [*OUTPUTS, ["report", "run"]])
 def test_a_reader_that_has_enough_is_no_mistake(arguments):
-    assert main(["run", COIN, "--out", "run"]) == 0
     reader, writer = os.pipe()
     os.close(reader)
     status, _, errors = ended(*arguments, stdout=writer)

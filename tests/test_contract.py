@@ -99,17 +99,11 @@ def close(got, want, u=64 * U):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=u, atol=u * float(np.abs(w).max()))
 
 
-def value_and_gradient(case):
-    """Value, and gradient of the sum of its squares: its cotangents are not 1. Nothing where nothing is smooth."""
-
-    def both(*args):
-        return forward_and_backward(case, *args)[:2]
-
-    return both
-
-
 def forward_and_backward(case, *args):
-    """Value, gradient, and what the forward pass keeps for the backward one."""
+    """Value, gradient of the sum of its squares, and what the forward pass keeps for the backward one.
+
+    The cotangents of the gradient are not 1. There is none where nothing is smooth.
+    """
     if not case.differentiable:
         return case.function(*args), (), ()
     function = lambda *values: case.function(*moved(case, values, args))  # noqa: E731
@@ -119,13 +113,17 @@ def forward_and_backward(case, *args):
 
 @functools.cache
 def program(function, differentiable):
-    """Compiled once for each shape and dtype, whichever test asks first."""
+    """Traced and compiled once for each shape and dtype, whichever test asks first."""
     return jax.jit(functools.partial(forward_and_backward, Case(function, (), differentiable)))
+
+
+def value_and_gradient(case):
+    return lambda *args: program(case.function, case.differentiable)(*args)[:2]
 
 
 def evaluated(case):
     """Value and gradient, by a program that the tests of a case share."""
-    return program(case.function, case.differentiable)(*case.args)[:2]
+    return value_and_gradient(case)(*case.args)
 
 
 def moved(case, values, args=None):
@@ -328,16 +326,30 @@ def test_one_trace_per_shape(name):
     assert inner() is inner()
 
 
-@these([name for name in RULES if CASES[name].per_example])
-def test_scan_checkpoint_and_shard_map_change_nothing(case):
+def nested(case):
     """One inside the other: each of eight devices scans over its examples, and rematerialises them."""
 
-    def nested(*args):
+    def scanned(*args):
         return jax.lax.scan(lambda c, args: (c, jax.checkpoint(case.function)(*args)), 0, args)[1]
 
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.shard_map(nested, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
-    close(jax.jit(value_and_gradient(case._replace(function=sharded)))(*case.args), evaluated(case))
+    sharded = jax.shard_map(scanned, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
+    return case._replace(function=sharded)
+
+
+NESTED = [name for name in RULES if CASES[name].per_example]
+
+
+@these(NESTED)
+def test_scan_checkpoint_and_shard_map_are_taken(case):
+    """From shapes alone: a rule that does not nest fails while it is traced."""
+    got, want = (jax.eval_shape(value_and_gradient(each), *case.args) for each in (nested(case), case))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+
+
+@these(slow_but(["categorical.cross_entropy, smoothed", "categorical.entropy", *MODULES], NESTED))
+def test_scan_checkpoint_and_shard_map_change_nothing(case):
+    close(evaluated(nested(case)), evaluated(case))
 
 
 def on_explicit_axes(case, place):

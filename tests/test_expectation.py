@@ -21,6 +21,7 @@ def test_the_die_has_mean_3_5_and_variance_35_12():
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e6])
 @pytest.mark.parametrize("margin", [0.0, 5.0, 20.0, 60.0])
+@pytest.mark.optimized
 def test_moments_keep_their_digits(dtype, offset, margin):
     """Beside a large common offset, and where one outcome is nearly certain."""
     rng = np.random.default_rng(0)

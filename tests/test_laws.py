@@ -245,7 +245,7 @@ CONSUMERS = {
 
 @pytest.mark.parametrize("consumer", CONSUMERS.values(), ids=CONSUMERS)
 @pytest.mark.parametrize("producer", PRODUCERS.values(), ids=PRODUCERS)
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 def test_logits_made_in_the_same_program_cost_their_rounding_alone(producer, consumer):
     """XLA may compute them again for each sum, an ulp or two apart. A logit then need not equal its own maximum."""
     rng = np.random.default_rng(0)

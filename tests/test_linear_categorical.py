@@ -62,7 +62,6 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.usefixtures("optimized")
 def test_the_loss_is_that_of_the_logits(options):
     """Values and all gradients (those of nll and logsumexp too), for any blocks and both layouts of the kernel."""
     cotangents = normal(N), normal(N), normal(N)
@@ -282,7 +281,7 @@ def test_confident_tokens_keep_their_gradient(temperature):
 
 
 @pytest.mark.parametrize("c", [pytest.param(2.0, marks=pytest.mark.slow), 30.0])
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 def test_a_softcap_keeps_the_digits_of_every_gradient(c):
     """However far beyond the cap a logit lies, and of second derivatives too, in the rematerialised scan of blocks.
 
@@ -345,7 +344,7 @@ TRIALS = [
 
 
 @pytest.mark.parametrize("settings", TRIALS, ids=[",".join(trial) for trial in TRIALS])
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 def test_errors_of_settings_together_are_at_most_those_of_the_plain_form(settings):
     """Values and gradients in blocks, against float64 from the same operands. The plain form has them in float32."""
     form = {name: settings[name] for name in ("softcap", "temperature") if name in settings}
@@ -873,7 +872,7 @@ def test_gradients_taken_inside_shard_map():
     close(got, jax.jit(slopes())(*MODELS[:5]), 128 * U)
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 def test_a_sharded_vocabulary_loses_no_digit():
     """Confident tokens, and two models that nearly agree: hidden is the unit matrix, so that no product rounds."""
     w = _rng.normal(0, 1, (H, 8))

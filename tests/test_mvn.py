@@ -27,7 +27,7 @@ def matrix(lower):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 def test_log_prob_is_that_of_the_covariance(dtype, size, scale):
     rng = np.random.default_rng(size)
     lower = jnp.asarray(factor(size, rng, scale), dtype)
@@ -64,7 +64,7 @@ def test_what_stands_above_the_diagonal_is_not_read():
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-6, 1e-3, 0.1, 1.0])
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 def test_kl_is_never_negative_and_keeps_its_digits_near_equality(dtype, gap):
     rng = np.random.default_rng(3)
     q = jnp.asarray(factor(4, rng), dtype)
@@ -135,7 +135,7 @@ def test_samples_have_the_mean_and_covariance_asked_for():
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 def test_fit_is_the_weighted_mean_and_covariance(dtype, offset, scale):
     rng = np.random.default_rng(5)
     x = jnp.asarray(scale * (offset + rng.normal(size=(50, 3)) @ factor(3, rng).T), dtype)
