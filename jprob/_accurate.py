@@ -119,7 +119,7 @@ def each(f: Callable, axis: int | Sharded, *arrays: Any) -> Array:
 
     def across(*arrays):
         out = f(*jax.tree.map(lambda x: jnp.moveaxis(x, place, 0), arrays))
-        return jnp.moveaxis(kept(out), 0, place)
+        return jnp.moveaxis(kept(out), 0, place)  # without the barrier XLA may take both transpositions out
 
     return jax.lax.platform_dependent(*arrays, cpu=across, default=f)
 
