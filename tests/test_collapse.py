@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
+import optax
 import pytest
 
 from experiments import results
@@ -16,7 +17,14 @@ from experiments.studies.collapse.settings import Comparison, Rules, Training
 
 U = 2.0**-24
 ADAM = Training(
-    name="Adam", optimizer="adam", learning_rate=1e-3, weight_decay=0.0, eps=1e-30, losses=["usual", "jprob", "float64"]
+    name="Adam",
+    operation="addition",
+    layer_norm=False,
+    optimizer="adam",
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    eps=1e-30,
+    losses=["usual", "jprob", "float64"],
 )
 DECAY = msgspec.structs.replace(ADAM, name="AdamW", weight_decay=0.5)
 CONFIG = collapse.Config(
@@ -156,10 +164,44 @@ def test_draws_are_paired():
     same, nudged = (collapse.initial_params(CONFIG, 3, loss) for loss in ("jprob", "nudged"))
     np.testing.assert_array_equal(same["hidden"], nudged["hidden"])
     np.testing.assert_array_equal(np.nextafter(same["output"], np.float32(np.inf)), nudged["output"])
-    pairs = collapse.all_pairs(CONFIG, 3)
+    pairs = collapse.all_pairs(CONFIG, ADAM, 3)
     assert sorted(map(tuple, pairs.tolist())) == [(a, b) for a in range(5) for b in range(5)]
     assert CONFIG.num_train == 15
-    assert not np.array_equal(pairs, collapse.all_pairs(CONFIG, 4))
+    assert not np.array_equal(pairs, collapse.all_pairs(CONFIG, ADAM, 4))
+
+
+def test_an_answer_solves_its_pair():
+    """a / b is the one number whose product with b is a. No number is divided by 0."""
+    divide = msgspec.structs.replace(ADAM, operation="division")
+    pairs = collapse.all_pairs(CONFIG, divide, 3)
+    assert sorted(map(tuple, pairs.tolist())) == [(a, b) for a in range(5) for b in range(1, 5)]
+    assert len(pairs) == divide.num_pairs(5)
+    a, b = pairs.T
+    np.testing.assert_array_equal(collapse.answers(divide, jnp.asarray(pairs), 5) * b % 5, a)
+    np.testing.assert_array_equal((collapse.answers(ADAM, jnp.asarray(pairs), 5) - b) % 5, a)
+
+
+def test_layer_norm_leaves_features_of_mean_0_and_deviation_1():
+    config = msgspec.structs.replace(CONFIG, hidden_units=30)
+    params, pairs = collapse.initial_params(config, 3, "jprob"), jnp.asarray(collapse.all_pairs(config, ADAM, 3))
+    plain = np.asarray(collapse.features(ADAM, params, pairs), np.float64)
+    norm = collapse.features(msgspec.structs.replace(ADAM, layer_norm=True), params, pairs)
+    spread = plain.std(axis=1, keepdims=True)
+    want = (plain - plain.mean(axis=1, keepdims=True)) / np.sqrt(spread**2 + 1e-5)
+    np.testing.assert_allclose(norm, want, rtol=0, atol=64 * U * (plain.max() / spread.min()))
+
+
+def test_smoothed_labels_spread_a_tenth_over_all_classes():
+    """optax's cross-entropy of a distribution."""
+    z = 4 * np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    labels = (np.arange(50) % 7).astype(np.int32)
+    value, gradient = value_and_gradient("smoothed", z, labels)
+    target = 0.9 * np.eye(7)[labels] + 0.1 / 7
+    with jax.enable_x64(True):
+        want = optax.softmax_cross_entropy(z.astype(np.float64), target)
+        probs = np.asarray(jax.nn.softmax(z.astype(np.float64)))
+    np.testing.assert_allclose(value, want, rtol=0, atol=16 * U * np.abs(z).max())
+    np.testing.assert_allclose(gradient, probs - target, rtol=0, atol=16 * U)
 
 
 def test_a_spike_is_a_fast_rise():
@@ -179,20 +221,22 @@ def test_a_spike_is_a_fast_rise():
 N = 61  # measurements of a simulated training: log-odds 0, 1, ... 60
 
 
-def simulated(**changes) -> list[Record]:
+def simulated(trainings=CONFIG.trainings, **changes) -> list[Record]:
     """Records of trainings that bear every claim out; `changes` are functions by loss that spoil the curves."""
     odds = np.arange(N, dtype=float)
     records = []
-    for training in CONFIG.trainings:
-        for loss in ("usual", "jprob", "float64"):
+    for training in trainings:
+        for loss in training.losses:
             for seed in range(CONFIG.seeds):
                 mine = odds.copy()
+                if loss == "smoothed":
+                    mine = np.minimum(mine, 5.0)
                 if loss == "usual":
                     mine[16:] = 16.0
                     mine[20] = 10.0  # a spike: e^7 times
-                if loss != "usual":
+                if loss in ("jprob", "float64"):
                     mine[45:] = -5.0  # Adam fails after log-odds of 44
-                if training is DECAY and loss != "usual":
+                if training is DECAY and loss in ("jprob", "float64"):
                     mine[25] = 18.0  # with decay the exact losses spike too
                 values = {
                     "nll": np.exp(-mine), "log_odds": mine, "own_loss": np.exp(-mine), "error": np.full(N, 0.5),
@@ -249,6 +293,31 @@ def test_verdicts_follow_the_figures(changes, differs):
     assert got == [differs.get(i, "holds") for i in range(8)]
 
 
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "holds"),
+        ({"smoothed": put("log_odds", 40, 0.0)}, "falsified"),
+        ({"usual": put("log_odds", slice(16, None), 16.0)}, "undecided"),
+    ],
+    ids=["as claimed", "smoothed spikes", "none spikes"],
+)
+def test_the_claim_of_smoothing_has_each_verdict(changes, verdict):
+    training = msgspec.structs.replace(ADAM, losses=[*ADAM.losses, "smoothed"])
+    family = [Comparison(measure="smoothing", training="Adam")]
+    config = msgspec.structs.replace(CONFIG, num_steps=10 * (N - 1), trainings=[training], family=family)
+    claims = collapse.report(config, simulated([training], **changes)).hypotheses
+    assert [h.verdict for h in claims if "label smoothing" in h.claim] == [verdict]
+
+
+@pytest.mark.parametrize(("layer_norm", "verdict"), [(False, "holds"), (True, "falsified")])
+def test_an_exact_loss_without_spikes_speaks_against_the_claim_that_layer_norm_makes_them(layer_norm, verdict):
+    training = msgspec.structs.replace(ADAM, layer_norm=layer_norm)
+    config = msgspec.structs.replace(CONFIG, num_steps=10 * (N - 1), trainings=[training], family=CONFIG.family[:1])
+    claims = collapse.report(config, simulated([training])).hypotheses
+    assert [(h.verdict, "LayerNorm" in h.claim) for h in claims if "spikes" in h.claim] == [(verdict, layer_norm)]
+
+
 def test_the_claim_of_agreement_has_each_verdict():
     config = msgspec.structs.replace(CONFIG, num_steps=10 * (N - 1), trainings=[ADAM], family=CONFIG.family[:1])
 
@@ -293,6 +362,14 @@ def test_holms_family_is_that_of_the_config():
         ({"log_every": 15}, "log_every: expected a divisor of spike_window and num_steps, got 15"),
         ({"trainings": [ADAM, ADAM]}, "trainings: expected distinct names"),
         ({"trainings": [DECAY]}, r"family: expected trainings of \['AdamW'\], got \['Adam'\]"),
+        (
+            {"family": [Comparison(measure="smoothing", training="Adam")]},
+            r"family: expected smoothed among the losses of \['Adam'\], got none",
+        ),
+        (
+            {"modulus": 6, "trainings": [msgspec.structs.replace(ADAM, operation="division"), DECAY]},
+            "modulus: expected a prime for division, got 6",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(change, message):
@@ -311,13 +388,14 @@ def test_parts_are_configs_that_cover_the_whole():
 
 def test_it_runs_small_and_reports():
     arms = msgspec.structs.replace(ADAM, learning_rate=1e-2, losses=list(losses.LOSSES))
+    arms = msgspec.structs.replace(arms, operation="division", layer_norm=True)
     config = msgspec.structs.replace(CONFIG, trainings=[arms], family=CONFIG.family[:1], seeds=2)
     with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
         items = list(collapse.run(config))
     records = [item for item in items if isinstance(item, Record)]
     done = [item.done for item in items if isinstance(item, results.Progress)]
     assert done == sorted(done)
-    assert len(records) == 6 * 2
+    assert len(records) == 7 * 2
     for record in records:
         assert all(np.shape(x) == (5,) for x in record.values.values())
         assert 0 <= record.values["accuracy"].min() <= record.values["accuracy"].max() <= 100
@@ -328,4 +406,4 @@ def test_it_runs_small_and_reports():
     assert last["jprob"] == pytest.approx(last["float64"], rel=1e-4)
     found = collapse.report(config, records)
     assert found.hypotheses[0].verdict == "holds"
-    assert len(found.tables[0].rows) == 6
+    assert len(found.tables[0].rows) == 7

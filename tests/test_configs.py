@@ -27,11 +27,14 @@ SMOKE = {
                 "trained_together=10"],
     "central_limit": ["num_terms=[1, 8, 16]", "draws=100"],
     "collapse": ["modulus=5", "hidden_units=3", "num_steps=100", "seeds=2",
-                 "trainings=[{name='Adam', optimizer='adam', learning_rate=1e-3, weight_decay=0.0, eps=1e-30, "
-                 "losses=['usual', 'jprob', 'float64', 'usual16']}]",
-                 "family=[{measure='spikes', training='Adam'}, {measure='accuracy', training='Adam'}]"],
-    "data_sets": ["names=['wine']", "models=['linear']", "epochs=1", "decades=[-2.0, -1.5]", "widen_at_most=0",
-                  "selection_seeds=1", "report_seeds=2", "trained_together=2"],
+                 "trainings=[{name='Adam', operation='division', layer_norm=true, optimizer='adam', "
+                 "learning_rate=1e-3, weight_decay=0.0, eps=1e-30, "
+                 "losses=['usual', 'jprob', 'float64', 'usual16', 'smoothed']}]",
+                 "family=[{measure='spikes', training='Adam'}, {measure='accuracy', training='Adam'}, "
+                 "{measure='smoothing', training='Adam'}]"],
+    "data_sets": ["names=['wine', 'mnist1d']", "models=['linear', 'CNN']", "epochs=1", "batch_size=512",
+                  "decades=[-2.0, -1.5]", "widen_at_most=0", "selection_seeds=1", "report_seeds=2",
+                  "trained_together=2"],
     "distillation": ["teacher_examples=40", "hidden_units=8", "teacher_steps=60", "student_examples=20",
                      "student_steps=30", "batch_size=20", "temperatures=[1.0, 8.0]", "seeds=3"],
     "gradient_law": ["num_classes=[2]", "margin_limit=20.0", "margin_step=0.5"],

@@ -1,5 +1,6 @@
 """The study of data sets: one program trains both arms, features are standardised, and verdicts can fail."""
 
+import math
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import msgspec
 import numpy as np
 import optax
 import pytest
+from scipy.ndimage import correlate1d
 from test_data import written
 
 from experiments import data, plots
@@ -50,7 +52,7 @@ def test_a_training_is_that_by_hand(arm):
     whole = data_sets.Config(**{**{f: getattr(CONFIG, f) for f in CONFIG.__struct_fields__}, "batch_size": 1000})
     got = data_sets.trainer("wine", "linear", whole)([Member(arm, -2, 1), Member(SOFTMAX_CE, -4, 2)])
     train, _, test = data_sets.standardised(data.resampled("wine", 1))
-    (params,) = data_sets.initial_params(1, 13, 3)
+    (params,) = data_sets.initial_params(1, [(13, 3)])
     optimizer = optax.adam(0.1)
     state = optimizer.init(params)
     for _ in range(2):
@@ -70,6 +72,35 @@ def test_an_mlp_has_a_layer_of_tanh_and_a_deep_one_two_of_relu():
     np.testing.assert_array_equal(data_sets.outputs([layer] * 3, x), [[0.0, 2.0]])
     trained = data_sets.trainer("wine", "deep MLP", CONFIG)([Member(arm, -4, 1) for arm in data_sets.ARMS])
     assert (trained["test"] > 80).all()
+
+
+def test_a_cnn_has_three_convolutions_of_stride_2_and_fits_where_the_signal_is():
+    """Against scipy: every other value of a correlation, padded by 0. A CNN beats a linear model on MNIST-1D."""
+    shapes = data_sets.shapes_of("CNN", 40, 64, 10)
+    assert sum(math.prod(shape) + shape[-1] for shape in shapes) == 5210  # weights of the published model
+    params = data_sets.initial_params(1, shapes)
+    x = np.random.default_rng(0).normal(size=(2, 40)).astype(np.float32)
+    planes = x[:, :, None]
+    for layer in params[:-1]:
+        kernel = layer["kernel"]
+        summed = [[sum(correlate1d(plane[:, i], kernel[:, i, j], mode="constant") for i in range(kernel.shape[1]))
+                   for j in range(kernel.shape[2])] for plane in planes]  # fmt: skip
+        planes = np.maximum(np.moveaxis(summed, 1, 2)[:, ::2], 0)
+    want = planes.reshape(2, -1) @ params[-1]["kernel"]
+    # Sums of up to 125 terms of size below 1, in float32.
+    np.testing.assert_allclose(data_sets.outputs(params, jnp.asarray(x)), want, rtol=0, atol=125 * 2.0**-24)
+    config = msgspec.structs.replace(CONFIG, names=["mnist1d"], models=["linear", "CNN"])
+    linear, cnn = (data_sets.trainer("mnist1d", m, config)([Member(SOFTMAX_CE, -4, 1)])["test"] for m in config.models)
+    assert cnn > linear + 10
+
+
+def test_a_cnn_goes_with_sequences_alone():
+    names = ["wine", "mnist1d"]
+    config = msgspec.structs.replace(CONFIG, names=names, models=["linear", "CNN"])
+    assert data_sets.jobs(config) == [("wine", "linear"), ("mnist1d", "linear"), ("mnist1d", "CNN")]
+    assert [job for part in data_sets.parts(config) for job in data_sets.jobs(part)] == data_sets.jobs(config)
+    with pytest.raises(ValueError, match=r"models: expected one of \['mnist1d'\] among the names for a CNN, got"):
+        msgspec.structs.replace(config, names=["wine"])
 
 
 def test_it_runs_small_and_an_unknown_name_is_refused_before_it():

@@ -1,14 +1,15 @@
 """Collapse: does the rounding of the usual cross-entropy stop a training and make its loss spike?
 
-A network learns addition modulo p by full batches. It has two one-hot numbers as input, two layers of ReLU, and p
-logits. The training goes far beyond the step at which every training example is right. The arms start from the same
-draws and differ in the loss alone:
+A network learns a + b or a / b modulo p by full batches. It has two one-hot numbers as input, two layers of ReLU, and
+p logits. A LayerNorm without parameters may stand before the logits. The training goes far beyond the step at which
+every training example is right. The arms start from the same draws and differ in the loss alone:
 
     usual      logsumexp(z) - z_y in float32, by autodiff, as in optax and torch
     jprob      `categorical.cross_entropy` in float32
     float64    softplus(logsumexp_{j != y} z_j - z_y) on logits cast to float64, its gradient cast back to float32
     nudged     the float64 loss from output weights one bit larger: what rounding elsewhere does to a training
     usual16, jprob16    the two float32 losses on logits rounded to bfloat16
+    smoothed    the usual loss with label smoothing of .1
 
 The log-odds of an example are `log(p_y / (1 - p_y))`. Its negative log-likelihood (nll) is softplus of minus them.
 Both are computed in float64 for every arm. The usual loss rounds 1 + e^-odds to 1 from log-odds of `24 ln 2 = 16.64`
@@ -44,10 +45,19 @@ from .settings import Config, Training
 __all__ = ["Config", "report", "run"]
 
 
-def features(params, pairs):
-    """The last hidden layer. The product of two one-hot numbers with a kernel is a sum of two of its rows."""
+def features(training: Training, params, pairs):
+    """The inputs of the output layer. The product of two one-hot numbers with a kernel is a sum of two of its rows."""
     first = params["left"][pairs[:, 0]] + params["right"][pairs[:, 1]]
-    return jax.nn.relu(jax.nn.relu(first) @ params["hidden"])
+    last = jax.nn.relu(jax.nn.relu(first) @ params["hidden"])
+    return jax.nn.standardize(last) if training.layer_norm else last
+
+
+def answers(training: Training, pairs, p: int):
+    """a + b or a / b modulo p, the class of each pair."""
+    if training.operation == "division":
+        inverses = np.array([0, *(pow(b, -1, p) for b in range(1, p))], np.int32)
+        return pairs[:, 0] * jnp.asarray(inverses)[pairs[:, 1]] % p
+    return (pairs[:, 0] + pairs[:, 1]) % p
 
 
 def initial_params(config: Config, seed: int, loss: str) -> dict[str, np.ndarray]:
@@ -62,10 +72,11 @@ def initial_params(config: Config, seed: int, loss: str) -> dict[str, np.ndarray
     return params
 
 
-def all_pairs(config: Config, seed: int) -> np.ndarray:
+def all_pairs(config: Config, training: Training, seed: int) -> np.ndarray:
     """All pairs of numbers in the seed's order; the first `num_train` are trained on."""
     order = np.random.Generator(np.random.PCG64([seed, 1])).permutation(config.modulus**2)
-    return np.stack(np.divmod(order, config.modulus), axis=1).astype(np.int32)
+    pairs = np.stack(np.divmod(order, config.modulus), axis=1).astype(np.int32)
+    return pairs[pairs[:, 1] != 0] if training.operation == "division" else pairs
 
 
 def optimizer_of(training: Training, b2: float) -> optax.GradientTransformation:
@@ -79,12 +90,12 @@ def optimizer_of(training: Training, b2: float) -> optax.GradientTransformation:
     return optax.chain(direction, decay, optax.scale_by_learning_rate(training.learning_rate))
 
 
-def measured(loss: str, state: mle.State, start, train, test) -> dict[str, Array]:
+def measured(training: Training, loss: str, state: mle.State, start, train, test) -> dict[str, Array]:
     """The numbers that are recorded at a moment of a training."""
-    h, labels = features(state.params, train[0]), train[1]
+    h, labels = features(training, state.params, train[0]), train[1]
     z = h @ state.params["output"]
     odds = log_odds(z, labels)
-    right = jnp.argmax(features(state.params, test[0]) @ state.params["output"], axis=-1) == test[1]
+    right = jnp.argmax(features(training, state.params, test[0]) @ state.params["output"], axis=-1) == test[1]
     weight_mean, feature_mean = jnp.mean(state.params["output"], axis=1), jnp.mean(h, axis=0)
     norms = jnp.linalg.norm(weight_mean), jnp.linalg.norm(feature_mean)
     first, second = (optax.tree.get(state.optimizer_state, name, default=()) for name in ("mu", "nu"))
@@ -107,21 +118,21 @@ def train_all(config: Config, training: Training, loss: str) -> dict[str, np.nda
     """All seeds at once: [seeds, measurements], the first before the first step."""
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     optimizer, count = optimizer_of(training, config.adam_b2), config.num_train
-    pairs = np.stack([all_pairs(config, seed) for seed in seeds])
+    pairs = np.stack([all_pairs(config, training, seed) for seed in seeds])
     params = jax.tree.map(lambda *x: np.stack(x), *(initial_params(config, seed, loss) for seed in seeds))
     keys = jax.random.split(jax.random.key(0), config.seeds)
 
     def nll(params, batch, key):
-        return LOSSES[loss](features(params, batch[0]) @ params["output"], batch[1])
+        return LOSSES[loss](features(training, params, batch[0]) @ params["output"], batch[1])
 
     @jax.jit
     @jax.vmap
     def members(params, pairs, key):
-        labels = (pairs[:, 0] + pairs[:, 1]) % config.modulus
+        labels = answers(training, pairs, config.modulus)
         train, test = ((pairs[:count], labels[:count]), (pairs[count:], labels[count:]))
 
         def look_and_step(state, _):
-            row = measured(loss, state, params, train, test)
+            row = measured(training, loss, state, params, train, test)
             return mle.run(nll, optimizer, state, train, num_steps=config.log_every, batch_size=count)[0], row
 
         rows = config.num_steps // config.log_every + 1

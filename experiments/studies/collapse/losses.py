@@ -11,8 +11,10 @@ from jaxtyping import Float, Float64, Int
 from jprob import categorical
 
 LABELS = {"usual": "usual float32", "jprob": "jprob float32", "float64": "float64", "nudged": "float64, nudged",
-          "usual16": "usual, bfloat16 logits", "jprob16": "jprob, bfloat16 logits"}  # fmt: skip
+          "usual16": "usual, bfloat16 logits", "jprob16": "jprob, bfloat16 logits",
+          "smoothed": "usual, smoothed labels"}  # fmt: skip
 BITS = {"usual": 24, "usual16": 8}  # of the significand
+SMOOTHING = 0.1  # share of a target that is spread over all classes
 MOMENT = 63 * math.log(2)  # log-odds from which e^-2 odds underflows float32
 HALF_SPACING, TINY = 2.0**-24, 2.0**-126  # half the spacing of float32 at 1, and its smallest normal number
 
@@ -20,6 +22,11 @@ HALF_SPACING, TINY = 2.0**-24, 2.0**-126  # half the spacing of float32 at 1, an
 def usual(z: Float[Array, "n k"], labels: Int[Array, " n"]) -> Float[Array, " n"]:
     """The form of optax and torch, in the dtype of the logits."""
     return jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, labels[:, None], axis=-1)[:, 0]
+
+
+def smoothed(z: Float[Array, "n k"], labels: Int[Array, " n"]) -> Float[Array, " n"]:
+    """The usual form with label smoothing."""
+    return (1 - SMOOTHING) * usual(z, labels) - SMOOTHING * jnp.mean(jax.nn.log_softmax(z, axis=-1), axis=-1)
 
 
 def log_odds(z: Float[Array, "n k"], labels: Int[Array, " n"]) -> Float64[Array, " n"]:
@@ -42,6 +49,7 @@ LOSSES: dict[str, Callable[..., Array]] = {
     "nudged": exact,
     "usual16": lambda z, labels: usual(z.astype(jnp.bfloat16), labels),
     "jprob16": lambda z, labels: categorical.cross_entropy(z.astype(jnp.bfloat16), labels),
+    "smoothed": smoothed,
 }
 
 

@@ -10,10 +10,11 @@ from experiments import plots, stats
 from experiments.findings import Hypothesis, Plot, Section, Table, decided
 from experiments.results import Record
 
-from .losses import BITS, LABELS, MOMENT, moment_wall
+from .losses import BITS, LABELS, MOMENT, SMOOTHING, moment_wall
 from .settings import Config, LossName, Rules, Training
 
-COLOURS = {"usual": plots.PALETTE[1], "jprob": plots.PALETTE[0], "float64": plots.PALETTE[4]}
+COLOURS = {"usual": plots.PALETTE[1], "jprob": plots.PALETTE[0], "float64": plots.PALETTE[4],
+           "smoothed": plots.PALETTE[2]}  # fmt: skip
 Seeds = Float64[np.ndarray, "seeds n"]
 Pick = Callable[[str, str, str], Seeds]  # measurement, training, loss
 
@@ -91,24 +92,25 @@ def failures(pick: Pick, training: str, loss: str, config: Config) -> list[float
 
 
 def compare(pick: Pick, config: Config) -> dict[tuple[str, str], tuple[np.ndarray, float]]:
-    """By measure and training: paired differences that favour jprob if positive, and their p-value after Holm."""
-    differences, p_values = {}, []
+    """By measure and training: paired differences against usual if positive, and their p-value after Holm."""
+    differences, p_values, named = {}, [], {training.name: training for training in config.trainings}
     for each in config.family:
-        if each.measure == "spikes":
-            counts = [num_spikes(pick, each.training, loss, config) for loss in ("usual", "jprob")]
-            d = (counts[0] - counts[1]).astype(float)
-            p_values.append(stats.sign_flip_p(d))
-        else:
+        if each.measure == "accuracy":
             best = [pick("accuracy", each.training, loss).max(axis=1) for loss in ("jprob", "usual")]
             d = best[0] - best[1]
-            p_values.append(stats.resampled_p(d, overlap(config)))
+            p_values.append(stats.resampled_p(d, overlap(config, named[each.training])))
+        else:
+            other = "jprob" if each.measure == "spikes" else "smoothed"
+            counts = [num_spikes(pick, each.training, loss, config) for loss in ("usual", other)]
+            d = (counts[0] - counts[1]).astype(float)
+            p_values.append(stats.sign_flip_p(d))
         differences[each.measure, each.training] = d
     return {key: (d, float(p)) for (key, d), p in zip(differences.items(), stats.holm(p_values), strict=True)}
 
 
-def overlap(config: Config) -> float:
+def overlap(config: Config, training: Training) -> float:
     """n_test / n_train of the splits."""
-    return config.modulus**2 / config.num_train - 1
+    return training.num_pairs(config.modulus) / config.num_train - 1
 
 
 def vanish(usual_spikes: np.ndarray, exact_spikes: np.ndarray, p: float, alpha: float) -> str:
@@ -224,19 +226,20 @@ def wall_hypothesis(pick: Pick, config: Config, loss: LossName) -> Hypothesis | 
 
 
 def spike_hypothesis(pick: Pick, config: Config, training: Training, p: float) -> Hypothesis:
-    """Without decay the exact loss is expected to cure the spikes, and with decay not."""
+    """The exact loss is expected to cure the spikes, but not with decay or LayerNorm."""
     counts = {loss: num_spikes(pick, training.name, loss, config) for loss in ("usual", "jprob", "float64")}
     verdict = vanish(counts["usual"], counts["jprob"], p, config.rules.alpha)
     claim = "the usual loss spikes and jprob's does not"
-    if training.weight_decay:
-        claim = "jprob's loss spikes too: with weight decay the rounding is not the cause"
+    disputed = ["weight decay"] * (training.weight_decay > 0) + ["LayerNorm before the logits"] * training.layer_norm
+    if disputed:
+        claim = f"jprob's loss spikes too: with {' and '.join(disputed)} the rounding is not the cause"
         verdict = {"holds": "falsified", "falsified": "holds"}.get(verdict, verdict)
     told = "; ".join(f"{LABELS[loss]} {count.sum()}" for loss, count in counts.items())
     above = {loss: len(failures(pick, training.name, loss, config)) for loss in counts}
     return Hypothesis(
         f"{training.name}: {claim}.",
         f"spikes of {config.seeds} seeds: {told}; $p$ (Holm) of usual less jprob {p:.3f}",
-        ("jprob's loss has no spike, and the usual one more" if training.weight_decay else "jprob's loss has a spike")
+        ("jprob's loss has no spike, and the usual one more" if disputed else "jprob's loss has a spike")
         + f" below log-odds of {config.rules.spikes_below:g}; undecided while $p > {config.rules.alpha:g}$",
         verdict,
         [f"Above log-odds of {config.rules.spikes_below:g}, seeds that spike: "
@@ -244,10 +247,27 @@ def spike_hypothesis(pick: Pick, config: Config, training: Training, p: float) -
     )  # fmt: skip
 
 
+def smoothing_hypothesis(pick: Pick, config: Config, training: Training, p: float) -> Hypothesis:
+    """Whether label smoothing, which keeps all log-odds small, cures the usual loss."""
+    usual, smoothed = (num_spikes(pick, training.name, loss, config) for loss in ("usual", "smoothed"))
+    best = {loss: pick("accuracy", training.name, loss).max(axis=1).mean() for loss in ("usual", "jprob", "smoothed")}
+    return Hypothesis(
+        f"{training.name}: label smoothing of {SMOOTHING:g} cures the spikes of the usual loss.",
+        f"spikes of {config.seeds} seeds: {LABELS['usual']} {usual.sum()}; {LABELS['smoothed']} {smoothed.sum()}; "
+        f"$p$ (Holm) of their difference {p:.3f}",
+        f"the smoothed loss has a spike below log-odds of {config.rules.spikes_below:g}; undecided while "
+        f"$p > {config.rules.alpha:g}$",
+        vanish(usual, smoothed, p, config.rules.alpha),
+        [f"Its nll stays above {pick('nll', training.name, 'smoothed').min():.2g}, and a rise of that by "
+         f"{config.rules.spike_rise:g} times takes more than a rise of a nll near 0.",
+         "Highest test accuracy: " + "; ".join(f"{LABELS[loss]} {value:.1f}" for loss, value in best.items()) + "."],
+    )  # fmt: skip
+
+
 def accuracy_hypothesis(pick: Pick, config: Config, training: Training, d: np.ndarray, p: float) -> Hypothesis:
     """Whether a training that goes on generalises better."""
     best = {loss: pick("accuracy", training.name, loss).max(axis=1).mean() for loss in ("usual", "jprob", "float64")}
-    low, high = stats.resampled_interval(d, overlap(config))
+    low, high = stats.resampled_interval(d, overlap(config, training))
     return Hypothesis(
         f"{training.name}: jprob's loss generalises better than the usual one.",
         f"highest test accuracy of a training, jprob less usual, in points: {d.mean():+.1f} [{low:+.1f}, {high:+.1f}], "
@@ -255,7 +275,7 @@ def accuracy_hypothesis(pick: Pick, config: Config, training: Training, d: np.nd
         + "; ".join(f"{LABELS[loss]} {value:.1f}" for loss, value in best.items()),
         f"the difference is significantly below 0, or equivalent to 0 within {config.rules.same_accuracy:g} point; "
         f"undecided while neither it nor a lead is significant at {config.rules.alpha:g}",
-        better(d, p, config.rules, overlap(config)),
+        better(d, p, config.rules, overlap(config, training)),
     )
 
 
@@ -287,7 +307,7 @@ def training_figure(pick: Pick, config: Config, trainings: Sequence[Training]) -
     steps = np.arange(config.num_steps // config.log_every + 1) * config.log_every
     for i, training in enumerate(trainings):
         top, bottom = axes[i], axes[len(trainings) + i]
-        for loss in ("float64", "jprob", "usual"):
+        for loss in (loss for loss in ("float64", "jprob", "usual", "smoothed") if loss in training.losses):
             style = {"color": COLOURS[loss], "lw": {"float64": 4.0}.get(loss, 1.2), "label": LABELS[loss]}
             with np.errstate(invalid="ignore"):
                 nll, odds = (np.median(pick(name, training.name, loss), axis=0) for name in ("nll", "log_odds"))
@@ -343,20 +363,26 @@ def report(config: Config, records: Sequence[Record]) -> Section:
         wall_hypothesis(pick, config, "usual"),
         wall_hypothesis(pick, config, "usual16"),
         *(spike_hypothesis(pick, config, named[name], p) for (kind, name), (_, p) in tests.items() if kind == "spikes"),
+        *(smoothing_hypothesis(pick, config, named[name], p)
+          for (kind, name), (_, p) in tests.items() if kind == "smoothing"),
         *(accuracy_hypothesis(pick, config, named[name], d, p)
           for (kind, name), (d, p) in tests.items() if kind == "accuracy"),
         moment_hypothesis(pick, config),
     ]  # fmt: skip
+    operations = " and ".join(dict.fromkeys(t.operation for t in config.trainings))
+    pairs = " and ".join(dict.fromkeys(str(t.num_pairs(config.modulus)) for t in config.trainings))
+    smoothed = any("smoothed" in t.losses for t in config.trainings)
     totals = {loss: sum(num_spikes(pick, t.name, loss, config).sum() for t in config.trainings)
               for loss in ("usual", "jprob", "float64")}  # fmt: skip
     abstract = [
-        f"In trainings on addition modulo {config.modulus} far beyond the last mistake, the loss spikes "
+        f"In trainings on {operations} modulo {config.modulus} far beyond the last mistake, the loss spikes "
         f"{totals['usual']} times under the usual float32 cross-entropy, {totals['jprob']} times under jprob's and "
         f"{totals['float64']} times under float64, below log-odds of {config.rules.spikes_below:g}."
     ]
     text = (
-        f"A network of two hidden layers of {config.hidden_units} units learns addition modulo {config.modulus} from "
-        f"{config.num_train} of {config.modulus**2} pairs, by full batches. The losses differ in their rounding alone. "
+        f"A network of two hidden layers of {config.hidden_units} units learns {operations} modulo {config.modulus} "
+        f"from {config.num_train} of {pairs} pairs, by full batches. The losses differ in their rounding alone"
+        f"{', but for one with label smoothing' * smoothed}. "
         "The usual one is a log-sum-exp less a logit in float32, as in optax and torch.\n\n"
         "The log-odds of an example are $log(p / (1 - p))$, with $p$ the probability of its true class, and its "
         "negative log-likelihood (nll) is $log(1 + e^-odds)$. Both are computed in float64 for every loss. Each "

@@ -10,23 +10,29 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=30)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
-LossName = Literal["usual", "jprob", "float64", "nudged", "usual16", "jprob16"]
+LossName = Literal["usual", "jprob", "float64", "nudged", "usual16", "jprob16", "smoothed"]
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An optimizer that trains several losses. Weight decay is decoupled; SGD and Lion have no eps."""
 
     name: Name
+    operation: Literal["addition", "division"]
+    layer_norm: bool
     optimizer: Literal["sgd", "adam", "lion"]
     learning_rate: Positive
     weight_decay: NotNegative
     eps: NotNegative
-    losses: Annotated[list[LossName], msgspec.Meta(min_length=3, max_length=6)]
+    losses: Annotated[list[LossName], msgspec.Meta(min_length=3, max_length=7)]
 
     def __post_init__(self):
         distinct(self, "losses")
         if missing := {"usual", "jprob", "float64"} - set(self.losses):
             raise ValueError(f"losses: expected usual, jprob and float64 among them, got none of {sorted(missing)}")
+
+    def num_pairs(self, modulus: int) -> int:
+        """How many pairs there are. No number is divided by 0."""
+        return modulus * (modulus - (self.operation == "division"))
 
 
 class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,9 +50,9 @@ class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A paired test of the usual loss against jprob's; Holm's family is the list of them."""
+    """A paired test of the usual loss against jprob's, or the smoothed one; Holm's family is the list of them."""
 
-    measure: Literal["spikes", "accuracy"]
+    measure: Literal["spikes", "accuracy", "smoothing"]
     training: Name
 
 
@@ -72,6 +78,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError(f"trainings: expected distinct names, got {names}")
         if unknown := {each.training for each in self.family} - set(names):
             raise ValueError(f"family: expected trainings of {names}, got {sorted(unknown)}")
+        smoothed = {training.name for training in self.trainings if "smoothed" in training.losses}
+        if without := {each.training for each in self.family if each.measure == "smoothing"} - smoothed:
+            raise ValueError(f"family: expected smoothed among the losses of {sorted(without)}, got none")
+        is_prime = all(self.modulus % n for n in range(2, self.modulus))
+        if not is_prime and any(training.operation == "division" for training in self.trainings):
+            raise ValueError(f"modulus: expected a prime for division, got {self.modulus}")
         if self.rules.spike_window % self.log_every or self.num_steps % self.log_every:
             raise ValueError(f"log_every: expected a divisor of spike_window and num_steps, got {self.log_every}")
 
