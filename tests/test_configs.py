@@ -20,6 +20,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 SMOKE = {
     "accuracy": ["dtypes=['float32']", "functions=['entropy']", "libraries=['jprob', 'torch']", "examples=1",
                  "num_classes=[3]"],
+    "block_size": ["cells=[[4, 2, 5]]", "dtypes=['float32']", "functions=['entropy']", "block_sizes=[2]", "rounds=2"],
     "cause": ["epochs=1", "batch_size=512", "decades=[0.0, 0.5]", "widen_at_most=0", "selection_seeds=1",
               "report_seeds=2", "trained_together=4"],
     "classes": ["num_classes=[2, 3]", "num_features=2", "train_examples=20", "test_examples=20", "epochs=1",
