@@ -64,7 +64,7 @@ def _place(axis: int | Sharded) -> int:
 def _lanes(z: Array, axis: int | Sharded) -> int:
     """Classes of a slice: all of them where the array is small, or where the class axis is sharded explicitly."""
     size = z.shape[_place(axis)]
-    if (size <= 16 and z.size < 4096) or jax.typeof(z).sharding.spec[_place(axis)] is not None:
+    if (size <= 16 and z.size < 1024) or jax.typeof(z).sharding.spec[_place(axis)] is not None:
         return size
     # LLVM vectorises 32 lanes without a remainder. At most 16 classes are one lane each.
     return 1 if size <= 16 else min(size, 32 * -(-size // 512))
@@ -106,6 +106,22 @@ def once(x: Array, z: Array, axis: int | Sharded) -> Array:
         return x
     divided = lambda x: jax.lax.optimization_barrier(x / jnp.where(jnp.isnan(x), jnp.nan, 1).astype(x.dtype))  # noqa: E731
     return jax.lax.platform_dependent(x, cpu=divided, default=lambda x: x)
+
+
+def each(f: Callable, axis: int | Sharded, *arrays: Any) -> Array:
+    """f(*arrays), a number per class of arrays that keep all axes.
+
+    LLVM vectorises the innermost loop alone, which is too short over few classes. On CPU it is then one over rows.
+    """
+    place, z = _place(axis), jax.tree.leaves(arrays)[0]
+    if not 1 < z.shape[place] <= 16 or z.size < 1024 or jax.typeof(z).sharding.spec[place] is not None:
+        return f(*arrays)
+
+    def across(*arrays):
+        out = f(*jax.tree.map(lambda x: jnp.moveaxis(x, place, 0), arrays))
+        return jnp.moveaxis(kept(out), 0, place)  # without the barrier XLA may take both transpositions out
+
+    return jax.lax.platform_dependent(*arrays, cpu=across, default=f)
 
 
 def sum_where(term: Callable, axis: int | Sharded, *arrays: Array) -> Array:

@@ -123,7 +123,11 @@ def target_terms(z, targets, axis):
     # A select last, as in a loss of labels.
     loss = jnp.where(jnp.isnan(log_total), log_total, mass * log_total + gaps)
     scale, at_top = (_accurate.once(x, z, axis) for x in (mass * rows.share, rest - mass * rows.lack))
-    residual = jnp.where(z == rows.large, at_top, scale * jnp.exp(z - rows.top) - targets)
+
+    def error(z, targets, rows, scale, at_top):
+        return jnp.where(z == rows.large, at_top, scale * jnp.exp(z - rows.top) - targets)
+
+    residual = _accurate.each(error, axis, z, targets, rows, scale, at_top)
     return loss, jnp.where(jnp.isfinite(mass), residual, 0)
 
 
@@ -371,14 +375,13 @@ def _kl(pair, axis):
     # exp(q - top_q - shift) = exp(p - top_p + d)
     (high, low), (top_high, top_low) = pair.reference, _accurate.difference(pair.top_q, pair.top_p)
     shift = _accurate.once(((high - top_high) + (low - top_low)) + pair.mean, pair.p, axis)
+    largest = math.log(jnp.finfo(shift.dtype).max) / 2  # beyond it, `far` is the divergence
 
     def term(k, p, q):
         d, (shifted_p, shifted_q) = pair.centred(p, q), pair.shifted(p, q)
-        near = jnp.clip(d, -1, 2)
-        # No more than a finite number: beyond it, `far` is the divergence.
-        beyond, c = d - near, jnp.minimum(shifted_q - shift, math.log(jnp.finfo(d.dtype).max) / 2)
-        # If d is near, `beyond` is 0, and the difference of the two exponentials is exactly 0 too.
-        x = jnp.exp(shifted_p) * (_accurate.near_exp_remainder(near) - beyond) + (jnp.exp(c) - jnp.exp(c - beyond))
+        near, far = jnp.clip(d, -1, 2), jnp.exp(jnp.minimum(shifted_q - shift, largest))
+        p_i = jnp.exp(shifted_p)
+        x = jnp.where(near == d, p_i * _accurate.near_exp_remainder(near), far - p_i * (1 + d))
         return jnp.maximum(p, q) > -jnp.inf, x
 
     excess = _accurate.sum_where(term, axis, pair.p, pair.q) / pair.total_p
@@ -394,7 +397,9 @@ def _finite_kl_jvp(axis, primals, tangents):
     # The divergence by its rule, which is finite where its plain derivative is not; XLA merges what both compute.
     pair, kl = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
     pair = pair._replace(mean=_accurate.kept((pair.mean, kl))[0]).kept()
-    return kl, _along(kl, (partial(_kl_slope_p, pair, axis), partial(_kl_slope_q, pair, kl)), tangents, axis)
+    return kl, _along(
+        kl, (partial(_kl_slope_p, pair, axis), partial(_accurate.each, _kl_slope_q, axis, pair, kl)), tangents, axis
+    )
 
 
 def _along(out, slopes, tangents, axis):

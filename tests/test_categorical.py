@@ -248,6 +248,25 @@ def test_kl_has_the_digits_its_inputs_determine(dtype):
         assert oracles.error(dp, slope, tiny(dtype), max(map(abs, slope))) <= bound, case
 
 
+@pytest.mark.parametrize(("function", "argnums"), [
+    (categorical.kl_divergence, (0, 1)),
+    (lambda z, other: categorical.cross_entropy(z, jax.nn.softmax(other)), (0,)),
+    (lambda z, other: categorical.cross_entropy(z, jnp.argmax(other, axis=-1)), (0,)),
+])  # fmt: skip
+def test_many_rows_of_few_classes_have_the_digits_of_each(function, argnums):
+    """A CPU has loops over rows for them."""
+    p, q = each_pair("float32")
+    want, slopes = value_and_slopes(function, argnums)(p, q)
+    many = [jnp.tile(z, (400, 1)) for z in (p, q)]
+    out, pull = jax.jit(lambda *z: jax.vjp(function, *z))(*many)
+    for first, got in ((want, out), *zip(slopes, jax.jit(pull)(jnp.ones_like(out)), strict=False)):
+        got = np.reshape(got, (400, *first.shape))
+        chex.assert_trees_all_equal(got, np.broadcast_to(got[0], got.shape))
+        for logits, a, b in zip(zip(p, q, strict=True), first, got[0], strict=True):
+            bound = 2 * tolerance("float32", "float32", *logits)
+            np.testing.assert_allclose(b, a, bound, bound * np.max(np.abs(a), where=np.isfinite(a), initial=0))
+
+
 def weighted_js(p_logits, q_logits, weight):
     return categorical.js_divergence(p_logits, q_logits, weight=weight)
 

@@ -20,6 +20,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 SMOKE = {
     "accuracy": ["dtypes=['float32']", "functions=['entropy']", "libraries=['jprob', 'torch']", "examples=1",
                  "num_classes=[3]"],
+    "block_size": ["cells=[[4, 2, 5]]", "dtypes=['float32']", "functions=['entropy']", "block_sizes=[2]", "rounds=2"],
     "cause": ["epochs=1", "batch_size=512", "decades=[0.0, 0.5]", "widen_at_most=0", "selection_seeds=1",
               "report_seeds=2", "trained_together=4"],
     "classes": ["num_classes=[2, 3]", "num_features=2", "train_examples=20", "test_examples=20", "epochs=1",
@@ -56,6 +57,7 @@ SMOKE = {
     "plateaus": ["draws=10", "num_features=2", "hidden_units=2", "num_classes=2", "examples=2", "points=3"],
     "speed": ["functions=['cross_entropy', 'softmax']", "shapes=[[8, 3]]", "dtypes=['float32']", "rounds=2",
               "seconds_a_sample=0.0"],
+    "transformer": ["layers=1", "width=4", "sequences=2", "words=2", "head_dtypes=['float32']", "rounds=2", "steps=2"],
     "walls": ["dtypes=['float32', 'float16']", "num_classes=[2]", "margin_step=0.25", "margin_limit=20.0"],
     "wrong_start": ["models=['mlp']", "optimizers=['sgd']", "other_stds=[]", "hidden_units=4", "epochs=1",
                     "batch_size=256", "sgd_decades=[0.0, 0.5]", "widen_at_most=0", "selection_seeds=1",
