@@ -253,6 +253,7 @@ def test_kl_has_the_digits_its_inputs_determine(dtype):
     (lambda z, other: categorical.cross_entropy(z, jax.nn.softmax(other)), (0,)),
     (lambda z, other: categorical.cross_entropy(z, jnp.argmax(other, axis=-1)), (0,)),
 ])  # fmt: skip
+@pytest.mark.optimized
 def test_many_rows_of_few_classes_have_the_digits_of_each(function, argnums):
     """A CPU has loops over rows for them."""
     p, q = each_pair("float32")
