@@ -64,10 +64,15 @@ def _place(axis: int | Sharded) -> int:
 def _lanes(z: Array, axis: int | Sharded) -> int:
     """Classes of a slice: all of them where the array is small, or where the class axis is sharded explicitly."""
     size = z.shape[_place(axis)]
-    if (size <= 16 and z.size < 1024) or jax.typeof(z).sharding.spec[_place(axis)] is not None:
+    if (size <= 16 and _small(z)) or jax.typeof(z).sharding.spec[_place(axis)] is not None:
         return size
     # LLVM vectorises 32 lanes without a remainder. At most 16 classes are one lane each.
     return 1 if size <= 16 else min(size, 32 * -(-size // 512))
+
+
+def _small(z: Array) -> bool:
+    """Whether an array is too small for a loop over rows to pay. One of a symbolic shape counts as large."""
+    return isinstance(z.size, int) and z.size < 1024
 
 
 def fold(step: Callable, carry: Any, last: Callable, axis: int | Sharded, *arrays: Array) -> Any:
@@ -114,7 +119,7 @@ def each(f: Callable, axis: int | Sharded, *arrays: Any) -> Array:
     LLVM vectorises the innermost loop alone, which is too short over few classes. On CPU it is then one over rows.
     """
     place, z = _place(axis), jax.tree.leaves(arrays)[0]
-    if not 1 < z.shape[place] <= 16 or z.size < 1024 or jax.typeof(z).sharding.spec[place] is not None:
+    if not 1 < z.shape[place] <= 16 or _small(z) or jax.typeof(z).sharding.spec[place] is not None:
         return f(*arrays)
 
     def across(*arrays):

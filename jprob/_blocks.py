@@ -58,6 +58,8 @@ def plan(form, hidden, kernel, dtype, per_token=1) -> Plan:
     # H / tokens is the share that the kernel's gradient has in what a block reads and writes. A small H leaves the rest
     # of the time to the logits, which are then better kept in a cache.
     least = min(max(hidden.shape[-1], _TOKENS[0]), _TOKENS[1])
+    if not isinstance(num_tokens, int):
+        return Plan(1, num_tokens, 0, num_tokens * row)  # symbolic: no number of blocks is known to hold them
     most = form.block_bytes // row if form.block_bytes else max(_BYTES * least**2 // row, least)
     size = min(num_tokens, max(1, most))
     size = next((n for n in range(size, size // 2, -1) if num_tokens % n == 0), size)

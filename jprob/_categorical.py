@@ -469,25 +469,26 @@ def _excess(x, inverse):
 def _js_divergence_jvp(axis, primals, tangents):
     """`dJS = sum_i w p_i (log(p_i / m_i) - KL(p || m)) dz^p_i`, and the same for q with 1 - w."""
     p_logits, q_logits, weight = primals
-    sides = (p_logits, q_logits, weight), (q_logits, p_logits, 1 - weight)
+    # Both weights from here: 1 - (1 - w) has no digit of a small w left.
+    sides = (p_logits, q_logits, weight, 1 - weight), (q_logits, p_logits, 1 - weight, weight)
     out = js_divergence(*primals, axis)
     return out, _along(out, [partial(_js_slope, *side, axis) for side in sides], tangents[:2], axis)
 
 
-def _js_slope(p_logits, q_logits, weight, axis):
+def _js_slope(p_logits, q_logits, weight, other, axis):
     """`w p_i (l_i - <p, l>)` with `l_i = log(p_i / m_i) = -log(w + (1 - w) exp(t_i))`, less a constant that cancels.
 
-    l itself is 0 for t = 0, where p and q agree; l + log w is 0 where q is far below p. The one that is small where p
-    lies keeps the digits of the differences.
+    `other` is 1 - w. l itself is 0 for t = 0, where p and q agree; l + log w is 0 where q is far below p. The one that
+    is small where p lies keeps the digits of the differences.
     """
     pair = _pair(p_logits, q_logits, axis)
     p, _ = pair.probs(pair.p, pair.q)
     t = pair.log_ratio(pair.p, pair.q, _finite_kl(p_logits, q_logits, axis))
     t = jnp.where((q_logits == -jnp.inf) & (p_logits > -jnp.inf), -_LARGE_GAP, t)
     capped = jnp.clip(t, -_LARGE_GAP, _LARGE_GAP)
-    mixture = _log_mixture((1 - weight) * jnp.expm1(capped), weight + (1 - weight) * jnp.exp(capped))
+    mixture = _log_mixture(other * jnp.expm1(capped), weight + other * jnp.exp(capped))
     near = -(mixture + jnp.maximum(t - _LARGE_GAP, 0))
-    s = t + jnp.log((1 - weight) / jnp.maximum(weight, jnp.finfo(t.dtype).tiny))
+    s = t + jnp.log(other / jnp.maximum(weight, jnp.finfo(t.dtype).tiny))
     below = -jnp.maximum(s, 0) - jnp.log1p(jnp.exp(-jnp.abs(s)))
     far = _accurate.total(p * t, axis) < -1
     return weight * p * _accurate.centred(p, jnp.where(far, below, near), axis)

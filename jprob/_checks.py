@@ -333,7 +333,9 @@ def nats_to(function: str, base: float | None) -> float:
 
 def sample_shape(function: str, shape: Sequence[int] | None, batch: Sequence[int], name: str) -> tuple[int, ...]:
     """The shape of a sample: `batch`, or a given one that ends in it."""
-    shape, batch = tuple(batch) if shape is None else shape, tuple(batch)
+    batch = tuple(batch)
+    if shape is None:
+        return batch
     if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"{function}: shape must be a tuple of integers, got {shape!r}")
     if shape[len(shape) - len(batch) :] != batch:

@@ -103,7 +103,7 @@ def reliability(
     """
     _checks.size("reliability", "num_bins", num_bins, 2**24)
     for name, value in {"class_wise": class_wise, "equal_mass": equal_mass}.items():
-        if value not in (True, False):
+        if not isinstance(value, bool):
             raise ValueError(f"reliability: {name} must be True or False, got {value!r}")
     return _placement.automatic(partial(_reliability, num_bins, class_wise, equal_mass), logits, labels, weights)
 

@@ -270,7 +270,8 @@ def kl_divergence(
       constant; inf where q has probability 0 for a class that p has not. The divergence keeps its digits where p and q
       nearly agree: a difference of 1e-6 in the logits is a divergence near 1e-13 of full relative accuracy. Relative
       error at most (16 + R) u, R over both. Gradients: q - p in q's logits, p_i (log(p_i / q_i) - KL) in p's, each
-      adding up to 0. An infinite divergence has the gradient 0 in p's logits.
+      adding up to 0. The error of the latter is relative to p_i times the largest |log(p_j / q_j) - KL|. An infinite
+      divergence has the gradient 0 in p's logits.
 
     Raises:
       ValueError: a dtype, `axis`, `where` or `base` is not as above, or the shapes differ.

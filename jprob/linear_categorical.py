@@ -275,8 +275,8 @@ def entropy(
       axis_name: static, as in `cross_entropy`.
 
     Returns:
-      One value per token, at least float32, in [0, log V]. Relative error at most (16 + R) u, as for
-      `categorical.entropy`.
+      One value per token, at least float32, never negative. Relative error at most (16 + R) u, as for
+      `categorical.entropy`: log V, where all logits are equal, may be exceeded by that.
 
     Raises:
       ValueError: a dtype, a shape or an option is not as above.
@@ -631,7 +631,7 @@ def plan(
 
 def _form(function, transposed, block_bytes, axis_name=None, has_aux=False) -> _blocks.Form:
     for name, value in {"transposed_kernel": transposed, "has_aux": has_aux}.items():
-        if value not in (True, False):
+        if not isinstance(value, bool):
             raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
     if block_bytes is not None and (type(block_bytes) is not int or block_bytes <= 0):
         raise ValueError(f"{function}: block_bytes must be a positive integer, got {block_bytes!r}")

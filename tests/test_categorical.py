@@ -272,7 +272,7 @@ def weighted_js(p_logits, q_logits, weight):
     return categorical.js_divergence(p_logits, q_logits, weight=weight)
 
 
-@pytest.mark.parametrize("weight", [0.5, 2.0**-20])
+@pytest.mark.parametrize("weight", [0.5, 2.0**-20, float(np.float32(1e-6))])  # 1 less the last one is no float32
 def test_js_has_the_digits_its_inputs_determine(dtype, weight):
     batch, w = each_pair(dtype), oracles.mpf(weight)
     values, slopes = value_and_slopes(weighted_js, (0, 1))(*batch, jnp.full(len(pairs()), weight))
@@ -286,7 +286,8 @@ def test_js_has_the_digits_its_inputs_determine(dtype, weight):
         bound = tolerance(dtype, computed_in(dtype), p, q)
         assert 0 <= value <= np.asarray(most, value.dtype) * (1 + 2 * np.finfo(value.dtype).eps)
         assert oracles.error(value, oracles.js_divergence(zp, zq, w), tiny(computed_in(dtype))) <= bound, case
-        assert float(back) == pytest.approx(float(value), rel=bound, abs=tiny(computed_in(dtype)))
+        if float(np.float32(1 - weight)) == 1 - weight:
+            assert float(back) == pytest.approx(float(value), rel=bound, abs=tiny(computed_in(dtype)))
         wants = (
             oracles.gradient(lambda z, zq=zq: oracles.js_divergence(z, zq, w), zp),
             oracles.gradient(lambda z, zp=zp: oracles.js_divergence(zp, z, w), zq),

@@ -419,6 +419,18 @@ def test_value_and_gradient_lower_for_every_platform(case):
     assert exported(*case.args).platforms == platforms
 
 
+SYMBOLIC = ["categorical.cross_entropy", "categorical.kl_divergence", "linear_categorical.log_prob"]
+
+
+@these(slow_but(SYMBOLIC, [name for name, case in CASES.items() if case.per_example]))
+@pytest.mark.wrong_types  # jaxtyping knows no symbolic sizes
+def test_the_number_of_examples_may_be_symbolic(case):
+    (size,) = jax.export.symbolic_shape("examples")
+    shapes = [jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in map(jnp.asarray, case.args)]
+    exported = jax.export.export(jax.jit(functools.partial(forward_and_backward, case)))(*shapes)
+    close(exported.call(*case.args)[:2], evaluated(case))
+
+
 def test_no_call_pays_for_checks(case):
     """A program with an effect leaves the fast dispatch path of jit. That costs ten times the call of a small loss."""
     assert not jax.make_jaxpr(value_and_gradient(case))(*case.args).effects
@@ -605,6 +617,9 @@ WRONG = {
     "plan: block_bytes must be a positive integer, got 0": lambda: linear.plan(EYE, EYE, block_bytes=0),
     "mode: block_bytes must be a positive integer, got True": lambda: linear.mode(EYE, EYE, block_bytes=True),
     "cross_entropy: has_aux must be True or False, got 'yes'": lambda: linear.cross_entropy(EYE, EYE, I, has_aux="yes"),
+    "cross_entropy: transposed_kernel must be True or False, got 1":
+        lambda: linear.cross_entropy(EYE, EYE, I, transposed_kernel=1),
+    "reliability: class_wise must be True or False, got 1": lambda: calibration.reliability(EYE, I, class_wise=1),
     "sample: key must be one key, as jax.random.key makes it, got uint32[3]":
         lambda: gaussian.sample(jnp.zeros(3, jnp.uint32)),
     "cross_entropy: logits must be an array of real numbers, got a ShapeDtypeStruct":
