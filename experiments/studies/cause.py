@@ -168,8 +168,8 @@ def identity(z: Float[Array, "n k"], square: Float[Array, "n k"], entropy: Float
     g_i = p_i (e_i - c) with c = <p, e>. So e_i = g_i / p_i + c, and c follows from the sum of e, which is 0.
 
     A g_i that underflows is off by the smallest normal number, and e_i by that over p_i. Examples count if this is
-    below 2 u of ||e||. Their R is at most 72. Neither |e_i| nor |c| is above ||e||. jprob bounds the relative errors of
-    g by (16 + 3 R) u, of e by (16 + R) u, and of p by R u. Together these allow (80 + 17 R) u, which is 8e-5.
+    below 2 u of ||e||. Their R is at most 72. Neither |e_i| nor |c| is above ||e||. The relative error of g is at most
+    (16 + 3 R) u. That of e is at most (16 + R) u, and that of p R u. Together these allow (80 + 17 R) u, or 8e-5.
     """
     log_p, size = categorical.log_softmax(z), jnp.linalg.norm(entropy, axis=-1)
     ratio = jnp.sign(square) * jnp.exp(jnp.log(jnp.abs(square)) - log_p)
