@@ -7,8 +7,12 @@ it can agree.
     draws               equal bits: data, splits and initial weights are drawn on the host
     function            2e-6, relative
     gradient            1e-5, relative
+    coefficients        1e-3 of a fit, relative, next to 1e-3: a descent ends within its tolerance
+    steps               1e-3 of a gentle training, relative, next to one step
     gentle training     1e-3, relative: no example starts confidently wrong
-    gentle accuracy     half a point, of the mean over seeds
+    gentle accuracy     half a point, of the mean over seeds, if both runs tuned the same learning rate
+
+The tuned rate is the best of a few, by a count of right answers. So one example can turn it.
 """
 
 import math
@@ -94,6 +98,8 @@ def _rows(run: Run, name: str, pairs: list[tuple[Record, Record]]) -> Iterator[R
     for mine, other in pairs:
         for value in sorted(mine.values.keys() & other.values.keys()):
             tier = tier_of(config, mine.settings, value)
+            if tier and not np.array_equal(mine.values.get(tier.given, 0), other.values.get(tier.given, 0)):
+                tier = None
             kept = {k: v for k, v in mine.settings.items() if k != "seed" or not (tier and tier.over_seeds)}
             both = (np.atleast_1d(np.asarray(record.values[value], float)) for record in (mine, other))
             values[tier].append((f"{value} of {run_key(name, kept)}", *both))

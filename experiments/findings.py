@@ -31,15 +31,16 @@ class Tier(NamedTuple):
     allowed: float  # relative; if `over_seeds`, absolute, for means over seeds
     slack: float = 0.0  # an absolute difference that counts as none
     over_seeds: bool = False
+    given: str = ""  # a value that both records share, or the tier does not hold for them: the tuned learning rate
 
 
 DRAWS = Tier("draws", 0.0)
-STEPS = Tier("steps of a gentle training", 1e-3, slack=1.0)
-COEFFICIENTS = Tier("coefficients of a fit", 1e-3, slack=1e-3)
 FUNCTION = Tier("function", 2e-6)
 GRADIENT = Tier("gradient", 1e-5)
+COEFFICIENTS = Tier("coefficients", 1e-3, slack=1e-3)
+STEPS = Tier("steps", 1e-3, slack=1.0)
 GENTLE_TRAINING = Tier("gentle training", 1e-3)
-GENTLE_ACCURACY = Tier("gentle accuracy", 0.5, over_seeds=True)
+GENTLE_ACCURACY = Tier("gentle accuracy", 0.5, over_seeds=True, given="rate")
 
 
 def decided(holds: bool | np.bool_) -> str:

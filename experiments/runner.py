@@ -63,12 +63,17 @@ def _run_study(name: str, settings: Any, run: Run, update: progress.Update) -> N
     update(name, Progress(0.0, "starting"))
     kept = sum(records for _, records in run.store.finished_parts(name).values())  # the first ones, in their order
     before = run.store.records(name)[:kept]
-    for item in without_repetition(_measured(name, studies.load(name), settings, run), before):
-        if isinstance(item, Progress):
-            # The end is announced below, when everything is stored.
-            update(name, item._replace(done=min(item.done, 0.999)))
-        else:
-            run.store.write(name, item)
+    try:
+        for item in without_repetition(_measured(name, studies.load(name), settings, run), before):
+            if isinstance(item, Progress):
+                # The end is announced below, when everything is stored.
+                update(name, item._replace(done=min(item.done, 0.999)))
+            else:
+                run.store.write(name, item)
+    except Exception as error:  # a traceback ends in these words
+        place = f"{run.manifest['config']['file']}: {name}"
+        error.add_note(f"{place}: an error in the study; what is measured is in {run.folder}")
+        raise
     seconds, count = map(sum, zip(*run.store.finished_parts(name).values(), strict=True))
     run.update_manifest(seconds=run.manifest["seconds"] | {name: seconds})
     run.store.finish(name, seconds)  # last: a kill before it and the study, manifest and all, is done again

@@ -117,3 +117,9 @@ def entries(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
 def spec(x: Any) -> tuple[Any, ...]:
     """How each axis of an array is sharded, by nothing on a mesh that is not explicit."""
     return tuple(jax.typeof(x).sharding.spec)
+
+
+def diagonal(matrix: jax.Array) -> jax.Array:
+    """The diagonals of matrices on the last two axes."""
+    # The gradient of `jnp.diagonal` takes no explicit axes in jax 0.12.
+    return automatic(partial(jnp.diagonal, axis1=-2, axis2=-1), matrix, spec=spec(matrix)[:-1])

@@ -269,7 +269,7 @@ def _counts(function, matrix):
     c = matrix.astype(_accurate.compute_dtype(matrix))
     _checks.expect(c >= 0, c, f"{function}: count {{value}} is negative")
     c = jnp.where(jnp.any(c < 0, axis=(-2, -1), keepdims=True), jnp.nan, c)
-    return jnp.diagonal(c, axis1=-2, axis2=-1), jnp.sum(c, axis=-1), jnp.sum(c, axis=-2)
+    return _placement.diagonal(c), jnp.sum(c, axis=-1), jnp.sum(c, axis=-2)
 
 
 def _averaged(function, hits, total, row, column, average):

@@ -63,7 +63,7 @@ def _log_prob(x, loc, scale_tril):
     lower, ok = _usable(scale_tril)
     r, far = _standardised(lower, x - loc)
     # A sum of univariate log-densities of standard numbers; the scales enter by their logarithms alone.
-    return _accurate.nan_unless(ok, jnp.sum(gaussian.log_prob(r) - jnp.log(jnp.diagonal(lower))) - far)
+    return _accurate.nan_unless(ok, jnp.sum(gaussian.log_prob(r) - jnp.log(_placement.diagonal(lower))) - far)
 
 
 @_checks.public()
@@ -91,7 +91,7 @@ def entropy(scale_tril: Float[Array, "*batch D D"]) -> Float[Array, "*batch"]:
 
 def _entropy(scale_tril):
     lower, ok = _usable(scale_tril)
-    return _accurate.nan_unless(ok, jnp.sum(gaussian.entropy(jnp.diagonal(lower))))
+    return _accurate.nan_unless(ok, jnp.sum(gaussian.entropy(_placement.diagonal(lower))))
 
 
 @_checks.public()
@@ -131,7 +131,7 @@ def kl_divergence(
 def _kl_divergence(p_loc, q_loc, p_scale_tril, q_scale_tril):
     (p, p_ok), (q, q_ok) = _usable(p_scale_tril), _usable(q_scale_tril)
     (r, far), below = _standardised(q, p_loc - q_loc), jnp.tril(_solve(q, p - q), -1)
-    stretch = gaussian.kl_divergence(0.0, jnp.diagonal(p), 0.0, jnp.diagonal(q))
+    stretch = gaussian.kl_divergence(0.0, _placement.diagonal(p), 0.0, _placement.diagonal(q))
     squares = jnp.sum(jnp.square(below)) + jnp.sum(jnp.square(r))
     return _accurate.nan_unless(p_ok & q_ok, jnp.sum(stretch) + squares / 2 + far)
 
@@ -165,7 +165,7 @@ def sample(
     shape = _checks.sample_shape("sample", shape, batch, "the batch")
     loc, scale_tril = (jnp.expand_dims(v, range(len(shape) - len(batch))) for v in (loc, scale_tril))
     # The sum has the explicit axes of all, as `vectorize` asks of what it maps over.
-    like = jnp.zeros_like(loc + jnp.diagonal(scale_tril, axis1=-2, axis2=-1))
+    like = jnp.zeros_like(loc + _placement.diagonal(scale_tril))
     z = jax.random.normal(key, (*shape, loc.shape[-1]), loc.dtype) + like
     return jnp.vectorize(_draw, signature="(d),(d,d),(d)->(d)")(loc, scale_tril, z)
 
@@ -240,7 +240,7 @@ def _from_qr(rows):
     missing = max(0, rows.shape[-1] - rows.shape[-2])
     rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)])
     upper = jnp.linalg.qr(rows, mode="r")
-    sign = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1, 1).astype(rows.dtype)
+    sign = jnp.where(_placement.diagonal(upper) < 0, -1, 1).astype(rows.dtype)
     return jnp.swapaxes(upper * sign[..., None], -2, -1)
 
 
@@ -265,7 +265,7 @@ def _triangle_change(factor, share, deviation, d_share, d_deviation):
 
 def _change(lower, moved):
     """The change of L where that of L L^T is L moved L^T: L times the lower triangle, with half the diagonal."""
-    half = jnp.tril(moved, -1) + jnp.diag(jnp.diagonal(moved) / 2)
+    half = jnp.tril(moved, -1) + jnp.diag(_placement.diagonal(moved) / 2)
     return jnp.matmul(lower, half, precision="highest")
 
 
@@ -314,7 +314,7 @@ def scale_tril(
     # Reversing both axes makes a lower factor an upper one: P = U U^T, whose inverse is U^-T U^-1.
     factor = _cholesky(value if precision is None else jnp.flip(value, (-2, -1)))
     definite = jnp.all(jnp.isfinite(factor), axis=(-2, -1))
-    top = jnp.min(jnp.diagonal(value, axis1=-2, axis2=-1), axis=-1)
+    top = jnp.min(_placement.diagonal(value), axis=-1)
     _checks.expect(definite, top, f"scale_tril: {name} is not positive definite (smallest diagonal entry {{value}})")
     if covariance is not None:
         return _accurate.nan_unless(definite[..., None, None], factor)
@@ -358,7 +358,7 @@ def _canonical(function, vectors, matrices):
     _checks.floating(function, **given)
     for name, matrix in matrices.items():
         _square(function, name, matrix)
-        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+        diagonal = _placement.diagonal(matrix)
         _checks.expect(diagonal > 0, diagonal, f"{function}: {name} has {{value}} on its diagonal, not positive")
     size = next(iter(matrices.values())).shape[-1]
     dtype = _accurate.compute_dtype(*given.values())
@@ -380,7 +380,7 @@ def _canonical(function, vectors, matrices):
 def _usable(matrix):
     """The lower triangle, or the unit matrix where it is none of a Cholesky factor, and whether it is one."""
     lower = jnp.tril(matrix)
-    ok = jnp.all(jnp.isfinite(lower)) & jnp.all(_checks.FINITE_POSITIVE.holds(jnp.diagonal(lower)))
+    ok = jnp.all(jnp.isfinite(lower)) & jnp.all(_checks.FINITE_POSITIVE.holds(_placement.diagonal(lower)))
     return jnp.where(ok, lower, jnp.eye(len(lower), dtype=lower.dtype)), ok
 
 

@@ -53,7 +53,23 @@ def test_squared_error_preconditioned_is_cross_entropy_and_a_wrong_gradient_is_s
     entropy, square = (cause.gradient(jnp.array(ARMS.index(a)), z, y) for a in (SOFTMAX_CE, SOFTMAX_SE))
     assert cause.identity(z, square, entropy)["identity"] <= cause.IDENTITY
     assert cause.identity(z, square.at[1, 0].multiply(1.01), entropy)["identity"] > cause.IDENTITY
-    assert cause.identity(z.at[2, 1].set(40.0), square, entropy)["identified"] == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "counts"),
+    [
+        ([0.0, 60.0, 1.0], True),  # wrong: g is e^-60
+        ([0.0, 80.0, 1.0], False),  # g is a normal number still, of which underflow may have taken 2^-11
+        ([34.0, 0.0, 1.0], True),  # right: e is e^-33, and g is e^-67
+        ([46.0, 0.0, 1.0], False),  # g has underflown
+        ([500.0, 0.0, 1.0], False),  # e is 0
+    ],
+)
+def test_an_example_counts_in_the_identity_unless_its_gradient_underflows(row, counts):
+    z, y = jnp.array([row]), jnp.array([0])
+    found = cause.identity(z, *(cause.gradient(jnp.array(ARMS.index(a)), z, y) for a in (SOFTMAX_SE, SOFTMAX_CE)))
+    assert int(found["identified"]) == counts
+    assert found["identity"] <= cause.IDENTITY
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -80,6 +96,8 @@ def test_it_runs_small_and_reports():
     with plots.style():
         section = cause.report(CONFIG, records)
     assert section.hypotheses[-1].verdict == "holds"
+    counted = min(np.min(r.values["identified"]) for r in records)
+    assert counted > 0.75 * len(data.load("digits").train.labels)
 
 
 def test_members_do_not_know_each_other():

@@ -1,5 +1,6 @@
 """Two runs agree within the tier of each value, and by their verdicts; a difference is told, with its place."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_studies
 
-from experiments import compare, folders, studies
+from experiments import compare, findings, folders, studies
 from experiments.__main__ import main
 from experiments.findings import GENTLE_ACCURACY, GENTLE_TRAINING, Tier
 from experiments.results import Record
@@ -115,6 +116,25 @@ def test_a_seed_without_a_number_hides_no_other(other, want):
     parts = [("accuracy", np.array([x]), np.array([y])) for x, y in zip([np.nan, 90.0], other, strict=True)]
     ((_, x, y),) = compare._over_seeds(GENTLE_ACCURACY, parts)
     assert compare._difference(GENTLE_ACCURACY, x, y) == pytest.approx(want)
+
+
+def test_an_accuracy_at_another_learning_rate_is_told_and_not_judged(runs, capsys, monkeypatch):
+    tiers(monkeypatch, share=GENTLE_ACCURACY._replace(given="off"))
+    runs(scaled("share", 3.0))
+    assert "coin gentle accuracy 2 0 1.5 0.5 falsified share of" in told(capsys, 1)
+    runs(scaled("off", 2.0))
+    assert "coin none 4 0 0.67 share of" in told(capsys, 0)
+
+
+def test_each_tier_is_explained_and_used():
+    page = (Path(__file__).parents[1] / "docs/running-studies.md").read_text()
+    rows = page.partition("| tier | largest difference |\n|---|---|\n")[2].partition("\n\n")[0]
+    loaded = map(studies.load, studies.names())
+    places = [vars(findings), *map(vars, loaded)]
+    made, *used = ({each.name for each in place.values() if isinstance(each, Tier)} for place in places)
+    assert set().union(*used) == made
+    assert set(re.findall(r"^    (\w+(?: \w+)?)  ", compare.__doc__, re.MULTILINE)) == made
+    assert set(re.findall(r"^\| ([\w ]+) \|", rows, re.MULTILINE)) == made | {"none"}
 
 
 def test_no_run_is_one_line(runs, capsys):

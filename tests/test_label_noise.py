@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from experiments import data, plots, tuning
+from experiments import data, folders, plots, tuning
+from experiments.__main__ import main
 from experiments.arms import SOFTMAX_CE, SOFTMAX_SE
 from experiments.results import Record
 from experiments.studies import label_noise
@@ -77,6 +78,60 @@ def test_a_rate_at_the_edge_widens_the_grid_and_both_ways_share_their_trainings(
     assert best == {(0.0, "to generalise"): -3, (0.4, "to generalise"): -3, (0.4, "to memorise"): -4}
     assert all(tuning.outside(curve) is None for curve in tried.values())
     assert len(asked) == len(set(asked))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The shares of wrong labels that are trained on, by a stand-in whose curves depend on the member alone."""
+    shares = []
+
+    def train(members):
+        shares.extend(member.share for member in members)
+        curves = np.array([np.random.default_rng([m.seed, round(10 * m.share), -m.rate]).random(2) for m in members])
+        return dict.fromkeys(("validation", "test", "training", "memorised"), curves)
+
+    monkeypatch.setattr(label_noise, "trainer", lambda arm, config: train)
+    return shares
+
+
+def records_of(config):
+    return [record for record in label_noise.run(config) if isinstance(record, Record)]
+
+
+def test_the_parts_have_the_cells_and_the_records_of_the_whole(trained):
+    parts = label_noise.parts(CONFIG)
+    assert sorted(cell for part in parts for cell in part.cells) == sorted(CONFIG.cells)
+    np.testing.assert_equal([r for part in parts for r in records_of(part)], records_of(CONFIG))
+
+
+def test_an_interrupted_run_trains_no_share_again(trained, monkeypatch, tmp_path):
+    lines = [f"{name} = {value!r}" for name, value in msgspec.to_builtins(CONFIG).items()]
+    path = tmp_path / "small.toml"
+    path.write_text("\n".join(["# Small.", 'backend = "cpu"', "[label_noise]", *lines]))
+    command = ["run", str(path), "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    make = label_noise.trainer
+
+    def broken(arm, config):
+        assert config.judged_share not in config.shares, "broken off"
+        return make(arm, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(label_noise, "trainer", broken)
+        with pytest.raises(AssertionError, match="broken off"):
+            main([*command, str(tmp_path / "run")])
+    trained.clear()
+    assert main([*command, str(tmp_path / "run")]) == 0
+    assert set(trained) == {CONFIG.judged_share}
+    with folders.existing(tmp_path / "whole") as whole, folders.existing(tmp_path / "run") as run:
+        assert run.store.digest("label_noise") == whole.store.digest("label_noise")
+
+
+@pytest.mark.parametrize(("shares", "judged"), [([0.4], 0.4), ([0.2, 0.4], 0.4), ([0.0, 0.2], 0.4), ([0.0, 0.2], 0.0)])
+def test_shares_that_the_report_lacks_are_refused(shares, judged):
+    settings = msgspec.to_builtins(CONFIG) | {"shares": shares, "judged_share": judged}
+    with pytest.raises(msgspec.ValidationError, match="shares"):
+        msgspec.convert(settings, label_noise.Config)
 
 
 def made(last, best, clean, ways=label_noise.WAYS):

@@ -134,12 +134,13 @@ def test_a_study_that_describes_two_records_alike_is_stopped(monkeypatch):
         main(["run", COIN])
 
 
-def test_an_error_in_a_study_is_a_traceback_and_status_1():
+def test_an_error_in_a_study_is_a_traceback_that_ends_in_the_place_and_status_1():
     Path("broken").touch()
-    command = [*tiny_studies.COMMAND, "run", COIN, "--set", "faulty.pieces=3"]
+    command = [*tiny_studies.COMMAND, "run", COIN, "--set", "faulty.pieces=3", "--out", "run"]
     done = subprocess.run(command, env=tiny_studies.environment(), capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.endswith("FileNotFoundError: a mistake in the study\n")
+    place = "configs/coin.toml: faulty: an error in the study; what is measured is in run"
+    assert done.stderr.endswith(f"FileNotFoundError: a mistake in the study\n{place}\n")
 
 
 @pytest.mark.parametrize(

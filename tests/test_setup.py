@@ -1,20 +1,25 @@
 """The set-up: what the wheel holds, what the lock pins, and when `make` takes .venv for ready."""
 
 import itertools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
 
+import jax
 import pytest
+import tiny_studies
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_configs import SMOKE
 
 import jprob
 
@@ -22,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 LOCKS = ["requirements.lock", "docs.lock"]
+PYTHONS = ["3.11", "3.12", "3.13"]
 MAKE = shutil.which("make")
 needs_make = pytest.mark.skipif(MAKE is None, reason="make is not installed")
 
@@ -66,9 +72,8 @@ def test_a_lock_names_no_host_and_no_path(lock):
     assert not re.search(r"://|@ |^-|(^|\s)/\w", (ROOT / lock).read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-@pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_serves_each_dependency_on_each_python(lock, python):
+def locked(lock, python):
+    """The version of each package that a lock has for a Python."""
     here = default_environment() | {
         "implementation_name": "cpython",
         "platform_python_implementation": "CPython",
@@ -80,17 +85,72 @@ def test_a_lock_serves_each_dependency_on_each_python(lock, python):
     active = [pin for pin, _ in pins(lock) if pin.marker is None or pin.marker.evaluate(here)]
     versions = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in active}
     assert len(versions) == len(active), "two pins of one package"
+    return versions
 
-    extras = PROJECT["optional-dependencies"]
-    locked = {extra: needs for extra, needs in extras.items() if extra not in ("bench", "docs")}
-    assert locked.keys() == set(re.findall(r"--extra (\w+)", (ROOT / "Makefile").read_text()))
-    groups = [PYPROJECT["build-system"]["requires"], PROJECT["dependencies"], *locked.values()]
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_serves_each_dependency_on_each_python(lock, python):
+    versions, extras = locked(lock, python), PROJECT["optional-dependencies"]
+    chosen = {extra: needs for extra, needs in extras.items() if extra not in ("bench", "docs")}
+    assert chosen.keys() == set(re.findall(r"--extra (\w+)", (ROOT / "Makefile").read_text()))
+    groups = [PYPROJECT["build-system"]["requires"], PROJECT["dependencies"], *chosen.values()]
     if lock == "docs.lock":  # whose environment holds nothing else
         groups = [extras["docs"]]
     for need in map(Requirement, itertools.chain(*groups)):
         version = versions.get(canonicalize_name(need.name))
         assert version is not None, need
         assert need.specifier.contains(version), (need, version)
+
+
+def selected(python):
+    """An environment in which the command of a Python runs, also if pyenv keeps it."""
+    return os.environ | {"PYENV_VERSION": python}
+
+
+def can_make_a_venv(python):
+    try:
+        command = [f"python{python}", "-c", "import ensurepip, venv"]
+        return subprocess.run(command, env=selected(python), capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+# Together they have all tiers of `experiments.compare`.
+JUDGED = ["gradient_law", "escape_time", "efficiency", "data_sets", "likelihood", "one_neuron"]
+
+
+@pytest.mark.slow
+def test_studies_agree_under_another_version_of_jax(tmp_path):
+    """Values with a tier, and verdicts, of the smallest settings."""
+    others = [python for python in PYTHONS if locked("requirements.lock", python)["jax"] != jax.__version__]
+    found = [python for python in others if can_make_a_venv(python)]
+    if not found:
+        pytest.skip(f"no Python of another jax makes a venv here, tried {', '.join(others)}")
+    head, *tables = re.split(r"\n(?=\[)", (ROOT / "configs/study.toml").read_text())
+    chosen = [table for table in tables if table[1 : table.index("]")] in JUDGED]
+    (tmp_path / "small.toml").write_text("\n".join([head, *chosen]))
+    settings = [f"--set={name}.{item}" for name in JUDGED for item in SMOKE[name]]
+    # optax's adam multiplies floats by an integer count.
+    env = tiny_studies.environment() | {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "XLA_FLAGS": ""}
+
+    with tempfile.TemporaryDirectory() as folder:  # a gigabyte, which tmp_path would keep
+        there = f"{folder}/bin/python"
+        subprocess.run([f"python{found[0]}", "-m", "venv", folder], env=selected(found[0]), check=True)
+        pip = [there, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input", "--no-compile"]
+        subprocess.run([*pip, "--require-hashes", "-r", "requirements.lock"], cwd=ROOT, check=True)
+        runs = [
+            subprocess.Popen(
+                [python, "-m", "experiments", "run", "small.toml", *settings, "--out", out], cwd=tmp_path, env=env
+            )
+            for python, out in ((sys.executable, "here"), (there, "there"))
+        ]
+        assert [run.wait() for run in runs] == [0, 0]
+    versions = [json.loads((tmp_path / out / "manifest.json").read_text())["versions"] for out in ("here", "there")]
+    assert versions[0]["jax"] != versions[1]["jax"]
+    compare = [sys.executable, "-m", "experiments", "compare", "here", "there"]
+    compared = subprocess.run(compare, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert compared.returncode == 0, compared.stdout
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ Sources: Esseen (1945), Acta Mathematica 77; Massart (1990), Annals of Probabili
 Shevtsova (2011), arXiv 1111.6554, for C.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ from scipy import stats as distributions
 
 from experiments import plots
 from experiments.config import distinct
-from experiments.findings import Hypothesis, Plot, Section, Table, decided
-from experiments.results import Progress, Record
+from experiments.findings import FUNCTION, Hypothesis, Plot, Section, Table, Tier, decided
+from experiments.results import Progress, Record, Setting
 from jprob import gaussian
 
 BERRY_ESSEEN = 0.4748
@@ -133,6 +133,11 @@ def measured(sample: np.ndarray) -> float:
     return float(
         distributions.kstest(sample, lambda x: np.asarray(gaussian.cdf(jnp.asarray(x))), method="asymp").statistic
     )
+
+
+def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | None:
+    """The exact distance, computed in float64 on the host."""
+    return FUNCTION if value == "exact" else None
 
 
 def run(config: Config) -> Iterator[Record | Progress]:

@@ -43,7 +43,7 @@ from jaxtyping import Float64, Int32
 
 from experiments import arms, data, plots, stats, tuning
 from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
-from experiments.config import distinct
+from experiments.config import distinct, split
 from experiments.findings import Hypothesis, Plot, Section, Table
 from experiments.results import Progress, Record
 from jprob import mle
@@ -76,7 +76,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def __post_init__(self):
         distinct(self, "shares")
-        if 0.0 not in self.shares or self.judged_share not in self.shares or not self.judged_share:
+        part = len(self.shares) == 1  # made by `parts` alone, since a file has two or more
+        if not part and not (self.judged_share and {0.0, self.judged_share} <= {*self.shares}):
             raise ValueError(f"shares: expected 0 and the judged share, which is above 0, got {self.shares}")
         if self.decades[0] > self.decades[1]:
             raise ValueError(f"decades: expected the lower end first, got {self.decades}")
@@ -84,7 +85,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     @property
     def cells(self) -> list[tuple[float, str]]:
         """The share of wrong labels, and the way to tune."""
-        return [*((share, GENERALISE) for share in sorted(self.shares)), (self.judged_share, MEMORISE)]
+        cells = [(share, GENERALISE) for share in sorted(self.shares)]
+        return cells + [(self.judged_share, MEMORISE)] * (self.judged_share in self.shares)
 
 
 class Member(NamedTuple):
@@ -184,19 +186,25 @@ def tuned_rates(train, config: Config) -> dict[tuple[float, str], tuning.Curve]:
     return tuning.tune(score, config.cells, range(low, high + 1), seeds, config.widen_at_most)
 
 
+def parts(config: Config) -> list[Config]:
+    """Every share of wrong labels is a part."""
+    return split(config, "shares")
+
+
 def run(config: Config) -> Iterator[Record | Progress]:
-    """For each arm: the validation accuracy of every rate by share of wrong labels, then the report seeds."""
-    for done, arm in enumerate(ARMS):
-        yield Progress(done / len(ARMS), f"{arm}: rates")
-        train = trainer(arm, config)
-        tried = tuned_rates(train, config)
+    """For each share of wrong labels and arm: the validation accuracy of every rate, then the report seeds."""
+    jobs = [(part, arm) for part in parts(config) for arm in ARMS]
+    for done, (part, arm) in enumerate(jobs):
+        yield Progress(done / len(jobs), f"{part.shares[0]:.0%} wrong labels, {arm}: rates")
+        train = trainer(arm, part)
+        tried = tuned_rates(train, part)
         for (share, tuned), curve in tried.items():
             rates = sorted(curve)
             values = {"rate": 10 ** (np.array(rates) / 2), "accuracy": np.array([curve[rate][0] for rate in rates])}
             yield Record({"part": "rates", "arm": arm, "share": share, "tuned": tuned}, values)
-        yield Progress((done + 0.6) / len(ARMS), f"{arm}: seeds")
+        yield Progress((done + 0.6) / len(jobs), f"{part.shares[0]:.0%} wrong labels, {arm}: seeds")
         seeds = range(REPORT_SEED, REPORT_SEED + config.report_seeds)
-        wanted = [(cell, Member(cell[0], tuning.best(tried[cell]), seed)) for cell in config.cells for seed in seeds]
+        wanted = [(cell, Member(cell[0], tuning.best(tried[cell]), seed)) for cell in part.cells for seed in seeds]
         measured = train([member for _, member in wanted])
         for i, ((share, tuned), member) in enumerate(wanted):
             values = {name: column[i] for name, column in measured.items()} | {"rate": 10.0 ** (member.rate / 2)}

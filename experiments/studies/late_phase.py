@@ -20,7 +20,7 @@ Wanner (1993), Solving Ordinary Differential Equations I (the integrator).
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -34,8 +34,8 @@ from scipy.integrate import solve_ivp
 
 from experiments import arms, plots
 from experiments.arms import LINEAR_SE, SOFTMAX_CE, SOFTMAX_SE
-from experiments.findings import Hypothesis, Plot, Section, Table, decided
-from experiments.results import Progress, Record
+from experiments.findings import DRAWS, GENTLE_TRAINING, Hypothesis, Plot, Section, Table, Tier, decided
+from experiments.results import Progress, Record, Setting
 from jprob import categorical
 
 TOLERANCE = 0.03
@@ -98,6 +98,13 @@ def measure(arm: str, code: str, num_classes: int, config: Config) -> dict[str, 
     with jax.enable_x64(code == DOUBLE), jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         z = descend(arm, code, np.zeros(num_classes, dtype), np.asarray(config.learning_rate, dtype), steps)
     return {"tau": config.learning_rate * steps, "error": error(arm, np.asarray(z, np.float64))}
+
+
+def tier(config: Config, settings: Mapping[str, Setting], value: str) -> Tier | None:
+    """Softmax in float64. The steps of float32 end, and those of a linear output arrive, by the device's rounding."""
+    if value == "tau":
+        return DRAWS
+    return GENTLE_TRAINING if settings["code"] == DOUBLE and settings["arm"] != LINEAR_SE else None
 
 
 def run(config: Config) -> Iterator[Record | Progress]:
