@@ -52,13 +52,14 @@ class Comparison(NamedTuple):
     rows: list[Row]
     verdicts: int  # claims that both runs judged
     turned: list[str]  # those with different verdicts
+    opposed: bool  # whether one of them holds in one run and is falsified in the other
     alone: list[str]  # records and studies that one run lacks
     figures: str  # how many are equal, byte for byte
 
     @property
     def agree(self) -> bool:
-        """Whether every tier holds, every verdict is the same, and nothing is missing."""
-        return not (self.turned or self.alone or any(row.verdict == "falsified" for row in self.rows))
+        """Whether every tier holds, no verdict is the opposite, and nothing is missing."""
+        return not (self.opposed or self.alone or any(row.verdict == "falsified" for row in self.rows))
 
 
 def compared(first: Path, second: Path) -> Comparison:
@@ -79,8 +80,9 @@ def compared(first: Path, second: Path) -> Comparison:
         claims = {name: [each.get(name, []) for each in said] for name in both}
         judged = [(name, *pair) for name, (mine, other) in claims.items() for pair in zip(mine, other, strict=False)]
         turned = [f"{name}: {mine[1]} and {other[1]}: {mine[0]}" for name, mine, other in judged if mine[1] != other[1]]
+        opposed = any({mine[1], other[1]} == {"holds", "falsified"} for _, mine, other in judged)
         alone += [f"claims of {name}" for name, (mine, other) in claims.items() if len(mine) != len(other)]
-        return Comparison(rows, len(judged), turned, alone, _figures(first, second))
+        return Comparison(rows, len(judged), turned, opposed, alone, _figures(first, second))
 
 
 def _pairs(name: str, a: Run, b: Run) -> tuple[list[tuple[Record, Record]], list[str]]:

@@ -13,7 +13,7 @@ from jax import Array
 
 from . import _accurate
 
-_TOKENS, _BYTES = (128, 512), 2**8  # at least so many tokens a block; bytes for each square of them
+_BLOCK_BYTES, _BLOCK_TOKENS = 2**26, 512
 
 
 class Plan(NamedTuple):
@@ -55,12 +55,9 @@ class Numbers(NamedTuple):
 def plan(form, hidden, kernel, dtype, per_token=1) -> Plan:
     """`per_token` rows of logits belong to a token."""
     num_tokens, row = math.prod(hidden.shape[:-1]), num_classes(form, kernel) * dtype.itemsize * per_token
-    # H / tokens is the share that the kernel's gradient has in what a block reads and writes. A small H leaves the rest
-    # of the time to the logits, which are then better kept in a cache.
-    least = min(max(hidden.shape[-1], _TOKENS[0]), _TOKENS[1])
     if not isinstance(num_tokens, int):
         return Plan(1, num_tokens, 0, num_tokens * row)  # symbolic: no number of blocks is known to hold them
-    most = form.block_bytes // row if form.block_bytes else max(_BYTES * least**2 // row, least)
+    most = form.block_bytes // row if form.block_bytes else max(_BLOCK_BYTES // row, _BLOCK_TOKENS)
     size = min(num_tokens, max(1, most))
     size = next((n for n in range(size, size // 2, -1) if num_tokens % n == 0), size)
     blocks, remainder = divmod(num_tokens, size) if size else (1, 0)

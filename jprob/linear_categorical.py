@@ -111,7 +111,7 @@ def cross_entropy(
       transposed_kernel: static; whether the kernel is [V, H], as a table of embeddings is. The kernel is not copied.
       reduction: static: "mean" (divided by the sum of the weights), "sum", or "none" (each loss times its weight).
       has_aux: static; whether to return `Aux` too.
-      block_bytes: static, bytes of a block of logits; see `plan` for the default, 64 MiB if H is 512.
+      block_bytes: static, bytes of a block of logits: 64 MiB by default, or 512 tokens if that is more.
       axis_name: static; the mesh axis of an enclosing `shard_map`, over which the classes are sharded. The parts of
         kernel, bias and targets are equal; a bias of -inf fills up the last. Labels count through all classes. Hidden,
         labels, weights and the result are the same on the whole axis.
@@ -604,9 +604,9 @@ def plan(
     """The blocks in which `cross_entropy` would go through these tokens: nothing is computed.
 
     A block has the largest number of tokens whose logits keep to `block_bytes`. Somewhat fewer are taken if these
-    divide all tokens evenly. Let h be H, but at least 128 and at most 512. The default is `256 h^2` bytes, or h tokens
-    if that is more: 4 to 64 MiB, or 128 to 512 tokens. Each block adds to the kernel's gradient, and smaller ones would
-    spend their time reading and writing it. The logits take most of the time if H is small, and stay in a cache then.
+    divide all tokens evenly. The default is 64 MiB, or 512 tokens if that is more. Each block adds to the kernel's
+    gradient, and smaller ones would spend their time reading and writing it. Gradients of the functions per token make
+    the logits of each block again. A single block of all tokens saves them that.
 
     Args:
       hidden: [..., H], an array or a `jax.ShapeDtypeStruct`.

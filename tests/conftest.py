@@ -51,9 +51,9 @@ def dtype(request):
         yield request.param
 
 
-# Here programs are compiled as a user has them: digits are counted, or bits compared with those of another process.
-# Elsewhere a program is compared with a program, and to make either fast takes longer than to run it.
-# So are single tests, by the marker `optimized`.
+# Here, and in tests with the marker `optimized`, programs are compiled as a user has them: digits are counted, or bits
+# compared with those of another process. Elsewhere a program is compared with a program, and to make either fast takes
+# longer than to run it.
 OPTIMIZED = {"test_accuracy", "test_launch", "test_killed", "test_precision", "test_processes"}
 
 

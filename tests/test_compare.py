@@ -79,6 +79,8 @@ def test_another_verdict_is_told(runs, capsys):
     words = told(capsys, 1)
     assert "coin: holds and falsified: The share of heads is the bias [to .1]." in words
     assert "verdicts: 0 of 1 are the same" in words
+    runs(lambda records: records, verdict="undecided")  # which contradicts none
+    assert "coin: holds and undecided: The share of heads" in told(capsys, 0)
 
 
 def test_a_record_that_one_run_lacks_is_told(runs, capsys):

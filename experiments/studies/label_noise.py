@@ -123,7 +123,7 @@ def drawn(member: Member, hidden_units: int):
     }
     params = {name: {"kernel": kernel, "bias": np.zeros(kernel.shape[1])} for name, kernel in kernels.items()}
     train, validation = (
-        split._replace(labels=corrupted(split.labels, member.share, classes, generator)) for split in digits[:2]
+        part._replace(labels=corrupted(part.labels, member.share, classes, generator)) for part in digits[:2]
     )
     return jax.tree.map(np.float32, params), (train, validation, digits.test), digits.train.labels
 
