@@ -104,7 +104,7 @@ def test_draws_have_the_frequency_of_their_probability():
     assert (np.abs(np.asarray(draws).sum(axis=0) - n * p) <= 5 * np.sqrt(n * p * (1 - p))).all(), "5 standard errors"
 
 
-@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("sign", [-1, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.optimized
 def test_rare_answers_are_drawn_as_often_as_they_should_be(sign):
     """2^-28 is below the resolution of 23 random bits. 4e7 draws of 23 bits would hold 5 of them instead of .15."""

@@ -250,8 +250,8 @@ def test_kl_has_the_digits_its_inputs_determine(dtype):
 
 @pytest.mark.parametrize(("function", "argnums"), [
     (categorical.kl_divergence, (0, 1)),
-    (lambda z, other: categorical.cross_entropy(z, jax.nn.softmax(other)), (0,)),
-    (lambda z, other: categorical.cross_entropy(z, jnp.argmax(other, axis=-1)), (0,)),
+    pytest.param(lambda z, other: categorical.cross_entropy(z, jax.nn.softmax(other)), (0,), marks=pytest.mark.slow),
+    pytest.param(lambda z, other: categorical.cross_entropy(z, jnp.argmax(other, -1)), (0,), marks=pytest.mark.slow),
 ])  # fmt: skip
 @pytest.mark.optimized
 def test_many_rows_of_few_classes_have_the_digits_of_each(function, argnums):
@@ -272,7 +272,8 @@ def weighted_js(p_logits, q_logits, weight):
     return categorical.js_divergence(p_logits, q_logits, weight=weight)
 
 
-@pytest.mark.parametrize("weight", [0.5, 2.0**-20, float(np.float32(1e-6))])  # 1 less the last one is no float32
+# 1 less the last one is no float32.
+@pytest.mark.parametrize("weight", [0.5, pytest.param(2.0**-20, marks=pytest.mark.slow), float(np.float32(1e-6))])
 def test_js_has_the_digits_its_inputs_determine(dtype, weight):
     batch, w = each_pair(dtype), oracles.mpf(weight)
     values, slopes = value_and_slopes(weighted_js, (0, 1))(*batch, jnp.full(len(pairs()), weight))
