@@ -56,7 +56,7 @@ def log_prob(
     -1.8379
     """
     given = _canonical("log_prob", {"x": x, "loc": loc}, {"scale_tril": scale_tril})
-    return jnp.vectorize(_log_prob, signature="(d),(d),(d,d)->()")(*given)
+    return _mapped(_log_prob, "(d),(d),(d,d)->()", *given)
 
 
 def _log_prob(x, loc, scale_tril):
@@ -86,7 +86,7 @@ def entropy(scale_tril: Float[Array, "*batch D D"]) -> Float[Array, "*batch"]:
     2.8379
     """
     (scale_tril,) = _canonical("entropy", {}, {"scale_tril": scale_tril})
-    return jnp.vectorize(_entropy, signature="(d,d)->()")(scale_tril)
+    return _mapped(_entropy, "(d,d)->()", scale_tril)
 
 
 def _entropy(scale_tril):
@@ -125,7 +125,7 @@ def kl_divergence(
     """
     factors = {"p_scale_tril": p_scale_tril, "q_scale_tril": q_scale_tril}
     given = _canonical("kl_divergence", {"p_loc": p_loc, "q_loc": q_loc}, factors)
-    return jnp.vectorize(_kl_divergence, signature="(d),(d),(d,d),(d,d)->()")(*given)
+    return _mapped(_kl_divergence, "(d),(d),(d,d),(d,d)->()", *given)
 
 
 def _kl_divergence(p_loc, q_loc, p_scale_tril, q_scale_tril):
@@ -167,7 +167,7 @@ def sample(
     # The sum has the explicit axes of all, as `vectorize` asks of what it maps over.
     like = jnp.zeros_like(loc + _placement.diagonal(scale_tril))
     z = jax.random.normal(key, (*shape, loc.shape[-1]), loc.dtype) + like
-    return jnp.vectorize(_draw, signature="(d),(d,d),(d)->(d)")(loc, scale_tril, z)
+    return _mapped(_draw, "(d),(d,d),(d)->(d)", loc, scale_tril, z)
 
 
 def _draw(loc, scale_tril, z):
@@ -375,6 +375,18 @@ def _canonical(function, vectors, matrices):
         jnp.expand_dims(value, range(rank - len(batch))).astype(dtype)
         for value, batch in zip(given.values(), batches, strict=True)
     ]
+
+
+def _mapped(function, signature, *arrays):
+    """`jnp.vectorize`, which takes no explicit axes in jax 0.12 if the function calls others that are compiled."""
+    inputs, output = (part.split("),(") for part in signature.split("->"))
+    cores = [part.count("d") for part in (*inputs, *output)]
+    batches = [_placement.spec(x)[: x.ndim - core] for x, core in zip(arrays, cores, strict=False)]
+    size = max(map(len, batches))
+    names = zip(*([None] * (size - len(batch)) + [*batch] for batch in batches), strict=True)
+    batch = [next((name for name in axis if name is not None), None) for axis in names]
+    call = jnp.vectorize(function, signature=signature)
+    return _placement.automatic(call, *arrays, spec=[*batch, *[None] * cores[-1]])
 
 
 def _usable(matrix):
