@@ -88,6 +88,7 @@ def reliability(
       NaN. A negative weight makes all sums of its bin NaN. None of them counts if its weight is 0. Counts are exact
       below 2**24 a bin. Each sum has a relative error of at most (32 + 2 R + 2 sqrt(n)) u. A confidence within
       (16 + R) u of an edge may fall on its other side. Gradients in logits and weights are those within the bins.
+      `jax.export` needs a known number of examples.
 
     Raises:
       ValueError: the logits are not floating-point, the labels are not integers, or a shape differs; or the weights are
