@@ -397,9 +397,7 @@ def _finite_kl_jvp(axis, primals, tangents):
     # The divergence by its rule, which is finite where its plain derivative is not; XLA merges what both compute.
     pair, kl = _pair(p_logits, q_logits, axis), _finite_kl(p_logits, q_logits, axis)
     pair = pair._replace(mean=_accurate.kept((pair.mean, kl))[0]).kept()
-    return kl, _along(
-        kl, (partial(_kl_slope_p, pair, axis), partial(_accurate.each, _kl_slope_q, axis, pair, kl)), tangents, axis
-    )
+    return kl, _along(kl, (partial(_kl_slope_p, pair, axis), partial(_kl_slope_q, pair, axis, kl)), tangents, axis)
 
 
 def _along(out, slopes, tangents, axis):
@@ -411,15 +409,22 @@ def _along(out, slopes, tangents, axis):
 
 def _kl_slope_p(pair, axis):
     """-p d, and 0 where the divergence is infinite. The mean is taken once more, from near it."""
-    p, _ = pair.probs(pair.p, pair.q)
-    d = pair.centred(pair.p, pair.q) - _mean(pair, axis)
-    return jnp.where((p == 0) | pair.excluded, 0, -p * d)
+
+    def slope(pair, rest):
+        p, _ = pair.probs(pair.p, pair.q)
+        return jnp.where((p == 0) | pair.excluded, 0, -p * (pair.centred(pair.p, pair.q) - rest))
+
+    return _accurate.each(slope, axis, pair, _mean(pair, axis))
 
 
-def _kl_slope_q(pair, kl):
+def _kl_slope_q(pair, axis, kl):
     """q - p, through expm1 where they are close."""
-    (p, q), t = pair.probs(pair.p, pair.q), pair.log_ratio(pair.p, pair.q, kl)
-    return jnp.where((p > 0) & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
+
+    def slope(pair, kl):
+        (p, q), t = pair.probs(pair.p, pair.q), pair.log_ratio(pair.p, pair.q, kl)
+        return jnp.where((p > 0) & (t < 1), p * jnp.expm1(jnp.minimum(t, 1)), q - p)
+
+    return _accurate.each(slope, axis, pair, kl)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
